@@ -1,0 +1,5 @@
+"""`python -m moerge`."""
+
+from moerge.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint folders: reading them lazily, writing them whole."""

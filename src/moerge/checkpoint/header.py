@@ -1,0 +1,149 @@
+"""The safetensors header: 8 bytes of length, JSON, then the data (format described in the safetensors repository).
+
+Reading checks everything that a damaged or hostile file can get wrong before a byte of data is used. The library's own
+reader does not tell where a tensor's bytes lie, which block-wise reading needs; hence these few lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import DTYPES, DType
+from moerge.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit that the safetensors library sets too."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor inside a safetensors file. `offset` is in bytes from the start of the file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.size * self.dtype.itemsize
+
+    def open(self) -> np.ndarray:
+        """All elements as a flat read-only view of the mapped file: no byte is read before it is used."""
+        if self.size == 0:
+            return np.empty(0, self.dtype.storage)
+        try:
+            mapped = np.memmap(self.file, self.dtype.storage, mode="r", offset=self.offset, shape=(self.size,))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read tensor {self.name!r} in {self.file}: {error}; was the file changed?") from None
+        return mapped.view(np.ndarray)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises InputError if the file is missing, truncated, not safetensors, or its header contradicts itself.
+    """
+    try:
+        with open(path, "rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise InputError(f"{path} is truncated ({file_size} bytes, not even a header): fetch or copy it again")
+            length = struct.unpack("<Q", start)[0]
+            if length > MAX_HEADER_BYTES:
+                raise InputError(
+                    f"{path} is not a safetensors file: its header would be {length:,} bytes (limit {MAX_HEADER_BYTES:,})"
+                )
+            if 8 + length > file_size:
+                raise InputError(f"{path} is truncated inside its header ({file_size:,} bytes): fetch or copy it again")
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    tensors = [_entry(path, name, entry, 8 + length) for name, entry in _parse(path, raw).items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_layout(path, tensors, 8 + length, file_size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name appears twice")
+        return found
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the header of {path} is damaged ({error}): fetch or copy the file again") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    where = f"tensor {name!r} in {path}"
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{where} has a damaged header entry: fetch or copy the file again") from None
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+        raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
+    if dtype_name not in DTYPES:
+        raise InputError(f"{where} has the element type {dtype_name!r}, which moerge does not read")
+    tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), path, data_start + begin)
+    if tensor.nbytes != end - begin:
+        raise InputError(
+            f"{where} lies about its size: shape {shape} of {dtype_name} needs {tensor.nbytes:,} bytes, "
+            f"the header gives it {end - begin:,}; the file is damaged"
+        )
+    return tensor
+
+
+def _check_layout(path: Path, tensors: Sequence[StoredTensor], data_start: int, file_size: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset < position:
+            raise InputError(f"tensor {tensor.name!r} in {path} overlaps another one; the file is damaged")
+        if tensor.offset > position:
+            raise InputError(f"there is a hole before tensor {tensor.name!r} in {path}; the file is damaged")
+        position = tensor.offset + tensor.nbytes
+    if position > file_size:
+        raise InputError(
+            f"{path} is truncated: its header promises {position:,} bytes, the file has {file_size:,}; fetch or copy it again"
+        )
+    if position < file_size:
+        raise InputError(f"{path} has {file_size - position:,} bytes that no tensor claims; the file is damaged")
+
+
+def build_header(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header bytes for tensors stored in this order, and each tensor's offset in bytes from the file's start."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position, starts = 0, {}
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [position, end]}
+        starts[name], position = position, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + start for name, start in starts.items()}

@@ -1,0 +1,75 @@
+"""The manifest, `moerge.json`: what happened, and the digests by which damage is found later."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moerge.checkpoint.digest import combined_digest, file_digest
+from moerge.checkpoint.reader import read_json
+from moerge.checkpoint.staging import MANIFEST, Staging
+from moerge.errors import InputError
+from moerge.planning.plan import Plan
+
+_FORMAT = 1
+
+
+def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str], nonfinite: list[str]) -> dict[str, Any]:
+    """The manifest of a finished merge. `files` are the digests of the files beside the tensors."""
+    by_model: dict[str, dict[str, str]] = {model.name: {} for model in plan.models}
+    for label, digest in staging.inputs.items():
+        model, _, tensor = label.partition(":")
+        by_model[model][tensor] = digest
+    return {
+        "format": _FORMAT,
+        "versions": {"moerge": version("moerge"), "python": platform.python_version()}
+        | {package: version(package) for package in ("numpy", "numba")},
+        "recipe": plan.recipe.written,
+        "models": {
+            model.name: {
+                "location": model.location,
+                "revision": model.revision,
+                "tensors_read": len(by_model[model.name]),
+                "digest": combined_digest(by_model[model.name]),
+            }
+            for model in plan.models
+        },
+        "experts": list(plan.experts),
+        "warnings": list(plan.warnings),
+        "nonfinite_inputs": nonfinite,
+        "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
+        "tensors": {output.name: staging.digests[output.name] for output in plan.outputs},
+        "files": dict(files),
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, None if moerge did not make it."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("tensors"), dict):
+        raise InputError(f"{path} is damaged, or was written by a newer moerge: merge again or update moerge")
+    return manifest
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """Readable JSON for a file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Problems with the files beside the tensors, a sentence each."""
+    problems = []
+    for name, digest in manifest.get("files", {}).items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif file_digest(path.read_bytes()) != digest:
+            problems.append(f"{name} was changed after the merge")
+    return problems

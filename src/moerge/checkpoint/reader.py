@@ -1,0 +1,121 @@
+"""A checkpoint folder as its config and its tensors' whereabouts; no tensor is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moerge.checkpoint.header import StoredTensor, read_header
+from moerge.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_CONVERT = (
+    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "M.from_pretrained('{source}', dtype='auto').save_pretrained('{target}'); "
+    "T.from_pretrained('{source}').save_pretrained('{target}')\""
+)
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source model. `name` is how the recipe calls it, `location` what the recipe wrote, `revision` a Hub commit.
+
+    `complete` is False while a Hub model's weights have not been downloaded: its tensors then have no bytes to open.
+    """
+
+    name: str
+    location: str
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    revision: str | None = None
+    complete: bool = True
+
+    @property
+    def model_type(self) -> str:
+        """config.json's `model_type`, or "" where it has none."""
+        return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoint:
+    """Read the config and the headers in `folder`.
+
+    Raises InputError if it is not a complete safetensors checkpoint.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{_label(name)}there is no folder {folder}: check the path")
+    config = read_json(folder / "config.json")
+    return Checkpoint(name, location or str(folder), folder, config, _read_tensors(folder, name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError names the file if it is missing or is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: a checkpoint folder needs it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path} as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _label(name: str) -> str:
+    return f"{name}: " if name else ""
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.exists() and index.exists():
+        raise InputError(
+            f"{_label(name)}{folder} has both {WEIGHTS} and {INDEX}, so it is unclear which weights count: remove the stale one"
+        )
+    if index.exists():
+        return _read_shards(folder, index)
+    if single.exists():
+        return read_header(single)
+    _refuse_pickles(folder, name)
+    raise InputError(f"{_label(name)}{folder} has neither {WEIGHTS} nor {INDEX}: it is not a safetensors checkpoint")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index} has no usable 'weight_map': fetch or copy it again")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard:
+            raise InputError(f"{index} names the file {shard!r}, which is outside its folder: refusing to read it")
+        stored = read_header(folder / shard)
+        for tensor in stored.values():
+            if weight_map.get(tensor.name) != shard:
+                raise InputError(
+                    f"tensor {tensor.name!r} lies in {folder / shard}, but {index.name} does not say so: "
+                    "the folder mixes shards of different checkpoints"
+                )
+        tensors |= stored
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise InputError(f"tensor {missing[0]!r} is listed in {index} but is not in {folder / weight_map[missing[0]]}")
+    return tensors
+
+
+def _refuse_pickles(folder: Path, name: str) -> None:
+    found = next((file for file in _PICKLED if (folder / file).exists()), None)
+    if found:
+        raise InputError(
+            f"{_label(name)}{folder} holds {found}, a pickle, which moerge does not load; convert the checkpoint with: "
+            + _CONVERT.format(source=folder, target=f"{folder}-safetensors")
+        )

@@ -1,0 +1,245 @@
+"""Writing a checkpoint folder beside its target and renaming it at the end.
+
+What carries the target's name is complete. The staging folder keeps a journal of finished tensors with their digests;
+an interrupted run resumes from it after checking the bytes, so nothing depends on what a crash left in which order.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
+from moerge.checkpoint.header import build_header
+from moerge.checkpoint.reader import INDEX, WEIGHTS
+from moerge.errors import InputError, MachineError
+from moerge.planning.operations import Output
+
+JOURNAL = "journal.jsonl"
+MANIFEST = "moerge.json"
+
+Start = Literal["new", "resume", "restart"]
+
+
+def staging_folder(target: Path) -> Path:
+    """Where a checkpoint is built before it gets its name: a hidden sibling, so that renaming is atomic."""
+    return target.parent / f".{target.name}.moerge-partial"
+
+
+def assign_shards(outputs: Sequence[Output], limit: int) -> dict[str, list[Output]]:
+    """Outputs by shard file name, each shard at most `limit` bytes unless one tensor alone is larger."""
+    groups: list[list[Output]] = [[]]
+    filled = 0
+    for output in outputs:
+        if groups[-1] and filled + output.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(output)
+        filled += output.nbytes
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+@dataclass(frozen=True)
+class _Place:
+    descriptor: int
+    offset: int
+
+
+class Staging:
+    """A checkpoint being written; a context manager that closes its files, and a Store for the executor."""
+
+    def __init__(self, target: Path, shards: Mapping[str, Sequence[Output]], fingerprint: str, start: Start = "new") -> None:
+        self.target, self.folder = target, staging_folder(target)
+        self._shards, self._fingerprint = shards, fingerprint
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, _Place] = {}
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        with machine_errors(self.folder):
+            self._open(start)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the finished outputs by name."""
+        return {name: entry["digest"] for name, entry in self._entries.items()}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the tensors read so far by "model:tensor"."""
+        return {label: digest for entry in self._entries.values() for label, digest in entry["inputs"].items()}
+
+    def _open(self, start: Start) -> None:
+        self.folder.mkdir(parents=True, exist_ok=start != "new")
+        self._journal = open(self.folder / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another moerge is writing {self.target} right now: wait for it or choose another folder") from None
+        if start == "resume":
+            self._read_journal()
+        else:
+            self._remove_all_but(JOURNAL)
+        self._journal.seek(0)
+        self._journal.truncate()
+        self._append({"fingerprint": self._fingerprint})
+        for shard, outputs in self._shards.items():
+            self._open_shard(shard, outputs)
+        for entry in self._entries.values():
+            self._append(entry)
+
+    def _read_journal(self) -> None:
+        self._journal.seek(0)
+        entries = []
+        for line in self._journal:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # the line that was being written when the run was killed
+        if not entries:
+            return
+        if entries[0].get("fingerprint") != self._fingerprint:
+            raise InputError(
+                f"the interrupted run in {self.folder} had another recipe, other inputs or options: "
+                "run it as it was, or start over with --force"
+            )
+        self._entries = {entry["tensor"]: entry for entry in entries[1:]}
+
+    def _append(self, entry: Mapping[str, object]) -> None:
+        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
+
+    def _open_shard(self, shard: str, outputs: Sequence[Output]) -> None:
+        # wider elements first keeps every tensor aligned, as the safetensors library does
+        ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
+        header, offsets = build_header([(o.name, o.dtype, o.shape) for o in ordered], {"format": "pt"})
+        descriptor = os.open(self.folder / shard, os.O_RDWR | os.O_CREAT, 0o666)
+        self._files[shard] = descriptor
+        size = len(header) + sum(output.nbytes for output in outputs)
+        if os.fstat(descriptor).st_size != size:
+            os.ftruncate(descriptor, 0)
+            self._entries = {name: entry for name, entry in self._entries.items() if name not in offsets}
+            os.posix_fallocate(descriptor, 0, size)
+        os.pwrite(descriptor, header, 0)
+        self._places |= {name: _Place(descriptor, offset) for name, offset in offsets.items()}
+
+    def write(self, output: Output, start: int, data: np.ndarray) -> None:
+        """Elements `start` and following of an output, in its storage type."""
+        place = self._places[output.name]
+        view, offset = data.view(np.uint8).data, place.offset + start * output.dtype.itemsize
+        with machine_errors(self.folder):
+            while len(view):
+                written = os.pwrite(place.descriptor, view, offset)
+                view, offset = view[written:], offset + written
+
+    def done(self, output: Output, digest: str, inputs: dict[str, str]) -> None:
+        """Journal a complete output."""
+        entry = {"tensor": output.name, "digest": digest, "inputs": inputs}
+        with machine_errors(self.folder), self._lock:
+            self._entries[output.name] = entry
+            self._append(entry)
+
+    def finished(self, output: Output) -> bool:
+        """Whether the journal has this output and its bytes are still what the journal says."""
+        entry = self._entries.get(output.name)
+        if entry is None:
+            return False
+        place = self._places[output.name]
+        itemsize = output.dtype.itemsize
+        chunks = range(0, output.size, CHUNK)
+        read = (
+            os.pread(place.descriptor, min(CHUNK, output.size - start) * itemsize, place.offset + start * itemsize)
+            for start in chunks
+        )
+        return tensor_digest(chunk_digest(chunk) for chunk in read) == str(entry["digest"])
+
+    def publish(self, files: Mapping[str, bytes], *, replace: bool) -> None:
+        """Add the other files, make everything durable, and give the folder the target's name."""
+        with machine_errors(self.folder):
+            if len(self._shards) > 1:
+                weight_map = {o.name: shard for shard, outputs in self._shards.items() for o in outputs}
+                total = sum(o.nbytes for outputs in self._shards.values() for o in outputs)
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                files = {**files, INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+            for name, content in files.items():
+                _write_durably(self.folder / name, content)
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            self._remove_all_but(*files, *self._shards)
+            _sync_folder(self.folder)
+            _rename(self.folder, self.target, replace)
+
+    def _remove_all_but(self, *names: str) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+
+    def discard(self) -> None:
+        """Remove the staging folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, InputError):
+            self.discard()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._journal.close()
+
+
+class machine_errors:
+    """Turns the operating system's errors while writing below `folder` into MachineError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, OSError) or isinstance(error, MachineError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"no space left for {self.folder.parent}: free some and run the same command again with --resume"
+            ) from None
+        raise MachineError(f"cannot write {error.filename or self.folder}: {error.strerror or error}") from None
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(source: Path, target: Path, replace: bool) -> None:
+    aside = target.parent / f".{target.name}.moerge-old"
+    if replace and target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(source, target)
+    _sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""The command line: parse, call, print; nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from moerge.cli.app import app
+from moerge.errors import MoergeError
+
+
+def main() -> NoReturn:
+    """Run the command and exit with its code: 0 done, 1 the machine failed, 2 the input is at fault, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = None
+    try:
+        code = app(standalone_mode=False)
+    except MoergeError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; a merge continues where it was with --resume", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        _usage_or_raise(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"moerge: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _usage_or_raise(error: Exception) -> NoReturn:
+    from moerge.cli.app import usage_message
+
+    message = usage_message(error)
+    if message is None:
+        raise error
+    _fail(message, 2)

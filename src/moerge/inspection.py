@@ -1,0 +1,173 @@
+"""Looking at checkpoints: what they are, and whether they are intact."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moerge.architecture import Expected, Family, family_of
+from moerge.architecture.config import canonical
+from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
+from moerge.checkpoint.header import StoredTensor
+from moerge.checkpoint.locate import locate
+from moerge.checkpoint.manifest import damaged_files, read_manifest
+from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.tokenizer import companion_files, token_ids
+from moerge.methods.codec import all_finite
+from moerge.pipeline import Progress, default_threads
+from moerge.planning.checks import expected_of
+from moerge.planning.schedule import Job, run_jobs
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; no problems means intact."""
+
+    checkpoint: Checkpoint
+    problems: tuple[str, ...]
+    tensors: int
+    nbytes: int
+    against_manifest: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures for `--json`."""
+        return {
+            "checkpoint": str(self.checkpoint.folder),
+            "intact": not self.problems,
+            "problems": list(self.problems),
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "compared_with_manifest": self.against_manifest,
+        }
+
+
+def verify(location: str | Path, *, threads: int | None = None, progress: Progress = lambda nbytes: None) -> Verification:
+    """Check that every tensor is present, of the right shape, finite, and what the manifest says, where there is one.
+
+    Raises InputError where not even the headers make sense.
+    """
+    checkpoint = locate(str(location))
+    manifest = read_manifest(checkpoint.folder)
+    family = family_of(checkpoint.config)
+    problems = _structure(checkpoint, family, manifest)
+    digests = manifest["tensors"] if manifest else {}
+    found: dict[str, str] = {}
+    jobs = (_check(tensor, digests.get(tensor.name), found, progress) for tensor in checkpoint.tensors.values())
+    run_jobs(jobs, threads or default_threads())
+    problems += [found[name] for name in checkpoint.tensors if name in found]
+    if manifest:
+        problems += damaged_files(checkpoint.folder, manifest)
+    return Verification(checkpoint, tuple(problems), len(checkpoint.tensors), checkpoint.nbytes, manifest is not None)
+
+
+def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
+    stored = checkpoint.tensors
+    problems = []
+    for tensor in expected_of(family, checkpoint.config, str(checkpoint.folder)) if family else ():
+        if tensor.name not in stored:
+            problems.append(f"tensor {tensor.name!r} is missing")
+        elif stored[tensor.name].shape != tensor.shape:
+            problems.append(f"tensor {tensor.name!r} has shape {list(stored[tensor.name].shape)}, expected {list(tensor.shape)}")
+    if manifest:
+        problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
+        problems += [f"tensor {name!r} is not in the manifest" for name in stored if name not in manifest["tensors"]]
+    return list(dict.fromkeys(problems))
+
+
+def _check(tensor: StoredTensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
+    data = tensor.open()
+
+    def look(start: int) -> tuple[bytes, bool]:
+        chunk = data[start : start + CHUNK]
+        progress(chunk.nbytes)
+        return chunk_digest(chunk), all_finite(chunk, tensor.dtype)
+
+    results = yield [partial(look, start) for start in range(0, tensor.size, CHUNK)]
+    if wanted is not None and tensor_digest(digest for digest, _ in results) != wanted:
+        found[tensor.name] = f"tensor {tensor.name!r} in {tensor.file.name} is damaged: its bytes are not those that were merged"
+    elif not all(finite for _, finite in results):
+        found[tensor.name] = f"tensor {tensor.name!r} in {tensor.file.name} holds NaN or infinity"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is, from its config and headers."""
+
+    checkpoint: Checkpoint
+    family: str | None
+    parameters: int
+    dtypes: Mapping[str, int]
+    roles: tuple[Role, ...]
+    vocabulary: int | None
+    files: tuple[str, ...]
+    manifest: Mapping[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything for `--json`."""
+        config = canonical(self.checkpoint.config, family_of(self.checkpoint.config))
+        return {
+            "checkpoint": str(self.checkpoint.folder),
+            "model_type": self.checkpoint.model_type,
+            "family": self.family,
+            "parameters": self.parameters,
+            "bytes": self.checkpoint.nbytes,
+            "dtypes": dict(self.dtypes),
+            "layers": config.get("num_hidden_layers"),
+            "hidden_size": config.get("hidden_size"),
+            "tied_embeddings": bool(config.get("tie_word_embeddings")),
+            "roles": [vars(role) for role in self.roles],
+            "tokens": self.vocabulary,
+            "tokenizer_files": list(self.files),
+            "made_by": {key: self.manifest[key] for key in ("versions", "recipe", "experts")} if self.manifest else None,
+        }
+
+
+@dataclass(frozen=True)
+class Role:
+    """All tensors of one role: `role` without layer and expert numbers, an example's shape, and totals."""
+
+    role: str
+    shape: tuple[int, ...]
+    tensors: int
+    parameters: int
+
+
+def inspect(location: str | Path) -> Inspection:
+    """Family, sizes, roles, tokenizer and origin of a checkpoint folder or Hub id, without reading a tensor."""
+    checkpoint = locate(str(location), weights=False)
+    family = family_of(checkpoint.config)
+    tensors = checkpoint.tensors.values()
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors:
+        dtypes[tensor.dtype.name] += tensor.size
+    tokens = token_ids(checkpoint.folder)
+    return Inspection(
+        checkpoint=checkpoint,
+        family=family.model_type if family else None,
+        parameters=sum(tensor.size for tensor in tensors),
+        dtypes=dtypes,
+        roles=_roles(checkpoint, family),
+        vocabulary=len(tokens) if tokens is not None else None,
+        files=tuple(companion_files(checkpoint.folder)),
+        manifest=read_manifest(checkpoint.folder),
+    )
+
+
+def _roles(checkpoint: Checkpoint, family: Family | None) -> tuple[Role, ...]:
+    order: list[Expected] = expected_of(family, checkpoint.config, str(checkpoint.folder)) if family else []
+    groups: dict[str, list[StoredTensor]] = {_general(tensor.role): [] for tensor in order}
+    for tensor in checkpoint.tensors.values():
+        role = family.role_of(tensor.name) if family else None
+        groups.setdefault(_general(role) if role else f"(no role) {_general(tensor.name)}", []).append(tensor)
+    return tuple(
+        Role(role, found[0].shape, len(found), sum(tensor.size for tensor in found)) for role, found in groups.items() if found
+    )
+
+
+def _general(role: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", role)

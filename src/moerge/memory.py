@@ -1,0 +1,134 @@
+"""Merging what is already in memory: dicts of NumPy arrays or torch tensors, through the same methods and executor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import BF16, FLOATS, DType
+from moerge.errors import InputError
+from moerge.methods.method import merge_method
+from moerge.pipeline import default_threads
+from moerge.planning.execute import Execution
+from moerge.planning.operations import Merge, Output, Source
+from moerge.recipe.document import Document
+
+
+def merge_state_dicts(
+    base: Mapping[str, Any] | None,
+    experts: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
+    *,
+    method: str,
+    weights: Sequence[float] | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Merge state dicts that share names and shapes; `parameters` are the method's, such as density=0.8.
+
+    Values are NumPy arrays (float32, float16, or ml_dtypes' bfloat16) or torch tensors on the CPU; the result has the kind
+    and element types of `base`, or of the first expert where the method needs no base. Experts are called "expert0", ...
+    unless given by name, which is what seeded methods draw by. The inputs are not changed.
+    Raises InputError for differing names or shapes, and for unknown methods or parameters.
+    """
+    chosen = Document({}, f"merge_state_dicts(method={method!r})").build(merge_method(method), parameters)
+    named = dict(experts) if isinstance(experts, Mapping) else {f"expert{i}": expert for i, expert in enumerate(experts)}
+    if not named:
+        raise InputError("merge_state_dicts needs at least one expert")
+    if chosen.uses_task_vectors and base is None:
+        raise InputError(f"{method} works on task vectors (expert minus base), so it needs a base")
+    if chosen.exact_experts not in (None, len(named)):
+        raise InputError(f"{method} merges exactly {chosen.exact_experts} state dicts, not {len(named)}")
+    if weights is not None and len(weights) != len(named):
+        raise InputError(f"there are {len(named)} experts but {len(weights)} weights")
+    used_base = base if chosen.uses_task_vectors else None
+    like = used_base if used_base is not None else next(iter(named.values()))
+    _check_names(like, named)
+    factors = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(named)
+    outputs = []
+    for name in like:
+        sources = tuple(Source(expert, _tensor(expert, name, tensors[name])) for expert, tensors in named.items())
+        base_source = Source("base", _tensor("base", name, used_base[name])) if used_base is not None else None
+        target = (base_source or sources[0]).tensor
+        _check_shapes(target.shape, sources)
+        outputs.append(Output(name, "", target.dtype, target.shape, Merge(chosen, sources, factors, base_source)))
+    store = _Memory(outputs)
+    Execution(store, allow_nonfinite).run(outputs, threads or default_threads())
+    return {output.name: _like(like[output.name], store.arrays[output.name], output) for output in outputs}
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A Tensor whose bytes are in memory."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    flat: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return self.flat.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes
+
+    def open(self) -> np.ndarray:
+        return self.flat
+
+
+class _Memory:
+    """A Store of arrays."""
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self.arrays = {output.name: np.empty(output.size, output.dtype.storage) for output in outputs}
+
+    def write(self, output: Output, start: int, data: np.ndarray) -> None:
+        self.arrays[output.name][start : start + data.size] = data
+
+    def done(self, output: Output, digest: str, inputs: dict[str, str]) -> None:
+        pass
+
+    def finished(self, output: Output) -> bool:
+        return False
+
+
+def _check_names(like: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> None:
+    for expert, tensors in named.items():
+        odd = sorted(like.keys() ^ tensors.keys())
+        if odd:
+            raise InputError(f"{expert}: tensor {odd[0]!r} is not in all state dicts")
+
+
+def _check_shapes(shape: tuple[int, ...], sources: Sequence[Source]) -> None:
+    for source in sources:
+        if source.tensor.shape != shape:
+            raise InputError(f"{source.model}: tensor {source.tensor.name!r} has shape {source.tensor.shape}, expected {shape}")
+
+
+def _is_torch(value: Any) -> bool:
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
+
+
+def _tensor(model: str, name: str, value: Any) -> _InMemory:
+    dtype = FLOATS.get(str(value.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise InputError(f"{model}: tensor {name!r} is {value.dtype}; {', '.join(sorted(FLOATS))} can be merged")
+    shape = tuple(value.shape)
+    if _is_torch(value):
+        value = value.detach().cpu().contiguous()
+        value = (value.view(sys.modules["torch"].uint16) if dtype is BF16 else value).numpy()
+    return _InMemory(name, dtype, shape, np.ascontiguousarray(value).reshape(-1).view(dtype.storage))
+
+
+def _like(value: Any, flat: np.ndarray, output: Output) -> Any:
+    if not _is_torch(value):
+        return flat.view(value.dtype).reshape(output.shape)
+    torch = sys.modules["torch"]
+    tensor = torch.from_numpy(flat)
+    return (tensor.view(torch.bfloat16) if output.dtype is BF16 else tensor).reshape(output.shape).to(value.device)

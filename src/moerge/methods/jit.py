@@ -1,0 +1,21 @@
+"""How every kernel is compiled: without the GIL, cached on disk, and with no freedom to reorder floating point.
+
+Without `fastmath` LLVM neither reassociates sums nor fuses multiply and add, so a kernel gives the same bits on every CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` with Numba on its first call."""
+    try:
+        return cast(Function, numba.njit(nogil=True, error_model="numpy", cache=True)(function))
+    except RuntimeError:  # neither the package's folder nor a cache folder can be written
+        return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))

@@ -1,0 +1,26 @@
+"""Task arithmetic."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from moerge.methods.formulas import weighted_sum
+from moerge.methods.method import Block, TaskVectorMethod
+
+
+class TaskArithmetic(TaskVectorMethod):
+    """theta = theta_base + scale * sum_k w_k tau_k (Ilharco et al. 2023).
+
+    With K experts and scale 1/K it is the average. A negative weight unlearns an expert (the paper's negation).
+    `normalize` divides by sum_k w_k, as mergekit's option of that name does.
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+    normalize: bool = False
+
+    def combine(self, block: Block) -> None:
+        """sum_k w_k tau_k."""
+        divisor = np.float32(block.weights_K.sum(dtype=np.float64)) if self.normalize else np.float32(1)
+        weighted_sum(block.theta_KN, block.weights_K, divisor, block.out_N)

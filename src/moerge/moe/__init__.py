@@ -1,0 +1,1 @@
+"""Assembling token-routed MoEs: which expert's tensor goes where, and where the router comes from."""

@@ -1,0 +1,135 @@
+"""The whole flow, from a recipe to a checkpoint: read this first.
+
+recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> publish
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moerge.checkpoint.card import model_card
+from moerge.checkpoint.digest import file_digest
+from moerge.checkpoint.manifest import build_manifest, to_json
+from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, staging_folder
+from moerge.errors import InputError, MachineError
+from moerge.planning.build import build_plan
+from moerge.planning.execute import Execution
+from moerge.planning.plan import Plan
+from moerge.recipe import Recipe, load_recipe
+
+SHARD_BYTES = 5_000_000_000
+"""Largest shard by default, as transformers writes them."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge. Times are in seconds; `publish_seconds` is spent making the files durable and naming them."""
+
+    folder: Path
+    plan: Plan
+    threads: int
+    merge_seconds: float
+    publish_seconds: float
+    nonfinite_inputs: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures for `--json`."""
+        return {
+            "checkpoint": str(self.folder),
+            "merge_seconds": round(self.merge_seconds, 3),
+            "publish_seconds": round(self.publish_seconds, 3),
+            "threads": self.threads,
+            "nonfinite_inputs": list(self.nonfinite_inputs),
+            **self.plan.summary(self.threads),
+        }
+
+
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Plan:
+    """What a recipe amounts to, without reading a tensor; Hub models' weights are not downloaded.
+
+    `recipe` is a YAML file's path or the same structure as a dict, whose relative paths start from the working directory.
+    `seed` replaces the recipe's seeds. Raises InputError if the recipe or a model is at fault.
+    """
+    return build_plan(load_recipe(recipe, seed=seed))
+
+
+def merge(
+    plan: Plan | str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    allow_nonfinite: bool = False,
+    progress: Callable[[Plan], Progress] | None = None,
+) -> MergeResult:
+    """Carry out a plan (or a recipe) and write the checkpoint folder `out`.
+
+    `resume` continues an interrupted merge into `out`; `force` replaces a checkpoint that moerge made there before.
+    The result does not depend on `threads` (default: the cores available), and its tensors not on `max_shard_bytes`.
+    `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread.
+    Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
+    """
+    plan = plan if isinstance(plan, Plan) else build_plan(load_recipe(plan), weights=True)
+    if not plan.complete:
+        plan = build_plan(plan.recipe, weights=True)
+    target = Path(os.path.abspath(out))
+    start = _check_target(plan, target, resume=resume, force=force)
+    threads = threads or default_threads()
+    shards = assign_shards(plan.outputs, max_shard_bytes)
+    begun = time.perf_counter()
+    with Staging(target, shards, f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}", start) as staging:
+        execution = Execution(staging, allow_nonfinite)
+        if progress is not None:
+            execution.advance = progress(plan)
+        execution.run(plan.outputs, threads)
+        merged = time.perf_counter()
+        nonfinite = sorted(execution.nonfinite)
+        staging.publish(_files(plan, staging, nonfinite), replace=force)
+    return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(nonfinite))
+
+
+def default_threads() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _files(plan: Plan, staging: Staging, nonfinite: list[str]) -> dict[str, bytes]:
+    files = {name: path.read_bytes() for name, path in plan.files.items()}
+    files |= {"config.json": to_json(plan.config), "README.md": model_card(plan).encode()}
+    digests = {name: file_digest(content) for name, content in sorted(files.items())}
+    return {**files, MANIFEST: to_json(build_manifest(plan, staging, digests, nonfinite))}
+
+
+def _check_target(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
+    for model in plan.models:
+        source = model.folder.resolve()
+        if target.resolve() == source or source in target.resolve().parents:
+            raise InputError(f"the output {target} lies in {model.name}'s own folder: choose another one")
+    interrupted = staging_folder(target).exists()
+    if target.exists() and not force:
+        raise InputError(f"{target} already exists: choose another folder, or replace it with --force")
+    if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
+    if interrupted and not (resume or force):
+        raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
+    _check_space(plan, target, staged=interrupted and resume)
+    return "resume" if resume and interrupted else "restart" if interrupted else "new"
+
+
+def _check_space(plan: Plan, target: Path, *, staged: bool) -> None:
+    parent = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if not staged and free < plan.output_bytes:
+        raise MachineError(
+            f"no space for {target}: it needs {plan.output_bytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free"
+        )

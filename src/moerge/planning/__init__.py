@@ -1,0 +1,1 @@
+"""Plans: what will be done to every output tensor, and doing it."""

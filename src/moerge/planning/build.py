@@ -1,0 +1,148 @@
+"""From a recipe to a plan, reading configs and headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moerge.architecture import Expected, Family, family_of, moe_format
+from moerge.architecture.config import canonical, portable
+from moerge.checkpoint.dtypes import DTYPES, FLOATS, DType
+from moerge.checkpoint.locate import locate
+from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.tokenizer import check_same_vocabulary, companion_files
+from moerge.errors import InputError
+from moerge.methods.average import Average
+from moerge.methods.method import MergeMethod
+from moerge.planning.checks import check_configs, check_models, expected_of, merge_candidates
+from moerge.planning.match import MethodChooser
+from moerge.planning.operations import Copy, Merge, Operation, Output, Source
+from moerge.planning.plan import Plan
+from moerge.recipe.schema import Recipe
+
+
+def build_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
+    """What the recipe amounts to, with every check that needs no tensor data.
+
+    `weights` downloads Hub models completely; without it only their configs and headers are fetched.
+    Raises InputError if the models cannot be merged as asked.
+    """
+    locations = {"base": recipe.base} if recipe.base else {}
+    locations |= {name: expert.model for name, expert in recipe.experts.items()}
+    models = tuple(
+        locate(location, name=name, relative_to=recipe.folder, weights=weights) for name, location in locations.items()
+    )
+    check_models(models)
+    family = family_of(models[0].config)
+    config_source = recipe.config or models[0].name
+    warnings = check_configs(models, family, source=config_source, named=recipe.config is not None)
+    tokenizer_source = recipe.tokenizer or config_source
+    warnings += check_same_vocabulary(models)
+    found, more = merge_candidates(models, family)
+    job = _Job(recipe, {model.name: model for model in models}, family, _dtype(recipe, models, config_source))
+    config, outputs, experts = job.moe(found, config_source) if recipe.moe else job.dense(found, config_source)
+    return Plan(
+        recipe=recipe,
+        models=models,
+        outputs=tuple(outputs),
+        config=config,
+        files=companion_files(job.models[tokenizer_source].folder),
+        experts=experts,
+        warnings=(*warnings, *more, *job.warnings()),
+        notes=(f"config from {config_source}, tokenizer and generation config from {tokenizer_source}",),
+    )
+
+
+def _dtype(recipe: Recipe, models: Sequence[Checkpoint], source: str) -> DType:
+    """The recipe's dtype, else the float type that most bytes of the config's model are stored in."""
+    if recipe.dtype:
+        return FLOATS[recipe.dtype]
+    model = next(model for model in models if model.name == source)
+    counts = Counter({dtype.name: 0 for dtype in FLOATS.values()})
+    for tensor in model.tensors.values():
+        if tensor.dtype.is_float:
+            counts[tensor.dtype.name] += tensor.nbytes
+    return DTYPES[counts.most_common(1)[0][0]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]
+    family: Family | None
+    dtype: DType
+
+    def dense(self, found: Sequence[Expected], source: str) -> tuple[dict[str, Any], list[Output], tuple[str, ...]]:
+        chooser = MethodChooser(self.recipe)
+        outputs = [self._output(t, t.shape, self._merged(t, chooser, tuple(self.recipe.experts), source)) for t in found]
+        chooser.check_all_used()
+        config = portable(self.models[source].config, family=self.family, dtype=str(self.dtype.torch_name))
+        return config, outputs, ()
+
+    def moe(self, found: Sequence[Expected], source: str) -> tuple[dict[str, Any], list[Output], tuple[str, ...]]:
+        moe = self.recipe.moe
+        assert moe is not None
+        model = self.models[source]
+        chosen = moe_format(moe.format, model.model_type)
+        config = canonical(model.config, self.family)
+        obstacle = chosen.obstacle(config)
+        unknown = next((tensor.name for tensor in found if not tensor.role), None)
+        if obstacle or unknown:
+            raise InputError(f"cannot build a {chosen.name} model: {obstacle or f'it has no place for tensor {unknown!r}'}")
+        experts = (*(("base",) if self.recipe.includes_base else ()), *self.recipe.experts)
+        converted = chosen.convert(config, len(experts), moe.top_k)
+        chooser = MethodChooser(self.recipe)
+        dense = {tensor.role: tensor for tensor in found}
+        outputs = []
+        for tensor in expected_of(chosen.family, converted, chosen.name):
+            operation: Operation
+            if tensor.role.endswith(".router"):
+                operation = moe.router.operation(tensor)
+            elif tensor.expert is not None:
+                operation = self._copied(experts[tensor.expert], dense[tensor.dense_role].name)
+            else:
+                operation = self._merged(dense[tensor.role], chooser, experts, source)
+            outputs.append(self._output(tensor, tensor.shape, operation))
+        chooser.check_all_used()
+        return portable(converted, family=chosen.family, dtype=str(self.dtype.torch_name)), outputs, experts
+
+    def _output(self, tensor: Expected, shape: tuple[int, ...], operation: Operation) -> Output:
+        dtype = operation.source.tensor.dtype if isinstance(operation, Copy) else self.dtype
+        return Output(tensor.name, tensor.role, dtype, shape, operation)
+
+    def _source(self, model: str, name: str) -> Source:
+        return Source(model, self.models[model].tensors[name])
+
+    def _copied(self, model: str, name: str) -> Operation:
+        """The tensor's bytes, or its values rounded to the output's type."""
+        source = self._source(model, name)
+        if source.tensor.dtype is self.dtype or not source.tensor.dtype.is_float:
+            return Copy(source)
+        return Merge(Average(), (source,), (1.0,))
+
+    def _merged(self, tensor: Expected, chooser: MethodChooser, members: tuple[str, ...], source: str) -> Operation:
+        """A merge over `members`; the base has no task vector, so methods that work on those leave it out."""
+        if not self._source(source, tensor.name).tensor.dtype.is_float:
+            return self._copied(source, tensor.name)
+        method = chooser.choose(tensor.role, tensor.name)
+        base = None
+        if method.uses_task_vectors:
+            members = tuple(name for name in members if name != "base")
+            base = self._source("base", tensor.name)
+        _check_count(method, members)
+        weights = tuple(self.recipe.experts[name].weight if name in self.recipe.experts else 1.0 for name in members)
+        return Merge(method, tuple(self._source(name, tensor.name) for name in members), weights, base)
+
+    def warnings(self) -> list[str]:
+        """What a user should know about a plan that is valid."""
+        moe = self.recipe.moe
+        if moe is None or not moe.router.needs_training:
+            return []
+        return [f"the {moe.router.kind} router is untrained: the MoE mixes its experts blindly until it is fine-tuned"]
+
+
+def _check_count(method: MergeMethod, members: Sequence[str]) -> None:
+    if method.exact_experts not in (None, len(members)):
+        raise InputError(f"{method.name} merges exactly {method.exact_experts} models, not {len(members)} ({', '.join(members)})")

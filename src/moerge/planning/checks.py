@@ -1,0 +1,125 @@
+"""Whether models can be merged at all: the same family, config, vocabulary and tensors. Every failure names the culprit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moerge.architecture.config import STRUCTURAL, canonical, differences
+from moerge.architecture.family import Expected, Family, expected_tensors
+from moerge.checkpoint.header import StoredTensor
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+
+
+def check_models(models: Sequence[Checkpoint]) -> None:
+    """InputError for quantised models and for models of different types."""
+    for model in models:
+        if model.config.get("quantization_config"):
+            raise InputError(f"{model.name}: {model.folder} is quantised: merge the unquantised checkpoint it was made from")
+    first = models[0]
+    for model in models[1:]:
+        if model.model_type != first.model_type:
+            raise InputError(
+                f"{model.name} is of type {model.model_type!r}, {first.name} of type {first.model_type!r}: "
+                "only models of one architecture can be merged tensor by tensor"
+            )
+
+
+def check_configs(models: Sequence[Checkpoint], family: Family | None, *, source: str, named: bool) -> list[str]:
+    """Warnings about config differences that the user settled by naming the source (`config:` in the recipe).
+
+    Raises InputError where a difference changes the tensors' shapes, or changes results and nobody settled it.
+    """
+    known = {model.name: canonical(model.config, family) for model in models}
+    differing = differences(known)
+    for key, values in differing.items():
+        if key in STRUCTURAL:
+            raise InputError(f"config.json: {key} differs ({_values(values)}): these models do not have the same shape")
+    if not differing:
+        return []
+    described = "; ".join(f"{key} ({_values(values)})" for key, values in differing.items())
+    if not named:
+        raise InputError(
+            f"config.json differs in what changes results: {described}; name the model whose config to use, "
+            f"such as 'config: {source}' in the recipe"
+        )
+    return [f"config.json differs, {source}'s is used: {described}"]
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {value!r}" for name, value in values.items())
+
+
+def expected_of(family: Family, config: Mapping[str, Any], where: str) -> list[Expected]:
+    """The family's tensors for a config; InputError if the config lacks a size."""
+    try:
+        return expected_tensors(family, canonical(config, family))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{where}: config.json of type {family.model_type!r} lacks or garbles {error}") from None
+
+
+def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tuple[list[Expected], list[str]]:
+    """The tensors that all models have, in the model's order, and warnings.
+
+    Raises InputError naming a tensor that is missing somewhere, that some have and others lack, or whose shape is wrong.
+    """
+    stored = {model.name: _relevant(model, family) for model in models}
+    _check_same_names(models, stored)
+    names = stored[models[0].name]
+    if family is None:
+        found = [Expected("", name, tensor.shape) for name, tensor in names.items()]
+        _check_shapes(models, stored, found)
+        kind = models[0].model_type
+        return found, [f"unknown model type {kind!r}: merged by tensor name, without roles and without checking the config"]
+    expected = expected_of(family, models[0].config, models[0].name)
+    _check_present(models, stored, expected)
+    known = {tensor.name for tensor in expected}
+    extra = [name for name in names if name not in known]
+    found = expected + [Expected("", name, names[name].shape) for name in extra]
+    _check_shapes(models, stored, found)
+    warning = f"{len(extra)} tensors that {family.model_type} does not use are merged by name: {', '.join(extra[:3])}"
+    return found, [warning] if extra else []
+
+
+def _relevant(model: Checkpoint, family: Family | None) -> dict[str, StoredTensor]:
+    """Tensors that the model reads: no buffers, and no stored head where it is tied to the embedding."""
+    if family is None:
+        return dict(model.tensors)
+    absent = {rule.name for rule in family.tensors if rule.role == "head" and not rule.applies(canonical(model.config, family))}
+    return {name: t for name, t in model.tensors.items() if name not in absent and not family.is_buffer(name)}
+
+
+def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    everything = {name for tensors in stored.values() for name in tensors}
+    for name in sorted(everything):
+        having = [model.name for model in models if name in stored[model.name]]
+        if len(having) < len(models):
+            lacking = [model.name for model in models if name not in stored[model.name]]
+            raise InputError(f"tensor {name!r} is in {', '.join(having)} but not in {', '.join(lacking)}: merging would drop it")
+
+
+def _check_present(
+    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, StoredTensor]], expected: Sequence[Expected]
+) -> None:
+    for model in models:
+        missing = next((tensor.name for tensor in expected if tensor.name not in stored[model.name]), None)
+        if missing:
+            raise InputError(f"{model.name}: tensor {missing!r} is missing in {model.folder}: its config.json calls for it")
+
+
+def _check_shapes(
+    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, StoredTensor]], expected: Sequence[Expected]
+) -> None:
+    for model in models:
+        for tensor in expected:
+            actual = stored[model.name][tensor.name]
+            if actual.shape != tensor.shape:
+                raise InputError(
+                    f"{model.name}: tensor {tensor.name!r} has shape {list(actual.shape)}, expected {list(tensor.shape)}"
+                )
+            if actual.dtype.name.startswith("F") and not actual.dtype.is_float:
+                raise InputError(
+                    f"{model.name}: tensor {tensor.name!r} is stored as {actual.dtype.name}: "
+                    "convert the checkpoint to float32, float16 or bfloat16 first"
+                )

@@ -1,0 +1,138 @@
+"""The operations that a plan is made of. A dense merge and a MoE are both lists of them, so one executor runs both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import DType
+from moerge.methods.method import MergeMethod
+
+
+class Tensor(Protocol):
+    """What an operation reads: a tensor in a file or in memory."""
+
+    @property
+    def name(self) -> str:
+        """What the tensor is called in its model."""
+        ...
+
+    @property
+    def dtype(self) -> DType:
+        """Its element type."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        ...
+
+    def open(self) -> np.ndarray:
+        """All elements, flat, in storage type."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of one of the models, by the name the recipe gives the model."""
+
+    model: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The bytes of one source, unchanged."""
+
+    source: Source
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is read."""
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge method over experts in the recipe's order; `base` where the method works on task vectors."""
+
+    method: MergeMethod
+    experts: tuple[Source, ...]
+    weights: tuple[float, ...]
+    base: Source | None = None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is read."""
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Uniform random values in [-bound, bound), a function of the seed and the output's name."""
+
+    seed: int
+    bound: float
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Nothing is read."""
+        return ()
+
+
+Operation = Copy | Merge | Draw
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the result and how it comes about. `role` is "" where the family is unknown."""
+
+    name: str
+    role: str
+    dtype: DType
+    shape: tuple[int, ...]
+    operation: Operation
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def action(self) -> str:
+        """The operation in a word: a method's name, `copy`, `convert` (to another element type) or `draw`."""
+        operation = self.operation
+        if isinstance(operation, Merge):
+            return "convert" if len(operation.sources) == 1 else operation.method.name
+        return "copy" if isinstance(operation, Copy) else "draw"
+
+    @property
+    def hyperparameters(self) -> str:
+        """The operation's settings in a line."""
+        operation = self.operation
+        if isinstance(operation, Draw):
+            return f"seed {operation.seed}, uniform within {operation.bound:.4g}"
+        if isinstance(operation, Copy) or self.action == "convert":
+            return ""
+        weights = "" if set(operation.weights) == {1.0} else f", weights {', '.join(f'{w:g}' for w in operation.weights)}"
+        settings = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in operation.method
+        )
+        return settings + weights

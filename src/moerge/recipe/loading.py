@@ -1,0 +1,144 @@
+"""From a YAML file, or a dict, to a Recipe; all that can be checked without looking at a model is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from moerge.errors import InputError, suggest
+from moerge.methods.method import MergeMethod, merge_method
+from moerge.moe.router import Router, router
+from moerge.recipe.document import Document, Key, read_document
+from moerge.recipe.schema import MoE, Override, Recipe
+
+_SECTIONS = ("base", "experts", "merge", "moe", "dtype", "tokenizer", "config")
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
+    """A Recipe from a YAML file's path or from the same structure as a dict.
+
+    `seed` replaces every seed in it. Raises InputError that names the line and key at fault.
+    """
+    if isinstance(recipe, Recipe):
+        document, folder = Document(deepcopy(recipe.written), recipe.source), recipe.folder
+    elif isinstance(recipe, Mapping):
+        document, folder = Document(deepcopy(dict(recipe))), Path()
+    else:
+        document, folder = read_document(Path(recipe)), Path(recipe).parent
+    if seed is not None:
+        _set_seed(document.data, seed)
+    return _build(document, folder)
+
+
+def _set_seed(data: dict[str, Any], seed: int) -> None:
+    if isinstance(data.setdefault("merge", {}), dict):
+        data["merge"]["seed"] = seed
+    if isinstance(data.get("moe"), dict) and isinstance(data["moe"].setdefault("router", {}), dict):
+        data["moe"]["router"]["seed"] = seed
+
+
+def _build(document: Document, folder: Path) -> Recipe:
+    data = document.data
+    for key in data:
+        if key not in _SECTIONS:
+            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
+    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")}
+    method, overrides = _merge_section(document)
+    if data.get("moe") is not None:
+        fields["moe"] = _moe_section(document)
+    whole = {**fields, "method": method, "overrides": overrides, "folder": folder, "source": document.source, "written": data}
+    recipe = document.build(Recipe, whole)
+    _check(recipe, document)
+    return recipe
+
+
+def _mapping(document: Document, path: Key, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise document.error(path, f" should be a mapping, not {value!r}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...]]:
+    section = _mapping(document, ("merge",), document.data.get("merge"))
+    listed = section.pop("overrides", None) or []
+    seed = section.pop("seed", 0)
+    if type(seed) is not int:
+        raise document.error(("merge", "seed"), f" should be a whole number, not {seed!r}")
+    method = _method(document, ("merge",), section, seed)
+    if not isinstance(listed, list):
+        raise document.error(("merge", "overrides"), " should be a list of mappings with a 'match' each")
+    overrides = []
+    for index, item in enumerate(listed):
+        path: Key = ("merge", "overrides", index)
+        own = _mapping(document, path, item)
+        match = own.pop("match", None)
+        if not isinstance(match, str) or not match:
+            raise document.error(path, " needs a 'match': a role such as 'attention' or a tensor name with '*'")
+        merged = own if "method" in own else {**section, **own}
+        overrides.append(Override(match=match, method=_method(document, path, merged, seed)))
+    return method, tuple(overrides)
+
+
+def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int) -> MergeMethod:
+    parameters = dict(section)
+    name = parameters.pop("method", "average")
+    try:
+        kind = merge_method(str(name))
+    except InputError as error:
+        raise document.error((*path, "method"), f": {error}") from None
+    if "seed" in kind.model_fields:
+        parameters.setdefault("seed", seed)
+    return document.build(kind, parameters, path)
+
+
+def _moe_section(document: Document) -> MoE:
+    section = _mapping(document, ("moe",), document.data["moe"])
+    parameters = _mapping(document, ("moe", "router"), section.get("router"))
+    kind = parameters.pop("kind", "random")
+    try:
+        chosen: type[Router] = router(str(kind))
+    except InputError as error:
+        raise document.error(("moe", "router", "kind"), f": {error}") from None
+    section["router"] = document.build(chosen, parameters, ("moe", "router"))
+    return document.build(MoE, section, ("moe",))
+
+
+def _check(recipe: Recipe, document: Document) -> None:
+    if "base" in recipe.experts:
+        raise document.error(("experts", "base"), ": 'base' is the name of the common ancestor; call this expert something else")
+    names = ["base", *recipe.experts] if recipe.base else list(recipe.experts)
+    for key in ("tokenizer", "config"):
+        named = getattr(recipe, key)
+        if named is not None and named not in names:
+            raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, names)}")
+    for method in recipe.methods:
+        _check_method(method, recipe, document)
+    if recipe.moe is not None:
+        _check_moe(recipe, document)
+
+
+def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> None:
+    if method.uses_task_vectors and recipe.base is None:
+        raise document.error(
+            ("merge",), f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'"
+        )
+    weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]
+    if weighted and not method.uses_weights:
+        raise document.error(("experts", weighted[0]), f" has a weight, which {method.name} ignores: use 'linear', or remove it")
+    if getattr(method, "normalize", False) and sum(expert.weight for expert in recipe.experts.values()) == 0:
+        raise document.error(("experts",), ": the weights sum to zero, so they cannot be normalised")
+
+
+def _check_moe(recipe: Recipe, document: Document) -> None:
+    assert recipe.moe is not None
+    if recipe.includes_base and recipe.base is None:
+        raise document.error(("moe", "include_base"), " is true, so the recipe needs a 'base'")
+    count = len(recipe.experts) + recipe.includes_base
+    if count < 2:
+        raise document.error(("experts",), ": a MoE needs at least two experts")
+    if recipe.moe.top_k > count:
+        raise document.error(("moe", "top_k"), f" is {recipe.moe.top_k}, but there are only {count} experts")

@@ -1,0 +1,76 @@
+"""The recipe as an object. Every field is what the user wrote or its documented default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
+
+from moerge.methods.method import Finite, MergeMethod
+from moerge.moe.router import Router
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Expert(_Strict):
+    """A fine-tuned model: a folder or Hub id, and its weight in methods that weigh."""
+
+    model: str
+    weight: Finite = 1.0
+
+
+def _expert(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+class MoE(_Strict):
+    """A token-routed MoE instead of a dense model (MergeME, section 3.1.1; BTX).
+
+    `include_base` makes the base expert 0, as in the paper; by default wherever there is a base.
+    """
+
+    separate: tuple[Literal["ffn"], ...] = Field(default=("ffn",), min_length=1)
+    include_base: bool | None = None
+    top_k: int = Field(default=2, ge=1)
+    router: InstanceOf[Router]
+    format: str = "auto"
+
+
+class Override(_Strict):
+    """Another method for the tensors that `match`: a role (`attention`, `layers.0-3.ffn.down`) or a tensor name with `*`."""
+
+    match: str
+    method: InstanceOf[MergeMethod]
+
+
+class Recipe(_Strict):
+    """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it."""
+
+    base: str | None = None
+    experts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")], Annotated[Expert, BeforeValidator(_expert)]] = Field(
+        min_length=1
+    )
+    method: InstanceOf[MergeMethod]
+    overrides: tuple[Override, ...] = ()
+    moe: MoE | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    tokenizer: str | None = None
+    config: str | None = None
+    folder: Path = Path()
+    source: str = "recipe"
+    written: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def includes_base(self) -> bool:
+        """Whether the base is one of the MoE's experts."""
+        if self.moe is None:
+            return False
+        return self.base is not None if self.moe.include_base is None else self.moe.include_base
+
+    @property
+    def methods(self) -> tuple[MergeMethod, ...]:
+        """The main method and those of the overrides."""
+        return (self.method, *(override.method for override in self.overrides))
