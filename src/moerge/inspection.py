@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moerge.architecture import Expected, Family, family_of
 from moerge.architecture.config import canonical
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
@@ -80,10 +82,10 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
 
 
 def _check(tensor: StoredTensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
-    data = tensor.open()
+    elements = tensor.open()
 
     def look(start: int) -> tuple[bytes, bool]:
-        chunk = data[start : start + CHUNK]
+        chunk = elements.read(start, np.empty(min(CHUNK, tensor.size - start), tensor.dtype.storage))
         progress(chunk.nbytes)
         return chunk_digest(chunk), all_finite(chunk, tensor.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from moerge.checkpoint.dtypes import BF16, FLOATS, DType
 from moerge.errors import InputError
-from moerge.methods.method import merge_method
+from moerge.methods.method import MergeMethod, merge_method
 from moerge.pipeline import default_threads
 from moerge.planning.execute import Execution
 from moerge.planning.operations import Merge, Output, Source
@@ -43,12 +44,10 @@ def merge_state_dicts(
         raise InputError(f"{method} works on task vectors (expert minus base), so it needs a base")
     if chosen.exact_experts not in (None, len(named)):
         raise InputError(f"{method} merges exactly {chosen.exact_experts} state dicts, not {len(named)}")
-    if weights is not None and len(weights) != len(named):
-        raise InputError(f"there are {len(named)} experts but {len(weights)} weights")
+    factors = _factors(chosen, weights, list(named))
     used_base = base if chosen.uses_task_vectors else None
     like = used_base if used_base is not None else next(iter(named.values()))
     _check_names(like, named)
-    factors = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(named)
     outputs = []
     for name in like:
         sources = tuple(Source(expert, _tensor(expert, name, tensors[name])) for expert, tensors in named.items())
@@ -78,8 +77,11 @@ class _InMemory:
     def nbytes(self) -> int:
         return self.flat.nbytes
 
-    def open(self) -> np.ndarray:
-        return self.flat
+    def open(self) -> _InMemory:
+        return self
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        return self.flat[start : start + out_N.size]
 
 
 class _Memory:
@@ -96,6 +98,22 @@ class _Memory:
 
     def finished(self, output: Output) -> bool:
         return False
+
+
+def _factors(method: MergeMethod, weights: Sequence[float] | None, experts: Sequence[str]) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * len(experts)
+    factors = tuple(float(weight) for weight in weights)
+    if len(factors) != len(experts):
+        raise InputError(f"there are {len(experts)} experts but {len(factors)} weights")
+    if not method.uses_weights and set(factors) != {1.0}:
+        raise InputError(f"{method.name} ignores weights: use 'linear', or leave them out")
+    for expert, factor in zip(experts, factors, strict=True):
+        if not math.isfinite(factor):
+            raise InputError(f"{expert} has the weight {factor}: weights must be finite")
+    if method.divides_by_weights and sum(factors) == 0:
+        raise InputError("the weights sum to zero, so they cannot be normalised")
+    return factors
 
 
 def _check_names(like: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> None:

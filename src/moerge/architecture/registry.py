@@ -23,6 +23,11 @@ def known_families() -> list[str]:
     return FAMILIES.names()
 
 
+def moe_formats() -> list[str]:
+    """Names of all token-routed MoE formats."""
+    return MOE_FORMATS.names()
+
+
 def moe_format(name: str, model_type: str) -> MoEFormat:
     """The MoE format called `name`, or with "auto" the one that experts of this model type map to exactly.
 

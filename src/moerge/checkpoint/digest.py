@@ -20,6 +20,11 @@ def chunk_digest(data: Any) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
+def running_digest() -> Any:
+    """A digest of a chunk that is fed piece by piece: `update(data)`, then `digest()`."""
+    return xxhash.xxh3_128()
+
+
 def tensor_digest(chunks: Iterable[bytes]) -> str:
     """Digest of a tensor from its chunks' digests in order."""
     return xxhash.xxh3_128_hexdigest(b"".join(chunks))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moerge.checkpoint.dtypes import DTYPES, DType
-from moerge.errors import InputError
+from moerge.errors import InputError, MachineError
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors library sets too."""
@@ -44,15 +44,39 @@ class StoredTensor:
         """Bytes of data."""
         return self.size * self.dtype.itemsize
 
-    def open(self) -> np.ndarray:
-        """All elements as a flat read-only view of the mapped file: no byte is read before it is used."""
-        if self.size == 0:
-            return np.empty(0, self.dtype.storage)
+    def open(self) -> FileElements:
+        """Open the file for reading this tensor's elements."""
+        return FileElements(self)
+
+
+class FileElements:
+    """A tensor's elements, read from its file. Reading, unlike mapping, reports a failing disk instead of dying of it."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._tensor = tensor
         try:
-            mapped = np.memmap(self.file, self.dtype.storage, mode="r", offset=self.offset, shape=(self.size,))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read tensor {self.name!r} in {self.file}: {error}; was the file changed?") from None
-        return mapped.view(np.ndarray)
+            self._descriptor = os.open(tensor.file, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"cannot read {tensor.file}: {error.strerror or error}") from None
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        """Fill `out_N` with elements `start` and following, and return it."""
+        view, offset = out_N.view(np.uint8).data, self._tensor.offset + start * self._tensor.dtype.itemsize
+        while len(view):
+            try:
+                count = os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                raise MachineError(f"reading {self._tensor.file} failed: {error.strerror or error}") from None
+            if count == 0:
+                raise InputError(
+                    f"{self._tensor.file} ended inside tensor {self._tensor.name!r}: it was changed while being read"
+                )
+            view, offset = view[count:], offset + count
+        return out_N
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

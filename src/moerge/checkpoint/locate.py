@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from moerge.checkpoint.dtypes import DTYPES
 from moerge.checkpoint.header import StoredTensor
 from moerge.checkpoint.reader import Checkpoint, open_folder, read_json
-from moerge.errors import InputError, MachineError, suggest
+from moerge.errors import InputError, MachineError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -21,8 +22,13 @@ def locate(location: str, *, name: str = "", relative_to: Path | None = None, we
     With `weights=False` a Hub model's configuration and headers are fetched, its weights are not.
     Raises InputError if there is no such model, MachineError if the Hub cannot be reached.
     """
-    folder = (relative_to or Path()) / Path(location).expanduser()
-    if folder.exists():
+    try:
+        folder = (relative_to or Path()) / Path(location).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name + ': ' if name else ''}there is no model {location[:80]!r}: {reason}") from None
+    if exists:
         return open_folder(folder, name=name, location=location)
     hub = None if location.startswith((".", "/", "~")) else _HUB_ID.fullmatch(location)
     if hub is None:
@@ -32,7 +38,8 @@ def locate(location: str, *, name: str = "", relative_to: Path | None = None, we
 
 def _nearby(folder: Path) -> str:
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    return f": {suggest(folder.name, siblings)}" if siblings else ": check the path"
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    return f": did you mean {near[0]!r}?" if near else ": check the path"
 
 
 def _from_hub(repo: str, revision: str | None, name: str, location: str, folder: Path, weights: bool) -> Checkpoint:

@@ -53,6 +53,8 @@ def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoi
 
     Raises InputError if it is not a complete safetensors checkpoint.
     """
+    if folder.is_file():
+        raise InputError(f"{_label(name)}{folder} is a file: name the checkpoint's folder instead")
     if not folder.is_dir():
         raise InputError(f"{_label(name)}there is no folder {folder}: check the path")
     config = read_json(folder / "config.json")

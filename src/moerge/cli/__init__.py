@@ -34,7 +34,8 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"moerge: {message}", file=sys.stderr)
+    if message:
+        print(f"moerge: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -27,10 +27,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and war
 
 
 def usage_message(error: Exception) -> str | None:
-    """What a wrong call should read, or None if `error` is not about the call."""
+    """What a wrong call should read, or None if `error` is not about the call; "" where the help was shown instead."""
     show = getattr(error, "format_message", None)
     if show is None:
         return None
+    if not show():
+        return ""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "moerge"
     return f"{show()} (see: {command} --help)"

@@ -33,6 +33,11 @@ class Linear(MergeMethod):
     name: ClassVar[str] = "linear"
     normalize: bool = True
 
+    @property
+    def divides_by_weights(self) -> bool:
+        """True with `normalize`."""
+        return self.normalize
+
     def merge(self, block: Block) -> None:
         """The weighted sum over experts, in the recipe's order."""
         total = np.float32(block.weights_K.sum(dtype=np.float64)) if self.normalize else np.float32(1)

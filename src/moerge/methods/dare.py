@@ -35,6 +35,11 @@ class Dare(TaskVectorMethod):
         """The seed of the masks."""
         return self.seed
 
+    @property
+    def divides_by_weights(self) -> bool:
+        """True for the mean of all task vectors; an elected mean divides by the weights of those that agree."""
+        return self.aggregate == "mean" and self.elect == "none"
+
     def combine(self, block: Block) -> None:
         """Drop, rescale, then sum."""
         factor = np.float32(1 / self.density if self.rescale else 1)

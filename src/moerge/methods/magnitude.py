@@ -66,17 +66,18 @@ def _count_low_in(bins_K: np.ndarray, tau_KN: np.ndarray, total_KB: np.ndarray) 
 
 @kernel
 def _count_low(tau_KN: np.ndarray, bins_K: np.ndarray, total_KB: np.ndarray) -> None:
-    group = 32  # most groups hold no entry of the bin, and finding that out vectorises
+    # few entries lie in the bin: flag them in a loop that vectorises, then pass over the flags eight at a time
+    size = tau_KN.shape[1]
+    words = (size + 7) // 8
+    flags = np.zeros(words * 8, np.uint8)
+    eights = flags.view(np.uint64)
     for k in range(tau_KN.shape[0]):
         bits_N = tau_KN[k].view(np.uint32)
         wanted = bins_K[k]
-        for start in range(0, bits_N.size, group):
-            stop = min(start + group, bits_N.size)
-            hits = np.uint32(0)
-            for i in range(start, stop):
-                hits += np.uint32(((bits_N[i] & _MAGNITUDE) >> _LOW_BITS) == wanted)
-            if hits:
-                for i in range(start, stop):
-                    magnitude = bits_N[i] & _MAGNITUDE
-                    if (magnitude >> _LOW_BITS) == wanted:
-                        total_KB[k, magnitude & _LOW_MASK] += 1
+        for i in range(size):
+            flags[i] = ((bits_N[i] & _MAGNITUDE) >> _LOW_BITS) == wanted
+        for word in range(words):
+            if eights[word] != 0:
+                for i in range(word * 8, min(word * 8 + 8, size)):
+                    if flags[i]:
+                        total_KB[k, bits_N[i] & _LOW_MASK] += 1

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from moerge.methods.jit import kernel
 from moerge.registry import Registry
 
-Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 """A fraction kept, in (0, 1]."""
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Scope = Literal["tensor", "model"]
 
 
@@ -61,12 +61,13 @@ class MergeMethod(BaseModel):
     Register a subclass under the entry point group `moerge.methods` and recipes can name it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str]
     uses_task_vectors: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
-    measures: ClassVar[bool] = False
+    measures: ClassVar[int] = 0
+    """How many passes `measure` makes, for the progress bar; 0 skips it."""
     exact_experts: ClassVar[int | None] = None
 
     @property
@@ -78,6 +79,11 @@ class MergeMethod(BaseModel):
     def random_seed(self) -> int | None:
         """The seed of the random keys in a block, None for methods that draw nothing."""
         return None
+
+    @property
+    def divides_by_weights(self) -> bool:
+        """Whether the sum of all weights is a divisor, so that it must not be zero."""
+        return False
 
     def measure(self, experts: int, size: int) -> Measurement:
         """Passes over `size` elements (of the tensor, or of the model where `scope` says so) before merging."""

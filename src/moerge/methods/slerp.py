@@ -20,14 +20,14 @@ class Slerp(MergeMethod):
     """theta = sin((1 - t) phi) / sin(phi) * theta_1 + sin(t phi) / sin(phi) * theta_2, phi the angle between the tensors.
 
     Of exactly two experts, their weights themselves (not task vectors), each tensor as one vector (Shoemake 1985; mergekit,
-    FusionBench). Where |cos(phi)| exceeds `dot_threshold`, or a tensor is zero, it interpolates linearly.
+    FusionBench). Where |cos(phi)| reaches `dot_threshold`, or a tensor is zero, it interpolates linearly.
 
     Not for more than two experts, and hardly different from `linear` for experts of one ancestor, whose angle is small.
     """
 
     name: ClassVar[str] = "slerp"
     uses_weights: ClassVar[bool] = False
-    measures: ClassVar[bool] = True
+    measures: ClassVar[int] = 1
     exact_experts: ClassVar[int | None] = 2
     t: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     dot_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9995
@@ -38,7 +38,7 @@ class Slerp(MergeMethod):
         first, second, dot = (math.fsum(lanes) for lanes in products)
         norms = math.sqrt(first) * math.sqrt(second)
         cosine = dot / norms if norms > 0 else 1.0
-        if abs(cosine) > self.dot_threshold:
+        if abs(cosine) >= self.dot_threshold:
             return np.array([1 - self.t, self.t], np.float32)
         angle = math.acos(cosine)
         return np.array([math.sin(share * angle) / math.sin(angle) for share in (1 - self.t, self.t)], np.float32)

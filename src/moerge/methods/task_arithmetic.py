@@ -20,6 +20,11 @@ class TaskArithmetic(TaskVectorMethod):
     name: ClassVar[str] = "task_arithmetic"
     normalize: bool = False
 
+    @property
+    def divides_by_weights(self) -> bool:
+        """True with `normalize`."""
+        return self.normalize
+
     def combine(self, block: Block) -> None:
         """sum_k w_k tau_k."""
         divisor = np.float32(block.weights_K.sum(dtype=np.float64)) if self.normalize else np.float32(1)

@@ -25,7 +25,7 @@ class Ties(TaskVectorMethod):
     """
 
     name: ClassVar[str] = "ties"
-    measures: ClassVar[bool] = True
+    measures: ClassVar[int] = 2
     density: Density = 0.8
     scope: Scope = "tensor"
     aggregate: Literal["sum", "mean"] = "sum"

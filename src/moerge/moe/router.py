@@ -15,7 +15,7 @@ from moerge.registry import Registry
 class Router(BaseModel):
     """Where the gate matrices [experts, hidden] come from. Register a subclass under `moerge.routers`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kind: ClassVar[str]
     needs_training: ClassVar[bool] = False

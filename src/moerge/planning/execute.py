@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
-from moerge.checkpoint.dtypes import F32
+from moerge.checkpoint.digest import CHUNK, running_digest, tensor_digest
+from moerge.checkpoint.dtypes import DType
 from moerge.errors import InputError
 from moerge.methods.codec import all_finite, decode, encode
 from moerge.methods.method import Block, MergeMethod, Statistic
@@ -25,7 +25,9 @@ from moerge.planning.schedule import Job, Task, run_jobs
 
 BLOCK = 1 << 15
 """Elements a block: with three experts its float32 copies stay inside a megabyte of second-level cache."""
-assert CHUNK % BLOCK == BLOCK % 2 == 0
+WINDOW = 1 << 18
+"""Elements read or written by one system call."""
+assert CHUNK % WINDOW == WINDOW % BLOCK == BLOCK % 2 == 0
 
 
 class Store(Protocol):
@@ -82,13 +84,29 @@ class Execution:
                 statistic = self._measured[operation.method]
             else:
                 statistic = yield from self._measure(operation.method, [operation])
-        sources = [_Opened(source) for source in operation.sources]
-        produce = {Copy: self._copy_chunk, Merge: self._merge_chunk, Draw: self._draw_chunk}[type(operation)]
-        chunks = range(0, output.size, CHUNK)
-        results = yield [partial(produce, output, sources, statistic, start) for start in chunks]
+        results = yield [partial(self._produce_chunk, output, statistic, start) for start in range(0, output.size, CHUNK)]
         digest = tensor_digest(result[0] for result in results)
-        inputs = {source.label: tensor_digest(result[1 + i] for result in results) for i, source in enumerate(sources)}
+        labels = [source.label for source in operation.sources]
+        inputs = {label: tensor_digest(result[1 + i] for result in results) for i, label in enumerate(labels)}
         self.store.done(output, digest, inputs)
+
+    def _produce_chunk(self, output: Output, statistic: Any, start: int) -> list[bytes]:
+        """Store one chunk of an output; its digest and those of the same chunk of every source."""
+        operation, stop = output.operation, min(start + CHUNK, output.size)
+        readers = self._readers(operation.sources, start, stop)
+        produced = running_digest()
+        for begin in range(start, stop, WINDOW):
+            end = min(begin + WINDOW, stop)
+            if isinstance(operation, Copy):
+                data = self._copied(output, readers[0], begin, end)
+            elif isinstance(operation, Merge):
+                data = self._merged(output, operation, readers, statistic, begin, end)
+            else:
+                data = self._drawn(output, operation, begin, end)
+            self.store.write(output, begin, data)
+            produced.update(data)
+            self.advance(data.nbytes + sum(reader.bytes_of(end - begin) for reader in readers))
+        return [produced.digest(), *(reader.digest() for reader in readers)]
 
     def _measure(self, method: MergeMethod, operations: Sequence[Merge]) -> Any:
         """Drive a method's measurement over the blocks of some operations; its tasks go to the scheduler."""
@@ -104,60 +122,48 @@ class Execution:
             return finished.value
 
     def _measure_chunk(self, sums: _OrderedSum, operation: Merge, index: int, start: int) -> None:
-        sources = [_Opened(source) for source in operation.sources]
-        share = sums.statistic.zeros()
-        stop = min(start + CHUNK, sources[0].size)
+        stop = min(start + CHUNK, operation.experts[0].tensor.size)
+        readers = self._readers(operation.sources, start, stop)
+        share = sums.share()
         for begin in range(start, stop, BLOCK):
-            work = self._load(operation, sources, begin, min(begin + BLOCK, stop))
+            work = self._load(operation, readers, begin, min(begin + BLOCK, stop))
             sums.statistic.add(work.theta_KN, share)
         sums.add(index, share)
-        self.advance(sum(source.bytes_of(stop - start) for source in sources))
+        self.advance(sum(reader.bytes_of(stop - start) for reader in readers))
 
-    def _merge_chunk(self, output: Output, sources: list[_Opened], statistic: Any, start: int) -> list[bytes]:
-        operation = output.operation
-        assert isinstance(operation, Merge)
-        stop = min(start + CHUNK, output.size)
-        encoded = self._buffer(stop - start, output)
+    def _copied(self, output: Output, reader: _Reader, start: int, stop: int) -> np.ndarray:
+        data = reader.take(start, stop)
+        if not all_finite(data, output.dtype):
+            self._report_nonfinite(reader)
+        return data
+
+    def _drawn(self, output: Output, draw: Draw, start: int, stop: int) -> np.ndarray:
+        values = uniform(stream_key(draw.seed, output.name), start, stop - start) * np.float32(draw.bound)
+        encoded = self._buffer(-1, stop - start, output.dtype)
+        encode(values, output.dtype, encoded)
+        return encoded
+
+    def _merged(
+        self, output: Output, operation: Merge, readers: list[_Reader], statistic: Any, start: int, stop: int
+    ) -> np.ndarray:
         method, weights_K = operation.method, np.array(operation.weights, np.float32)
         seed = method.random_seed
         keys = [stream_key(seed, s.model, s.tensor.name) for s in operation.experts] if seed is not None else []
         keys_K = np.array(keys, np.uint64)
+        encoded = self._buffer(-1, stop - start, output.dtype)
         for begin in range(start, stop, BLOCK):
             end = min(begin + BLOCK, stop)
-            work = self._load(operation, sources, begin, end)
+            work = self._load(operation, readers, begin, end)
             method.merge(Block(work.theta_KN, weights_K, work.base_N, work.out_N, statistic, keys_K, begin))
             encode(work.out_N, output.dtype, encoded[begin - start : end - start])
-        self.store.write(output, start, encoded)
-        self.advance(sum(source.bytes_of(stop - start) for source in sources) + encoded.nbytes)
-        return [chunk_digest(encoded), *(chunk_digest(source.data[start:stop]) for source in sources)]
+        return encoded
 
-    def _copy_chunk(self, output: Output, sources: list[_Opened], statistic: Any, start: int) -> list[bytes]:
-        (source,) = sources
-        data = source.data[start : start + CHUNK]
-        if not all_finite(data, output.dtype):
-            self._report_nonfinite(source)
-        self.store.write(output, start, data)
-        self.advance(2 * data.nbytes)
-        digest = chunk_digest(data)
-        return [digest, digest]
-
-    def _draw_chunk(self, output: Output, sources: list[_Opened], statistic: Any, start: int) -> list[bytes]:
-        draw = output.operation
-        assert isinstance(draw, Draw)
-        count = min(CHUNK, output.size - start)
-        values = uniform(stream_key(draw.seed, output.name), start, count) * np.float32(draw.bound)
-        encoded = np.empty(count, output.dtype.storage)
-        encode(values, output.dtype, encoded)
-        self.store.write(output, start, encoded)
-        self.advance(encoded.nbytes)
-        return [chunk_digest(encoded)]
-
-    def _load(self, operation: Merge, sources: list[_Opened], start: int, stop: int) -> _Workspace:
+    def _load(self, operation: Merge, readers: list[_Reader], start: int, stop: int) -> _Workspace:
         """Elements start .. stop of all sources as float32: experts' values, or their differences to the base."""
         work = self._workspace(len(operation.experts)).first(stop - start)
-        experts = sources
+        experts = readers
         if operation.base is not None:
-            base, *experts = sources
+            base, *experts = readers
             self._decode(base, start, stop, work.base_N)
         for expert, theta_N in zip(experts, work.theta_KN, strict=True):
             self._decode(expert, start, stop, theta_N)
@@ -165,18 +171,21 @@ class Execution:
                 np.subtract(theta_N, work.base_N, out=theta_N)
         return work
 
-    def _decode(self, source: _Opened, start: int, stop: int, out_N: np.ndarray) -> None:
-        if not decode(source.data[start:stop], source.dtype, out_N):
-            self._report_nonfinite(source)
+    def _decode(self, reader: _Reader, start: int, stop: int, out_N: np.ndarray) -> None:
+        if not decode(reader.take(start, stop), reader.dtype, out_N):
+            self._report_nonfinite(reader)
 
-    def _report_nonfinite(self, source: _Opened) -> None:
-        self.nonfinite.add(source.label)
+    def _report_nonfinite(self, reader: _Reader) -> None:
+        self.nonfinite.add(reader.source.label)
         if not self.allow_nonfinite:
-            model, _, name = source.label.partition(":")
             raise InputError(
-                f"{model}: tensor {name!r} holds NaN or infinity: repair or drop this expert, "
-                "or merge anyway with --allow-nonfinite"
+                f"{reader.source.model}: tensor {reader.source.tensor.name!r} holds NaN or infinity: "
+                "repair or drop this expert, or merge anyway with --allow-nonfinite"
             )
+
+    def _readers(self, sources: Sequence[Source], start: int, stop: int) -> list[_Reader]:
+        buffers = [self._buffer(i, WINDOW, source.tensor.dtype) for i, source in enumerate(sources)]
+        return [_Reader(source, start, stop, buffer) for source, buffer in zip(sources, buffers, strict=True)]
 
     def _workspace(self, experts: int) -> _Workspace:
         spaces: dict[int, _Workspace] = self._local.__dict__.setdefault("spaces", {})
@@ -185,11 +194,12 @@ class Execution:
             spaces[experts] = _Workspace(flat, experts, BLOCK)
         return spaces[experts]
 
-    def _buffer(self, count: int, output: Output) -> np.ndarray:
-        if "buffer" not in self._local.__dict__:
-            self._local.buffer = np.empty(CHUNK * F32.itemsize, np.uint8)
-        buffer: np.ndarray = self._local.buffer
-        return buffer[: count * output.dtype.itemsize].view(output.dtype.storage)
+    def _buffer(self, key: int, count: int, dtype: DType) -> np.ndarray:
+        """This thread's reusable memory for `count` elements; one for each source, and -1 for the output."""
+        buffers: dict[int, np.ndarray] = self._local.__dict__.setdefault("buffers", {})
+        if key not in buffers:
+            buffers[key] = np.empty(WINDOW * 8, np.uint8)
+        return buffers[key][: count * dtype.itemsize].view(dtype.storage)
 
 
 class _Workspace:
@@ -205,15 +215,31 @@ class _Workspace:
         return self if count == self.out_N.size else _Workspace(self._flat, self._experts, count)
 
 
-class _Opened:
-    """A source whose bytes are mapped."""
+class _Reader:
+    """Elements start .. stop of a source, taken in order: read a window at a time, and digested on the way."""
 
-    def __init__(self, source: Source) -> None:
-        self.label = f"{source.model}:{source.tensor.name}"
-        self.dtype, self.size = source.tensor.dtype, source.tensor.size
-        self.data = source.tensor.open()
+    def __init__(self, source: Source, start: int, stop: int, buffer_N: np.ndarray) -> None:
+        self.source, self.dtype = source, source.tensor.dtype
+        self._elements, self._buffer_N = source.tensor.open(), buffer_N
+        self._window_N, self._start, self._end, self._stop = buffer_N[:0], start, start, stop
+        self._digest = running_digest()
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """Elements start .. stop, valid until the next call; the range lies within one window."""
+        if start == self._end:
+            count = min(WINDOW, self._stop - start)
+            self._window_N = self._elements.read(start, self._buffer_N[:count])
+            self._start, self._end = start, start + count
+            self._digest.update(self._window_N)
+        return self._window_N[start - self._start : stop - self._start]
+
+    def digest(self) -> bytes:
+        """The digest of everything taken."""
+        digest: bytes = self._digest.digest()
+        return digest
 
     def bytes_of(self, elements: int) -> int:
+        """Bytes that so many elements occupy."""
         return elements * self.dtype.itemsize
 
 
@@ -225,13 +251,22 @@ class _OrderedSum:
         self.total = statistic.zeros()
         self._lock = threading.Lock()
         self._waiting: dict[int, np.ndarray] = {}
+        self._spare: list[np.ndarray] = []
         self._next = 0
+
+    def share(self) -> np.ndarray:
+        """Zeros to add a chunk's share to; memory of shares already added is used again."""
+        with self._lock:
+            return self._spare.pop() if self._spare else self.statistic.zeros()
 
     def add(self, index: int, share: np.ndarray) -> None:
         with self._lock:
             self._waiting[index] = share
             while self._next in self._waiting:
-                self.total += self._waiting.pop(self._next)
+                arrived = self._waiting.pop(self._next)
+                self.total += arrived
+                arrived.fill(0)
+                self._spare.append(arrived)
                 self._next += 1
 
 

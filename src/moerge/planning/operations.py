@@ -39,8 +39,16 @@ class Tensor(Protocol):
         """Bytes of data."""
         ...
 
-    def open(self) -> np.ndarray:
-        """All elements, flat, in storage type."""
+    def open(self) -> Elements:
+        """Access to its elements."""
+        ...
+
+
+class Elements(Protocol):
+    """Access to an opened tensor."""
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        """Elements `start` and following in storage type, as many as `out_N` has; in `out_N`, or a view of what is in memory."""
         ...
 
 
@@ -50,6 +58,11 @@ class Source:
 
     model: str
     tensor: Tensor
+
+    @property
+    def label(self) -> str:
+        """ "model:tensor", by which digests and messages call it."""
+        return f"{self.model}:{self.tensor.name}"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.digest import CHUNK
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
+from moerge.planning.execute import BLOCK, WINDOW
 from moerge.planning.operations import Copy, Draw, Merge, Output
 from moerge.recipe.schema import Recipe
 
+_INTERPRETER_BYTES = 150_000_000
 _BYTES_READ_PER_SECOND = 2e9
 _BYTES_WRITTEN_PER_SECOND = 0.5e9
 """What an ordinary SSD does, for the estimate of time; a cold or busy disk is slower."""
@@ -62,16 +63,17 @@ class Plan:
     @cached_property
     def work_bytes(self) -> int:
         """Bytes read and written by all passes, what progress counts."""
-        passes = {id(o.operation): 1 + 2 * o.operation.method.measures for o in self.outputs if isinstance(o.operation, Merge)}
+        passes = {id(o.operation): 1 + o.operation.method.measures for o in self.outputs if isinstance(o.operation, Merge)}
         return self.output_bytes + sum(
             passes.get(id(o.operation), 1) * source.tensor.nbytes for o in self.outputs for source in o.operation.sources
         )
 
     def memory_bytes(self, threads: int) -> int:
         """An upper estimate of the working memory in bytes: blocks for each thread, and Python itself."""
-        experts = max((len(o.operation.sources) for o in self.outputs), default=1)
-        histograms = 3 * experts * (1 << 16) * 8
-        return 150_000_000 + threads * (2 * CHUNK * F32.itemsize + histograms)
+        sources = max((len(output.operation.sources) for output in self.outputs), default=1)
+        buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
+        histograms = 2 * sources * (1 << 16) * 8
+        return _INTERPRETER_BYTES + threads * (buffers + histograms)
 
     @property
     def seconds(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,23 @@ from moerge.errors import InputError, suggest
 
 Key = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
+
+_MAX_ENTRIES = 100_000
+"""Aliases expand: a few lines of YAML can mean more entries than fit in memory."""
+
+_PLAINLY = {
+    "missing": "is missing",
+    "dict_type": "should be a mapping",
+    "model_type": "should be a mapping",
+    "string_type": "should be text",
+    "string_too_short": "should not be empty",
+    "string_pattern_mismatch": "should be made of letters, digits, '_', '-' and '.'",
+    "too_short": "should not be empty",
+    "float_type": "should be a number",
+    "int_type": "should be a whole number",
+    "bool_type": "should be true or false",
+}
+"""pydantic's kinds of errors in our words; the others read well enough."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +52,19 @@ class Document:
         try:
             return model.model_validate(dict(data))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise self._explain(model, path + first["loc"], first) from None
+            # a misspelled key is also a missing one: tell the former
+            problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+            raise self._explain(model, path + problems[0]["loc"], problems[0]) from None
 
     def _explain(self, model: type[BaseModel], path: Key, problem: Any) -> InputError:
         if problem["type"] == "extra_forbidden":
             owner = _model_at(model, problem["loc"][:-1])
             return self.error(path, f": unknown key, {suggest(str(path[-1]), owner.model_fields)}")
-        message = problem["msg"].removeprefix("Value error, ")
-        given = "" if problem["type"] in ("missing", "value_error") else f", not {_short(problem['input'])}"
-        return self.error(path, f": {message[:1].lower()}{message[1:]}{given}")
+        message = _PLAINLY.get(problem["type"]) or problem["msg"].replace("Input should", "should", 1)
+        given = "" if problem["type"] in ("missing", "too_short", "string_too_short") else f", not {_short(problem['input'])}"
+        if path[-1] == "[key]":
+            return self.error(path[:-2], f": the name {_short(problem['input'])} {message}")
+        return self.error(path, f" {message}{given}")
 
 
 def dotted(path: Key) -> str:
@@ -58,21 +78,32 @@ def read_document(path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"there is no recipe {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"the recipe {path} is not UTF-8 text: save it as such") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if not isinstance(data, dict) or node is None:
+            raise InputError(f"{path} should be a mapping with keys such as 'experts' and 'merge'")
+        lines: dict[Key, int] = {}
+        _collect_lines(node, (), lines, str(path))
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply, or an alias in it contains itself") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict) or node is None:
-        raise InputError(f"{path} should be a mapping with keys such as 'experts' and 'merge'")
-    lines: dict[Key, int] = {}
-    _collect_lines(node, (), lines, str(path))
     return Document(data, str(path), lines)
 
 
 def _collect_lines(node: yaml.Node, path: Key, lines: dict[Key, int], source: str) -> None:
+    if len(lines) > _MAX_ENTRIES:
+        raise InputError(f"{source} has more than {_MAX_ENTRIES:,} entries once its aliases are expanded: that is no recipe")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = (*path, str(key.value))
@@ -97,8 +128,9 @@ def _model_at(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseMo
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    parts = [annotation, *getattr(annotation, "__args__", ())]
-    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _classes(part)]
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
 from moerge.methods.method import MergeMethod, merge_method
 from moerge.moe.router import Router, router
@@ -33,8 +34,12 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | 
 
 
 def _set_seed(data: dict[str, Any], seed: int) -> None:
-    if isinstance(data.setdefault("merge", {}), dict):
-        data["merge"]["seed"] = seed
+    if isinstance(merge := data.setdefault("merge", {}), dict):
+        merge["seed"] = seed
+        overrides = merge.get("overrides")
+        for override in overrides if isinstance(overrides, list) else ():
+            if isinstance(override, dict) and "seed" in override:
+                override["seed"] = seed
     if isinstance(data.get("moe"), dict) and isinstance(data["moe"].setdefault("router", {}), dict):
         data["moe"]["router"]["seed"] = seed
 
@@ -90,6 +95,10 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
         kind = merge_method(str(name))
     except InputError as error:
         raise document.error((*path, "method"), f": {error}") from None
+    unknown = next((key for key in parameters if key not in kind.model_fields), None)
+    if unknown:
+        own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method"]
+        raise document.error((*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}")
     if "seed" in kind.model_fields:
         parameters.setdefault("seed", seed)
     return document.build(kind, parameters, path)
@@ -104,7 +113,10 @@ def _moe_section(document: Document) -> MoE:
     except InputError as error:
         raise document.error(("moe", "router", "kind"), f": {error}") from None
     section["router"] = document.build(chosen, parameters, ("moe", "router"))
-    return document.build(MoE, section, ("moe",))
+    moe = document.build(MoE, section, ("moe",))
+    if moe.format not in ("auto", *moe_formats()):
+        raise document.error(("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, moe_formats())}")
+    return moe
 
 
 def _check(recipe: Recipe, document: Document) -> None:
@@ -117,6 +129,10 @@ def _check(recipe: Recipe, document: Document) -> None:
             raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, names)}")
     for method in recipe.methods:
         _check_method(method, recipe, document)
+    weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]
+    if weighted and not any(method.uses_weights for method in recipe.methods):
+        ignoring = recipe.method.name
+        raise document.error(("experts", weighted[0]), f" has a weight, which {ignoring} ignores: use 'linear', or remove it")
     if recipe.moe is not None:
         _check_moe(recipe, document)
 
@@ -126,10 +142,8 @@ def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> No
         raise document.error(
             ("merge",), f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'"
         )
-    weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]
-    if weighted and not method.uses_weights:
-        raise document.error(("experts", weighted[0]), f" has a weight, which {method.name} ignores: use 'linear', or remove it")
-    if getattr(method, "normalize", False) and sum(expert.weight for expert in recipe.experts.values()) == 0:
+    members_base = recipe.includes_base and not method.uses_task_vectors
+    if method.divides_by_weights and sum(expert.weight for expert in recipe.experts.values()) + members_base == 0:
         raise document.error(("experts",), ": the weights sum to zero, so they cannot be normalised")
 
 

@@ -18,7 +18,7 @@ class _Strict(BaseModel):
 class Expert(_Strict):
     """A fine-tuned model: a folder or Hub id, and its weight in methods that weigh."""
 
-    model: str
+    model: str = Field(min_length=1)
     weight: Finite = 1.0
 
 
@@ -33,8 +33,8 @@ class MoE(_Strict):
     """
 
     separate: tuple[Literal["ffn"], ...] = Field(default=("ffn",), min_length=1)
-    include_base: bool | None = None
-    top_k: int = Field(default=2, ge=1)
+    include_base: bool | None = Field(default=None, strict=True)
+    top_k: int = Field(default=2, ge=1, strict=True)
     router: InstanceOf[Router]
     format: str = "auto"
 
@@ -49,7 +49,7 @@ class Override(_Strict):
 class Recipe(_Strict):
     """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it."""
 
-    base: str | None = None
+    base: str | None = Field(default=None, min_length=1)
     experts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")], Annotated[Expert, BeforeValidator(_expert)]] = Field(
         min_length=1
     )

@@ -1,0 +1,25 @@
+"""What all tests share: a deterministic hypothesis, one thread a process for torch, and where the shared oracles lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+settings.register_profile("moerge", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moerge")
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Inputs and outputs of published merging code; they are not part of the project."""
+    default = Path(__file__).parents[2] / "shared" / "oracles"
+    folder = Path(os.environ.get("MOERGE_ORACLES", default))
+    if not folder.is_dir():
+        pytest.skip("the published implementations' oracles are not on this machine (set MOERGE_ORACLES)")
+    return folder

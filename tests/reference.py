@@ -1,0 +1,163 @@
+"""Merge methods as their papers print them, slow and obvious. Nothing here comes from moerge.
+
+Everything is computed in the type of the arrays that are given: float64 for what is true, float32 for what a single pass in
+float32, experts added in order and rounded once at the end, must give to the bit.
+
+Shapes: K experts, N elements. tau_KN are task vectors, theta_expert - theta_base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Context, Decimal
+from typing import Literal
+
+import numpy as np
+
+Aggregate = Literal["sum", "mean"]
+
+
+def in_order(terms: Sequence[np.ndarray]) -> np.ndarray:
+    """((term_0 + term_1) + term_2) + ..., which np.sum does not promise."""
+    total = terms[0].copy()
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def total_weight(weights: Sequence[float], kind: np.dtype) -> np.ndarray:
+    return np.asarray(math.fsum(np.float32(weights))).astype(kind)
+
+
+def average(theta_KN: np.ndarray) -> np.ndarray:
+    """theta = 1/K * sum_k theta_k."""
+    return in_order(list(theta_KN)) / theta_KN.dtype.type(len(theta_KN))
+
+
+def linear(theta_KN: np.ndarray, weights: Sequence[float], *, normalize: bool = True) -> np.ndarray:
+    """theta = sum_k w_k theta_k / sum_k w_k."""
+    kind = theta_KN.dtype
+    total = in_order([kind.type(weight) * theta_N for weight, theta_N in zip(weights, theta_KN, strict=True)])
+    return total / total_weight(weights, kind) if normalize else total
+
+
+def task_vectors(base_N: np.ndarray, theta_KN: np.ndarray) -> np.ndarray:
+    return theta_KN - base_N
+
+
+def add_scaled(base_N: np.ndarray, tau_N: np.ndarray, scale: float) -> np.ndarray:
+    """theta_m = theta_b + lambda * tau_m (MergeME, section 3.1.2)."""
+    return base_N + base_N.dtype.type(scale) * tau_N
+
+
+def task_arithmetic(
+    base_N: np.ndarray, theta_KN: np.ndarray, weights: Sequence[float], *, scale: float, normalize: bool = False
+) -> np.ndarray:
+    """theta_m = theta_b + lambda * sum_k w_k tau_k."""
+    return add_scaled(base_N, linear(task_vectors(base_N, theta_KN), weights, normalize=normalize), scale)
+
+
+def kept_count(density: float, size: int) -> int:
+    """(1 - p) * N entries, rounded down, are dropped; the density counts as the decimal number people write."""
+    exact = Context(prec=400)
+    return int(exact.multiply(Decimal(str(density)), Decimal(size)).to_integral_value(ROUND_CEILING))
+
+
+def threshold(tau_N: np.ndarray, density: float) -> float:
+    """The magnitude of the last entry that is kept, from a full sort."""
+    descending_N = np.sort(np.abs(tau_N))[::-1]
+    return float(descending_N[kept_count(density, tau_N.size) - 1])
+
+
+def trim(tau_N: np.ndarray, smallest_kept: float) -> np.ndarray:
+    """Entries below the threshold are reset to zero; all that equal it stay."""
+    return np.where(np.abs(tau_N) >= smallest_kept, tau_N, tau_N.dtype.type(0))
+
+
+def elected_signs(tau_KN: np.ndarray) -> np.ndarray:
+    """+1 or -1: the sign with the highest total magnitude; +1 where both weigh the same."""
+    return np.where(in_order(list(tau_KN)) >= 0, 1, -1)
+
+
+def disjoint_merge(tau_KN: np.ndarray, weights: Sequence[float], aggregate: Aggregate) -> np.ndarray:
+    """Only values of the elected sign: their sum, or that divided by the weights behind it."""
+    kind = tau_KN.dtype
+    factors = [kind.type(weight) for weight in weights]
+    weighted_KN = np.stack([factor * tau_N for factor, tau_N in zip(factors, tau_KN, strict=True)])
+    agrees_KN = np.sign(weighted_KN) == elected_signs(weighted_KN)
+    total_N = in_order([np.where(agrees_N, tau_N, kind.type(0)) for agrees_N, tau_N in zip(agrees_KN, weighted_KN, strict=True)])
+    if aggregate == "sum":
+        return total_N
+    mass_N = in_order([np.where(agrees_N, factor, kind.type(0)) for agrees_N, factor in zip(agrees_KN, factors, strict=True)])
+    return np.divide(total_N, mass_N, out=np.zeros_like(total_N), where=mass_N != 0)
+
+
+def ties(
+    base: Mapping[str, np.ndarray],
+    experts: Sequence[Mapping[str, np.ndarray]],
+    weights: Sequence[float],
+    *,
+    density: float,
+    scale: float,
+    scope: Literal["tensor", "model"] = "tensor",
+    aggregate: Aggregate = "sum",
+) -> dict[str, np.ndarray]:
+    """Trim, elect, merge (Yadav et al. 2023, algorithm 1), over whole models of flat tensors."""
+    taus = {name: task_vectors(base[name], np.stack([expert[name] for expert in experts])) for name in base}
+    whole_KN = np.concatenate(list(taus.values()), axis=1)
+    merged = {}
+    for name, tau_KN in taus.items():
+        spans_KN = whole_KN if scope == "model" else tau_KN
+        trimmed_KN = np.stack([trim(tau_N, threshold(span_N, density)) for tau_N, span_N in zip(tau_KN, spans_KN, strict=True)])
+        merged[name] = add_scaled(base[name], disjoint_merge(trimmed_KN, weights, aggregate), scale)
+    return merged
+
+
+def dare(
+    base_N: np.ndarray,
+    theta_KN: np.ndarray,
+    kept_KN: np.ndarray,
+    weights: Sequence[float],
+    *,
+    density: float,
+    scale: float,
+    rescale: bool = True,
+    elect: Literal["none", "sign"] = "none",
+    aggregate: Aggregate = "sum",
+) -> np.ndarray:
+    """Drop what the mask does not keep, divide the rest by the density, sum (MergeME) or elect first."""
+    tau_KN = np.where(kept_KN, task_vectors(base_N, theta_KN), theta_KN.dtype.type(0))
+    if rescale:
+        tau_KN = tau_KN / theta_KN.dtype.type(density)
+    if elect == "sign":
+        return add_scaled(base_N, disjoint_merge(tau_KN, weights, aggregate), scale)
+    return add_scaled(base_N, linear(tau_KN, weights, normalize=aggregate == "mean"), scale)
+
+
+def slerp(first_N: np.ndarray, second_N: np.ndarray, t: float, dot_threshold: float = 0.9995) -> np.ndarray:
+    """Along the great circle from one direction to the other; straight where they are almost parallel or one is zero."""
+    norms = math.sqrt(math.fsum(first_N * first_N)) * math.sqrt(math.fsum(second_N * second_N))
+    cosine = math.fsum(first_N * second_N) / norms if norms else 1.0
+    if abs(cosine) >= dot_threshold:
+        return (1 - t) * first_N + t * second_N
+    angle = math.acos(cosine)
+    return (math.sin((1 - t) * angle) * first_N + math.sin(t * angle) * second_N) / math.sin(angle)
+
+
+def splitmix64(seed: int, count: int) -> list[int]:
+    """The generator as published (Steele, Lea and Flood 2014; Vigna's splitmix64.c): a counter that is mixed."""
+    word = (1 << 64) - 1
+    state, outputs = seed, []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & word
+        mixed = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & word
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & word
+        outputs.append(mixed ^ (mixed >> 31))
+    return outputs
+
+
+def dare_mask(key: int, size: int, density: float) -> np.ndarray:
+    """Element i keeps if its half of output i // 2 (low half first) lies below density * 2**32."""
+    halves = [half for word in splitmix64(key, (size + 1) // 2) for half in (word & 0xFFFFFFFF, word >> 32)]
+    return np.array(halves[:size], np.uint64) < round(density * 2**32)
