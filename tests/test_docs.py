@@ -18,6 +18,7 @@ A block that cannot run has the comment `<!-- not run: REASON -->` above it.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -180,7 +181,9 @@ class Session:
 def assert_output(actual: str, expected: str, snippet: Snippet) -> None:
     pattern = r".*".join(re.escape(" ".join(part.split())) for part in expected.split("..."))
     flat = " ".join(actual.split())
-    assert re.fullmatch(pattern.replace(r".*\ ", ".*").replace(r"\ .*", ".*"), flat), f"{snippet} shows another output than:\n{actual}"
+    assert re.fullmatch(pattern.replace(r".*\ ", ".*").replace(r"\ .*", ".*"), flat), (
+        f"{snippet} shows another output than:\n{actual}"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -247,9 +250,9 @@ def test_every_page_is_on_the_map() -> None:
 @pytest.mark.parametrize("name", merge_methods())
 def test_method_pages_give_every_default(name: str) -> None:
     page = next(page for page in (DOCS / "methods").glob("*.md") if f"`method: {name}`" in page.read_text())
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", page.read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", page.read_text(), flags=re.MULTILINE)
     fields = merge_method(name).model_fields
-    own = {row: default for row, _, default in rows if row in fields}
+    own = {row: default for row, default in rows if row in fields}
     assert set(own) == set(fields), f"{page.name} documents {sorted(own)} of {sorted(fields)}"
     for key, info in fields.items():
         assert same_default(own[key], info.default), f"{page.name}: {key} defaults to {info.default}, not {own[key]}"
@@ -263,8 +266,21 @@ def same_default(written: str, actual: object) -> bool:
 
 def test_recipe_page_names_every_key() -> None:
     text = (DOCS / "recipe.md").read_text()
-    missing = [key for key in (*_SECTIONS, *MoE.model_fields, "weight", "model", "method", "overrides", "match") if f"`{key}`" not in text]
+    missing = [
+        key
+        for key in (*_SECTIONS, *MoE.model_fields, "weight", "model", "method", "overrides", "match")
+        if f"`{key}`" not in text
+    ]
     assert missing == []
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "moerge").rglob("*.py"))
+    joined = re.sub(r'"\s+f?"', "", source)
+    headings = re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    parts = [part.strip() for heading in headings for quoted in re.findall(r"`(.*?)`", heading) for part in quoted.split("...")]
+    assert len(parts) > 20
+    assert [part for part in parts if part not in joined] == []
 
 
 def test_command_line_page_names_every_option() -> None:
@@ -277,9 +293,19 @@ def test_command_line_page_names_every_option() -> None:
     assert sorted(name for name in group.commands if f"## moerge {name}" not in text) == []
 
 
+@pytest.mark.parametrize("command", ["plan recipe.yaml", "merge recipe.yaml out", "verify out", "inspect out"])
+def test_command_line_page_names_every_json_key(command: str, session: Session) -> None:
+    tiny.write_recipe(Path(), base="models/base", experts={name: f"models/{name}" for name in tiny.EXPERTS})
+    if command.endswith(" out") and not command.startswith("merge"):
+        moerge.merge("recipe.yaml", "out", threads=1)
+    output = session.command(f"moerge {command} --json", Snippet(DOCS / "cli.md", 0, "console", [], None))
+    text = (DOCS / "cli.md").read_text()
+    assert [key for key in json.loads(output) if f"`{key}`" not in text] == []
+
+
 def test_python_page_names_every_public_object() -> None:
     text = (DOCS / "python.md").read_text()
-    assert [name for name in moerge.__all__ if f"`{name}" not in text and f"`moerge.{name}" not in text] == []
+    assert [name for name in moerge.__all__ if not re.search(rf"`(moerge\.)?{name}\b", text)] == []
 
 
 OPERATIONS = {
@@ -296,7 +322,7 @@ OPERATIONS = {
 
 
 def test_examples_are_all_tested() -> None:
-    assert sorted(path.name for path in EXAMPLES.iterdir()) == sorted([*OPERATIONS, "README.md"])
+    assert sorted(path.name for path in EXAMPLES.iterdir()) == sorted(OPERATIONS)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
