@@ -93,7 +93,7 @@ class _Memory:
     def write(self, output: Output, start: int, data: np.ndarray) -> None:
         self.arrays[output.name][start : start + data.size] = data
 
-    def done(self, output: Output, digest: str, inputs: dict[str, str]) -> None:
+    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
         pass
 
     def finished(self, output: Output) -> bool:
@@ -134,9 +134,10 @@ def _is_torch(value: Any) -> bool:
 
 
 def _tensor(model: str, name: str, value: Any) -> _InMemory:
-    dtype = FLOATS.get(str(value.dtype).removeprefix("torch."))
+    kind = getattr(value, "dtype", type(value).__name__)
+    dtype = FLOATS.get(str(kind).removeprefix("torch."))
     if dtype is None:
-        raise InputError(f"{model}: tensor {name!r} is {value.dtype}; {', '.join(sorted(FLOATS))} can be merged")
+        raise InputError(f"{model}: tensor {name!r} is {kind}; {', '.join(sorted(FLOATS))} can be merged")
     shape = tuple(value.shape)
     if _is_torch(value):
         value = value.detach().cpu().contiguous()

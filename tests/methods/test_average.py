@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_tensor import assert_same_bits, merge_tensor
 
 import reference
 import strategies
-from one_tensor import assert_same_bits, merge_tensor
-from moerge import InputError
+from moerge import InputError, load_recipe
 
 
 @given(strategies.stacks())
@@ -76,6 +76,16 @@ def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:
     with pytest.raises(InputError, match="the weights sum to zero, so they cannot be normalised"):
         merge_tensor("linear", None, theta_KN, weights=[1, -1])
     np.testing.assert_array_equal(merge_tensor("linear", None, theta_KN, weights=[1, -1], normalize=False), np.zeros(3))
+
+
+def test_the_base_of_a_moe_counts_in_the_sum_of_weights() -> None:
+    recipe = {"base": "base", "experts": {"math": {"model": "math", "weight": -1}}, "merge": {"method": "linear"}, "moe": {}}
+    with pytest.raises(InputError, match="the weights sum to zero, so they cannot be normalised"):
+        load_recipe(recipe)
+    recipe["experts"]["code"] = {"model": "code", "weight": 1}
+    assert load_recipe(recipe).includes_base
+    with pytest.raises(InputError, match="the weights sum to zero"):
+        load_recipe({**recipe, "moe": {"include_base": False}})
 
 
 def test_average_refuses_weights() -> None:

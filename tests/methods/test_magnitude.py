@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def thresholds(tau_KN: np.ndarray, density: float, cuts: list[int]) -> np.ndarra
         except StopIteration as finished:
             return finished.value
         total = statistic.zeros()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             share = statistic.zeros()
             statistic.add(np.ascontiguousarray(tau_KN[:, start:stop]), share)
             total += share
@@ -43,7 +44,9 @@ def test_kept_count_takes_the_density_as_the_decimal_that_was_written(density: f
     assert Fraction(Decimal(str(density))) * size <= kept < Fraction(Decimal(str(density))) * size + 1
 
 
-@pytest.mark.parametrize(("density", "size", "kept"), [(0.8, 10, 8), (0.2, 1704, 341), (0.07, 100, 7), (1.0, 7, 7), (0.001, 7, 1)])
+@pytest.mark.parametrize(
+    ("density", "size", "kept"), [(0.8, 10, 8), (0.2, 1704, 341), (0.07, 100, 7), (1.0, 7, 7), (0.001, 7, 1)]
+)
 def test_kept_count_of_known_cases(density: float, size: int, kept: int) -> None:
     assert kept_count(density, size) == kept
 
@@ -77,6 +80,8 @@ def test_thresholds_inside_one_crowded_bin_are_exact(data: st.DataObject, size: 
 
 def test_any_magnitude_is_found_exactly() -> None:
     bits = np.unique(np.random.default_rng(0).integers(0, 0x7F800000, 4001, dtype=np.uint32))
-    tau_N = np.random.default_rng(1).permutation(bits.view(np.float32)) * np.where(np.arange(bits.size) % 2, 1, -1).astype(np.float32)
+    tau_N = np.random.default_rng(1).permutation(bits.view(np.float32)) * np.where(np.arange(bits.size) % 2, 1, -1).astype(
+        np.float32
+    )
     for rank in (1, 2, 17, 2000, bits.size - 1):
         assert thresholds(tau_N[None], (rank - 0.5) / bits.size, [1000, 1001])[0].view(np.uint32) == bits[-rank]

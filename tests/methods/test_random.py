@@ -13,7 +13,6 @@ PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593
 
 
 def at(key: int, position: int) -> int:
-    # a plain uint64 result, whether or not the kernel is compiled
     return int(splitmix64(np.uint64(key), np.uint64(position)))
 
 
@@ -34,6 +33,17 @@ def test_drop_keeps_the_entries_of_the_reference_mask(key: int, size: int, densi
     np.testing.assert_array_equal(tau_KN[0], np.where(reference.dare_mask(key, size, density), np.float32(3), np.float32(0)))
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_entry_is_kept_by_every_density_above_its_number(position: int) -> None:
+    number = [PUBLISHED[0] & 0xFFFFFFFF, PUBLISHED[0] >> 32][position]
+    kept = []
+    for density in (number / 2**32, (number + 1) / 2**32):
+        tau_KN = np.ones((1, 2), np.float32)
+        drop(tau_KN, np.array([1234567], np.uint64), 0, density, np.float32(1))
+        kept.append(bool(tau_KN[0, position]))
+    assert kept == [False, True]
+
+
 @given(st.integers(0, 2**64 - 1), st.integers(1, 60), st.data())
 def test_drop_does_not_depend_on_how_a_tensor_is_cut(key: int, size: int, data: st.DataObject) -> None:
     keys_K = np.array([key, key ^ 1], np.uint64)
@@ -50,7 +60,9 @@ def test_drop_does_not_depend_on_how_a_tensor_is_cut(key: int, size: int, data: 
 def test_uniform_does_not_depend_on_how_a_tensor_is_cut(key: int, size: int, data: st.DataObject) -> None:
     cut = 2 * data.draw(st.integers(0, size // 2))
     whole_N = uniform(np.uint64(key), 0, size)
-    np.testing.assert_array_equal(np.concatenate([uniform(np.uint64(key), 0, cut), uniform(np.uint64(key), cut, size - cut)]), whole_N)
+    np.testing.assert_array_equal(
+        np.concatenate([uniform(np.uint64(key), 0, cut), uniform(np.uint64(key), cut, size - cut)]), whole_N
+    )
 
 
 def test_uniform_is_uniform_in_its_interval() -> None:
@@ -66,12 +78,14 @@ def test_uniform_is_uniform_in_its_interval() -> None:
 
 
 def test_stream_keys_differ_in_seed_and_in_every_name() -> None:
-    keys = {int(stream_key(*parts)) for parts in [(0, "a", "b"), (1, "a", "b"), (0, "b", "a"), (0, "ab"), (0, "a"), (0, "a", "b", "")]}
+    keys = {
+        int(stream_key(*parts)) for parts in [(0, "a", "b"), (1, "a", "b"), (0, "b", "a"), (0, "ab"), (0, "a"), (0, "a", "b", "")]
+    }
     assert len(keys) == 6
 
 
 def test_stream_keys_never_change_between_versions() -> None:
-    assert stream_key(0, "math", "model.norm.weight") == np.uint64(0)
+    assert stream_key(0, "math", "model.norm.weight") == np.uint64(17374400971627894359)
 
 
 @pytest.mark.parametrize("start", [1, 32767])

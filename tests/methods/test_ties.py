@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_tensor import as_float64, assert_same_models, merge_tensor
 
 import moerge
 import reference
 import strategies
 from moerge import InputError
-from one_tensor import as_float64, assert_same_models, merge_tensor
 
 Model = dict[str, np.ndarray]
 Models = tuple[Model, list[Model]]
@@ -31,9 +31,7 @@ def test_it_is_the_algorithm_to_the_bit(
     base, experts = models
     weights = data.draw(strategies.weights(len(experts)))
     settings = {"density": density, "scale": scale, **options}
-    assert_same_models(
-        merge_ties(base, experts, weights=weights, **settings), reference.ties(base, experts, weights, **settings)
-    )
+    assert_same_models(merge_ties(base, experts, weights=weights, **settings), reference.ties(base, experts, weights, **settings))
 
 
 @given(st.data(), strategies.models(exact=True), strategies.densities(), OPTIONS)
@@ -50,9 +48,7 @@ def test_it_is_within_float32_rounding_of_the_truth(
 
 
 @given(strategies.models(exact=True), strategies.densities(), OPTIONS, st.randoms())
-def test_the_order_of_experts_does_not_matter(
-    models: Models, density: float, options: Mapping[str, Any], random: Random
-) -> None:
+def test_the_order_of_experts_does_not_matter(models: Models, density: float, options: Mapping[str, Any], random: Random) -> None:
     base, experts = models
     shuffled = random.sample(experts, len(experts))
     merged = merge_ties(base, shuffled, density=density, **options)
@@ -60,9 +56,7 @@ def test_the_order_of_experts_does_not_matter(
 
 
 @given(st.data(), strategies.stacks(rows=2, max_size=40), strategies.densities())
-def test_the_kept_count_is_the_density_times_the_size_rounded_up(
-    data: st.DataObject, stack: np.ndarray, density: float
-) -> None:
+def test_the_kept_count_is_the_density_times_the_size_rounded_up(data: st.DataObject, stack: np.ndarray, density: float) -> None:
     size = stack.shape[1]
     distinct_N = np.arange(1, size + 1, dtype=np.float32) * data.draw(st.sampled_from([1, -1]))
     tau_N = np.array(data.draw(st.permutations(distinct_N.tolist())), np.float32)
