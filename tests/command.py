@@ -64,7 +64,7 @@ def start(*arguments: object, env: Mapping[str, str] | None = None) -> subproces
 
 
 def refuses(recipe: Path, out: Path, *parts: str, options: tuple[object, ...] = (), code: int = 2) -> str:
-    """Assert that `merge` and `plan` fail with `code`, one line that holds all `parts`, and nothing left; the line."""
+    """Assert that `merge` fails with `code` and one line that holds all `parts`, and leaves nothing; the line."""
     result = moerge("merge", recipe, out, *options)
     assert (result.code, result.out) == (code, ""), result
     lines = result.err.splitlines()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from moerge.checkpoint.dtypes import DTYPES, DType
-from moerge.checkpoint.header import build_header, read_header
+from moerge.checkpoint.header import StoredTensor, build_header, read_header
 
 EXPERTS = ("math", "code", "knowledge")
 VOCABULARY = 64
@@ -179,16 +179,19 @@ def decode(stored: np.ndarray, dtype: DType) -> np.ndarray:
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Stored bits of every tensor in a checkpoint folder by name, in its shape (bfloat16 as uint16)."""
-    return {tensor.name: tensor.open().copy().reshape(tensor.shape) for tensor in _stored(folder)}
+    return {tensor.name: array for tensor, array in _stored(folder)}
 
 
 def read_values(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor in a checkpoint folder as float32."""
-    return {tensor.name: decode(tensor.open(), tensor.dtype).reshape(tensor.shape) for tensor in _stored(folder)}
+    return {tensor.name: decode(array, tensor.dtype) for tensor, array in _stored(folder)}
 
 
-def _stored(folder: Path) -> list[Any]:
-    return [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in read_header(path).values()]
+def _stored(folder: Path) -> Iterator[tuple[StoredTensor, np.ndarray]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        for tensor in read_header(path).values():
+            array = np.fromfile(path, tensor.dtype.storage, count=tensor.size, offset=tensor.offset)
+            yield tensor, array.reshape(tensor.shape)
 
 
 def write_tokenizer(folder: Path, tokens: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """The whole flow, from a recipe to a checkpoint: read this first.
 
-recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> publish
+recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> fit_gates -> publish
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.card import model_card
 from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.manifest import build_manifest, to_json
-from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, staging_folder
+from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, staging_folder
 from moerge.errors import InputError, MachineError
+from moerge.moe.fitting import fit_gates
 from moerge.planning.build import build_plan
 from moerge.planning.execute import Execution
 from moerge.planning.plan import Plan
@@ -79,23 +81,27 @@ def merge(
     `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
-    plan = plan if isinstance(plan, Plan) else build_plan(load_recipe(plan), weights=True)
-    if not plan.complete:
-        plan = build_plan(plan.recipe, weights=True)
+    plan = plan if isinstance(plan, Plan) else build_plan(load_recipe(plan))
     target = Path(os.path.abspath(out))
     start = _check_target(plan, target, resume=resume, force=force)
+    if not plan.complete:  # only now, since a download may take hours
+        plan = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
+    if plan.recipe.moe is not None:
+        plan.recipe.moe.router.require()
     threads = threads or default_threads()
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
-    with Staging(target, shards, f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}", start) as staging:
+    fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
+    with Staging(target, shards, fingerprint, start) as staging:
         execution = Execution(staging, allow_nonfinite)
         if progress is not None:
             execution.advance = progress(plan)
         execution.run(plan.outputs, threads)
+        remarks = fit_gates(plan, staging, _files(plan))
+        plan = replace(plan, warnings=(*plan.warnings, *remarks))
         merged = time.perf_counter()
-        nonfinite = sorted(execution.nonfinite)
-        staging.publish(_files(plan, staging, nonfinite), replace=force)
-    return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(nonfinite))
+        staging.publish(_with_manifest(plan, staging), replace=force)
+    return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite))
 
 
 def default_threads() -> int:
@@ -103,19 +109,30 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _files(plan: Plan, staging: Staging, nonfinite: list[str]) -> dict[str, bytes]:
+def _files(plan: Plan) -> dict[str, bytes]:
     files = {name: path.read_bytes() for name, path in plan.files.items()}
-    files |= {"config.json": to_json(plan.config), "README.md": model_card(plan).encode()}
+    return files | {"config.json": to_json(plan.config), "README.md": model_card(plan).encode()}
+
+
+def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
+    files = _files(plan)
     digests = {name: file_digest(content) for name, content in sorted(files.items())}
-    return {**files, MANIFEST: to_json(build_manifest(plan, staging, digests, nonfinite))}
+    return {**files, MANIFEST: to_json(build_manifest(plan, staging, digests))}
 
 
 def _check_target(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
+    try:
+        real, interrupted = target.resolve(), staging_folder(target).exists()
+    except OSError as error:
+        raise InputError(f"{str(target)[:200]!r} cannot be a folder: {error.strerror}") from None
     for model in plan.models:
         source = model.folder.resolve()
-        if target.resolve() == source or source in target.resolve().parents:
+        if real == source or source in real.parents:
             raise InputError(f"the output {target} lies in {model.name}'s own folder: choose another one")
-    interrupted = staging_folder(target).exists()
+        if real in source.parents and target.exists():
+            raise InputError(f"{model.name} lies in the output {target} and would be replaced with it: choose another output")
+    if being_written(target):
+        raise InputError(busy(target))
     if target.exists() and not force:
         raise InputError(f"{target} already exists: choose another folder, or replace it with --force")
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):

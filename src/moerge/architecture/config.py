@@ -47,8 +47,9 @@ def canonical(config: Mapping[str, Any], family: Family | None) -> dict[str, Any
     found["rope_scaling"] = scaling
     if found.get("num_key_value_heads") is None:
         found["num_key_value_heads"] = found.get("num_attention_heads")
-    if found.get("head_dim") is None and found.get("num_attention_heads") and found.get("hidden_size"):
-        found["head_dim"] = int(found["hidden_size"]) // int(found["num_attention_heads"])
+    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
+    if found.get("head_dim") is None and type(width) is type(heads) is int and heads > 0:
+        found["head_dim"] = width // heads
     return found
 
 

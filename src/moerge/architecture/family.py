@@ -84,22 +84,38 @@ class MoEFormat:
     obstacle: Callable[[Mapping[str, Any]], str | None]
 
 
+_MAX_MODULES = 1_000_000
+"""More layers times experts than this is a damaged config, which would otherwise fill the memory."""
+
+
 def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes by the names that tensor rules use, from a canonical config."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config["head_dim"])
+    """Sizes by the names that tensor rules use, from a canonical config; ValueError names a size that is none."""
+
+    def size(key: str) -> int:
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key} should be a positive whole number, not {value!r}")
+        return value
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    head_dim, experts = size("head_dim"), size("num_local_experts") if config.get("num_local_experts") else 0
+    if size("num_hidden_layers") * max(1, experts) > _MAX_MODULES:
+        raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']:,}, which no model has")
     return {
-        "vocab": int(config["vocab_size"]),
-        "hidden": int(config["hidden_size"]),
-        "intermediate": int(config["intermediate_size"]),
+        "vocab": size("vocab_size"),
+        "hidden": hidden,
+        "intermediate": size("intermediate_size"),
         "q": heads * head_dim,
-        "kv": int(config["num_key_value_heads"]) * head_dim,
-        "experts": int(config.get("num_local_experts") or 0),
+        "kv": size("num_key_value_heads") * head_dim,
+        "experts": experts,
     }
 
 
 def expected_tensors(family: Family, config: Mapping[str, Any]) -> list[Expected]:
-    """Every tensor of a model with this canonical config: what comes first in the model first."""
+    """Every tensor of a model with this canonical config: what comes first in the model first.
+
+    Raises ValueError if the config lacks a size or garbles it.
+    """
     sizes = dimensions(config)
     rules = [rule for rule in family.tensors if rule.applies(config)]
     before = [rule for rule in rules if "{layer}" not in rule.role and rule.role == "embedding"]

@@ -63,7 +63,14 @@ def _moe(plan: Plan) -> list[str]:
     return [
         "Feed-forward layers are kept separate, everything else is merged as above (Branch-Train-Mix; MergeME, section 3.1.1). "
         f"Experts by index: {order}. Each token goes to {moe.top_k} of {len(plan.experts)}. Router: {moe.router.kind}, {router}."
-    ]
+    ] + _calibration(plan)
+
+
+def _calibration(plan: Plan) -> list[str]:
+    if not plan.calibration:
+        return []
+    described = ", ".join(f"{texts.expert} {len(texts.hashes)} from `{texts.location}`" for texts in plan.calibration)
+    return [f"Calibration texts of the router: {described}. Do not evaluate on them; the manifest has their hashes."]
 
 
 def _sources(plan: Plan) -> str:

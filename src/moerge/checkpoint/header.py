@@ -100,7 +100,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raw = file.read(length)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    tensors = [_entry(path, name, entry, 8 + length) for name, entry in _parse(path, raw).items()]
+    tensors = [stored_tensor(path, name, entry, 8 + length) for name, entry in _parse(path, raw).items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_layout(path, tensors, 8 + length, file_size)
     return {tensor.name: tensor for tensor in tensors}
@@ -123,7 +123,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    """One entry of a header as a tensor; InputError if it contradicts itself."""
     where = f"tensor {name!r} in {path}"
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -131,7 +132,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again") from None
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InputError(f"{where} has the element type {dtype_name!r}, which moerge does not read")
     tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), path, data_start + begin)
     if tensor.nbytes != end - begin:

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from moerge.checkpoint.dtypes import DTYPES
-from moerge.checkpoint.header import StoredTensor
-from moerge.checkpoint.reader import Checkpoint, open_folder, read_json
+from moerge.checkpoint.header import stored_tensor
+from moerge.checkpoint.reader import INDEX, WEIGHTS, Checkpoint, open_folder, read_index, read_json
 from moerge.errors import InputError, MachineError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
-def locate(location: str, *, name: str = "", relative_to: Path | None = None, weights: bool = True) -> Checkpoint:
+def locate(
+    location: str, *, name: str = "", relative_to: Path | None = None, weights: bool = True, commit: str | None = None
+) -> Checkpoint:
     """Open a model given as a folder (relative to `relative_to`) or as a Hub id `owner/name[@revision]`.
 
-    With `weights=False` a Hub model's configuration and headers are fetched, its weights are not.
+    With `weights=False` a Hub model's configuration and headers are fetched, its weights are not. `commit` pins what an
+    earlier look at the Hub found, in case the revision has moved since.
     Raises InputError if there is no such model, MachineError if the Hub cannot be reached.
     """
+    label = f"{name}: " if name else ""
     try:
         folder = (relative_to or Path()) / Path(location).expanduser()
         exists = folder.exists()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name + ': ' if name else ''}there is no model {location[:80]!r}: {reason}") from None
+        raise InputError(f"{label}there is no model {location[:80]!r}: {reason}") from None
     if exists:
         return open_folder(folder, name=name, location=location)
     hub = None if location.startswith((".", "/", "~")) else _HUB_ID.fullmatch(location)
     if hub is None:
-        raise InputError(f"{name + ': ' if name else ''}there is no folder {folder}{_nearby(folder)}")
-    return _from_hub(hub["repo"], hub["revision"], name, location, folder, weights)
+        raise InputError(f"{label}there is no folder {folder}{_nearby(folder)}")
+    with _explained(f"{label}{location}", folder):
+        snapshot, fetched = _fetch(hub["repo"], commit or hub["revision"], weights)
+    if fetched is None:
+        return replace(open_folder(snapshot, name=name, location=location), revision=snapshot.name)
+    tensors = {key: stored_tensor(snapshot / file, key, entry, 0) for key, (file, entry) in fetched.items()}
+    config = read_json(snapshot / "config.json")
+    return Checkpoint(name, location, snapshot, config, tensors, snapshot.name, complete=False)
 
 
 def _nearby(folder: Path) -> str:
@@ -42,30 +54,73 @@ def _nearby(folder: Path) -> str:
     return f": did you mean {near[0]!r}?" if near else ": check the path"
 
 
-def _from_hub(repo: str, revision: str | None, name: str, location: str, folder: Path, weights: bool) -> Checkpoint:
+def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[str, tuple[str, dict[str, object]]] | None]:
+    """A Hub model's snapshot folder, named after its commit; and its headers' entries unless the weights are there."""
     import huggingface_hub as hub
-    from huggingface_hub import errors
 
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else list(SMALL_FILES)
-    try:
-        snapshot = Path(str(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)))
-        commit = snapshot.name
-        if weights:
-            return replace(open_folder(snapshot, name=name, location=location), revision=commit)
-        files = hub.get_safetensors_metadata(repo, revision=commit).files_metadata
-    except errors.GatedRepoError:
-        raise InputError(f"{name}: {repo} is gated on the Hub: accept its terms there, then run `hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-        at = f" at revision {revision}" if revision else ""
-        raise InputError(f"{name}: {location} is neither a folder ({folder}) nor a model on the Hub{at}: check it") from None
-    except errors.NotASafetensorsRepoError:
-        raise InputError(f"{name}: {repo} has no safetensors weights on the Hub: convert it and name the local folder") from None
-    except (OSError, errors.HfHubHTTPError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise MachineError(f"{name}: {location} is not a folder ({folder}) and the Hub did not answer: {reason}") from None
-    tensors = {
-        tensor_name: StoredTensor(tensor_name, DTYPES[info.dtype], tuple(info.shape), snapshot / file, info.data_offsets[0])
+    with nullcontext() if weights else _without_progress_bars():
+        # other formats' weights lie in subfolders
+        snapshot = Path(str(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])))
+        if weights or _has_weights(snapshot):
+            return snapshot, None
+        files = hub.get_safetensors_metadata(repo, revision=snapshot.name).files_metadata
+    return snapshot, {
+        name: (file, {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)})
         for file, metadata in files.items()
-        for tensor_name, info in metadata.tensors.items()
+        for name, info in metadata.tensors.items()
     }
-    return Checkpoint(name, location, snapshot, read_json(snapshot / "config.json"), tensors, commit, complete=False)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled() or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _has_weights(snapshot: Path) -> bool:
+    if (snapshot / INDEX).exists():
+        return all((snapshot / shard).exists() for shard in set(read_index(snapshot / INDEX).values()))
+    return (snapshot / WEIGHTS).exists()
+
+
+@contextmanager
+def _explained(model: str, folder: Path) -> Iterator[None]:
+    """Turns what huggingface_hub raises into errors of ours; its exceptions share no base class."""
+    from huggingface_hub import errors
+
+    neither = f"{model} is neither a folder ({folder}) nor"
+    try:
+        yield
+    except InputError:
+        raise
+    except errors.GatedRepoError:
+        raise InputError(f"{model} is gated on the Hub: accept its terms there, then run `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{neither} a revision on the Hub: check what stands after the '@'") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise InputError(f"{neither} a model on the Hub: check the path or the id (private ones need `hf auth login`)") from None
+    except errors.NotASafetensorsRepoError:
+        raise InputError(f"{model} has no safetensors weights on the Hub: convert it and name the local folder") from None
+    except errors.SafetensorsParsingError:
+        raise InputError(f"{model} has a damaged safetensors file on the Hub: use another revision") from None
+    except errors.LocalEntryNotFoundError:
+        raise MachineError(
+            f"{model} is not a folder ({folder}), not in the Hub's cache, and the Hub cannot be reached: "
+            "check the connection and HF_HUB_OFFLINE"
+        ) from None
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise MachineError(f"{model} is not a folder ({folder}) and could not be fetched from the Hub: {reason}") from None

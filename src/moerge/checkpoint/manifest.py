@@ -18,7 +18,7 @@ from moerge.planning.plan import Plan
 _FORMAT = 1
 
 
-def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str], nonfinite: list[str]) -> dict[str, Any]:
+def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> dict[str, Any]:
     """The manifest of a finished merge. `files` are the digests of the files beside the tensors."""
     by_model: dict[str, dict[str, str]] = {model.name: {} for model in plan.models}
     for label, digest in staging.inputs.items():
@@ -39,8 +39,12 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str], nonfi
             for model in plan.models
         },
         "experts": list(plan.experts),
+        "calibration": {
+            texts.expert: {"location": texts.location, "digest": texts.digest, "documents": list(texts.hashes)}
+            for texts in plan.calibration
+        },
         "warnings": list(plan.warnings),
-        "nonfinite_inputs": nonfinite,
+        "nonfinite_inputs": staging.nonfinite,
         "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
         "tensors": {output.name: staging.digests[output.name] for output in plan.outputs},
         "files": dict(files),
@@ -53,7 +57,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json(path)
-    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("tensors"), dict):
+    parts = {"versions": dict, "recipe": dict, "models": dict, "experts": list, "tensors": dict, "files": dict}
+    if manifest.get("format") != _FORMAT or not all(isinstance(manifest.get(key), kind) for key, kind in parts.items()):
         raise InputError(f"{path} is damaged, or was written by a newer moerge: merge again or update moerge")
     return manifest
 

@@ -15,9 +15,9 @@ from moerge.errors import InputError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _CONVERT = (
-    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-    "M.from_pretrained('{source}', dtype='auto').save_pretrained('{target}'); "
-    "T.from_pretrained('{source}').save_pretrained('{target}')\""
+    "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    "M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
+    "T.from_pretrained({source!r}).save_pretrained({target!r})"
 )
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
@@ -84,22 +84,34 @@ def _read_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
         raise InputError(
             f"{_label(name)}{folder} has both {WEIGHTS} and {INDEX}, so it is unclear which weights count: remove the stale one"
         )
-    if index.exists():
-        return _read_shards(folder, index)
-    if single.exists():
-        return read_header(single)
+    if index.exists() or single.exists():
+        tensors = _read_shards(folder, index) if index.exists() else read_header(single)
+        if not tensors:
+            raise InputError(f"{_label(name)}{folder} holds no tensors: fetch or copy it again")
+        return tensors
     _refuse_pickles(folder, name)
     raise InputError(f"{_label(name)}{folder} has neither {WEIGHTS} nor {INDEX}: it is not a safetensors checkpoint")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """The shard of each tensor from an index file; InputError if it names anything but files beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no usable 'weight_map': fetch or copy it again")
-    tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard:
-            raise InputError(f"{index} names the file {shard!r}, which is outside its folder: refusing to read it")
+        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            raise InputError(f"{index} names {shard!r}, which is not a file in its own folder: refusing to read it")
+    return weight_map
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_index(index)
+    shards = sorted(set(weight_map.values()))
+    absent = next((shard for shard in shards if not (folder / shard).exists()), None)
+    if absent:
+        raise InputError(f"{index} names {absent}, which is missing: fetch or copy it again")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
         stored = read_header(folder / shard)
         for tensor in stored.values():
             if weight_map.get(tensor.name) != shard:
@@ -119,5 +131,5 @@ def _refuse_pickles(folder: Path, name: str) -> None:
     if found:
         raise InputError(
             f"{_label(name)}{folder} holds {found}, a pickle, which moerge does not load; convert the checkpoint with: "
-            + _CONVERT.format(source=folder, target=f"{folder}-safetensors")
+            + f'python -c "{_CONVERT.format(source=str(folder), target=f"{folder}-safetensors")}"'
         )

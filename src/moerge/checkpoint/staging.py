@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -35,6 +36,28 @@ Start = Literal["new", "resume", "restart"]
 def staging_folder(target: Path) -> Path:
     """Where a checkpoint is built before it gets its name: a hidden sibling, so that renaming is atomic."""
     return target.parent / f".{target.name}.moerge-partial"
+
+
+def being_written(target: Path) -> bool:
+    """Whether another process is writing a checkpoint for this target right now."""
+    try:
+        with open(staging_folder(target) / JOURNAL, "rb", buffering=0) as journal:
+            return not _locked(journal, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def busy(target: Path) -> str:
+    """What to tell the second of two processes that write the same target."""
+    return f"another moerge is writing {target} right now: wait for it, or choose another folder"
+
+
+def _locked(file: FileIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def assign_shards(outputs: Sequence[Output], limit: int) -> dict[str, list[Output]]:
@@ -67,9 +90,14 @@ class Staging:
         self._entries: dict[str, dict[str, Any]] = {}
         self._places: dict[str, _Place] = {}
         self._files: dict[str, int] = {}
+        self._journal: FileIO | None = None
         self._lock = threading.Lock()
-        with machine_errors(self.folder):
-            self._open(start)
+        try:
+            with machine_errors(self.folder):
+                self._open(start)
+        except BaseException:
+            self._close()
+            raise
 
     @property
     def digests(self) -> dict[str, str]:
@@ -81,13 +109,17 @@ class Staging:
         """Digests of the tensors read so far by "model:tensor"."""
         return {label: digest for entry in self._entries.values() for label, digest in entry["inputs"].items()}
 
+    @property
+    def nonfinite(self) -> list[str]:
+        """Inputs with NaN or infinity among the tensors read so far, as "model:tensor"."""
+        return sorted({label for entry in self._entries.values() for label in entry["nonfinite"]})
+
     def _open(self, start: Start) -> None:
-        self.folder.mkdir(parents=True, exist_ok=start != "new")
-        self._journal = open(self.folder / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another moerge is writing {self.target} right now: wait for it or choose another folder") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # unbuffered: on a full disk, closing a file with something left to write fails once more
+        self._journal = open(self.folder / JOURNAL, "a+b", buffering=0)  # noqa: SIM115
+        if not _locked(self._journal, fcntl.LOCK_EX) or not (self.folder / JOURNAL).exists():  # gone: it has just finished
+            raise InputError(busy(self.target))
         if start == "resume":
             self._read_journal()
         else:
@@ -101,6 +133,7 @@ class Staging:
             self._append(entry)
 
     def _read_journal(self) -> None:
+        assert self._journal is not None
         self._journal.seek(0)
         entries = []
         for line in self._journal:
@@ -118,8 +151,10 @@ class Staging:
         self._entries = {entry["tensor"]: entry for entry in entries[1:]}
 
     def _append(self, entry: Mapping[str, object]) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
+        assert self._journal is not None
+        line = json.dumps(entry).encode() + b"\n"
+        if self._journal.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open_shard(self, shard: str, outputs: Sequence[Output]) -> None:
         # wider elements first keeps every tensor aligned, as the safetensors library does
@@ -130,8 +165,7 @@ class Staging:
         size = len(header) + sum(output.nbytes for output in outputs)
         if os.fstat(descriptor).st_size != size:
             os.ftruncate(descriptor, 0)
-            self._entries = {name: entry for name, entry in self._entries.items() if name not in offsets}
-            os.posix_fallocate(descriptor, 0, size)
+            _allocate(descriptor, size)
         os.pwrite(descriptor, header, 0)
         self._places |= {name: _Place(descriptor, offset) for name, offset in offsets.items()}
 
@@ -144,9 +178,9 @@ class Staging:
                 written = os.pwrite(place.descriptor, view, offset)
                 view, offset = view[written:], offset + written
 
-    def done(self, output: Output, digest: str, inputs: dict[str, str]) -> None:
+    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
         """Journal a complete output."""
-        entry = {"tensor": output.name, "digest": digest, "inputs": inputs}
+        entry = {"tensor": output.name, "digest": digest, "inputs": inputs, "nonfinite": nonfinite}
         with machine_errors(self.folder), self._lock:
             self._entries[output.name] = entry
             self._append(entry)
@@ -165,21 +199,31 @@ class Staging:
         )
         return tensor_digest(chunk_digest(chunk) for chunk in read) == str(entry["digest"])
 
+    def add(self, files: Mapping[str, bytes]) -> None:
+        """Write other files now, so that the folder can be loaded before it is published; `publish` writes its own."""
+        with machine_errors(self.folder):
+            for name, content in self._with_index(files).items():
+                (self.folder / name).write_bytes(content)
+
     def publish(self, files: Mapping[str, bytes], *, replace: bool) -> None:
         """Add the other files, make everything durable, and give the folder the target's name."""
         with machine_errors(self.folder):
-            if len(self._shards) > 1:
-                weight_map = {o.name: shard for shard, outputs in self._shards.items() for o in outputs}
-                total = sum(o.nbytes for outputs in self._shards.values() for o in outputs)
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                files = {**files, INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+            files = self._with_index(files)
             for name, content in files.items():
                 _write_durably(self.folder / name, content)
             for descriptor in self._files.values():
                 os.fsync(descriptor)
-            self._remove_all_but(*files, *self._shards)
+            self._remove_all_but(JOURNAL, *files, *self._shards)
             _sync_folder(self.folder)
             _rename(self.folder, self.target, replace)
+
+    def _with_index(self, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        if len(self._shards) == 1:
+            return files
+        weight_map = {o.name: shard for shard, outputs in self._shards.items() for o in outputs}
+        total = sum(o.nbytes for outputs in self._shards.values() for o in outputs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return {**files, INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
 
     def _remove_all_but(self, *names: str) -> None:
         for path in self.folder.iterdir():
@@ -196,9 +240,13 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, InputError):
             self.discard()
+        self._close()
+
+    def _close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
 
 
 class machine_errors:
@@ -218,6 +266,14 @@ class machine_errors:
                 f"no space left for {self.folder.parent}: free some and run the same command again with --resume"
             ) from None
         raise MachineError(f"cannot write {error.filename or self.folder}: {error.strerror or error}") from None
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the space now, so that a full disk is known at once; where the system cannot, only set the size."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
 
 
 def _write_durably(path: Path, content: bytes) -> None:
@@ -241,5 +297,6 @@ def _rename(source: Path, target: Path, replace: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)
     os.rename(source, target)
+    (target / JOURNAL).unlink()  # only now: its lock tells others that this folder is being written
     _sync_folder(target.parent)
     shutil.rmtree(aside, ignore_errors=True)

@@ -43,10 +43,13 @@ def token_ids(folder: Path) -> dict[str, int] | None:
     """Token text to id, added tokens included; None where only a binary vocabulary is there."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json(folder / "tokenizer.json")
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
-            vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}}
+        try:
+            vocabulary = tokenizer["model"].get("vocab", {})
+            if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
+                vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
+            return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}}
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise InputError(f"{folder / 'tokenizer.json'} is damaged: fetch or copy it again") from None
     if (folder / "vocab.json").is_file():
         return read_json(folder / "vocab.json")
     return None

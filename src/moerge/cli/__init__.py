@@ -7,8 +7,12 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+from typer import Abort
+
 from moerge.cli.app import app
 from moerge.errors import MoergeError
+
+_INTERRUPTED = 130
 
 
 def main() -> NoReturn:
@@ -17,10 +21,12 @@ def main() -> NoReturn:
     code = None
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # some versions of typer turn KeyboardInterrupt into this, others into Abort
+            raise KeyboardInterrupt
     except MoergeError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; a merge continues where it was with --resume", 130)
+    except (KeyboardInterrupt, Abort):
+        _fail("interrupted; a merge continues where it was with --resume", _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -12,17 +12,22 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _QUIET = np.uint32(0x00400000)
 
 
-def decode(stored_N: np.ndarray, dtype: DType, out_N: np.ndarray) -> bool:
-    """Write stored elements to `out_N` as float32; True if all of them are finite."""
+def decode(stored_N: np.ndarray, dtype: DType, out_N: np.ndarray, base_N: np.ndarray | None = None) -> bool:
+    """Write stored elements to `out_N` as float32, less `base_N` if that is given; True if all of them are finite."""
     if dtype is BF16:
-        return not _decode_bf16(stored_N, out_N.view(np.uint32))
+        if base_N is None:
+            return not _decode_bf16(stored_N, out_N.view(np.uint32))
+        return not _decode_bf16_difference(stored_N, base_N, out_N)
     if dtype is F32:
         np.copyto(out_N, stored_N)
     elif dtype is F16:
         np.copyto(out_N, stored_N, casting="safe")
     else:
         raise AssertionError(f"{dtype.name} is not a float type")
-    return not _any_nonfinite(out_N.view(np.uint32))
+    finite = not _any_nonfinite(out_N.view(np.uint32))
+    if base_N is not None:
+        np.subtract(out_N, base_N, out=out_N)
+    return finite
 
 
 def encode(value_N: np.ndarray, dtype: DType, out_N: np.ndarray) -> None:
@@ -49,6 +54,18 @@ def _decode_bf16(stored_N: np.ndarray, out_N: np.ndarray) -> np.uint32:
     for i in range(stored_N.size):
         bits = np.uint32(stored_N[i]) << np.uint32(16)
         out_N[i] = bits
+        nonfinite |= np.uint32((bits & _EXPONENT) == _EXPONENT)
+    return nonfinite
+
+
+@kernel
+def _decode_bf16_difference(stored_N: np.ndarray, base_N: np.ndarray, out_N: np.ndarray) -> np.uint32:
+    nonfinite = np.uint32(0)
+    bits_N = out_N.view(np.uint32)
+    for i in range(stored_N.size):
+        bits = np.uint32(stored_N[i]) << np.uint32(16)
+        bits_N[i] = bits
+        out_N[i] -= base_N[i]
         nonfinite |= np.uint32((bits & _EXPONENT) == _EXPONENT)
     return nonfinite
 

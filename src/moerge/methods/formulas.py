@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moerge.methods.jit import kernel
+from moerge.methods.jit import STRIP, kernel
 
 
 @kernel
@@ -29,28 +29,35 @@ def elected_sum(tau_KN: np.ndarray, weights_K: np.ndarray, mean: bool, out_N: np
     most frequent in the whole model). out = the sum of the w_k tau_k that agree with it, or, with `mean`, that sum
     divided by the weights of those that agree and are not zero. Overwrites tau_KN with w_k tau_k.
     """
-    experts = len(weights_K)
-    out_N[:] = np.float32(0)
-    for k in range(experts):
-        weight = weights_K[k]
-        for i in range(out_N.size):
-            tau_KN[k, i] *= weight
-            out_N[i] += tau_KN[k, i]
-    elected_N = np.empty(out_N.size, np.bool_)
-    for i in range(out_N.size):
-        elected_N[i] = out_N[i] >= np.float32(0)
-        out_N[i] = np.float32(0)
-    for k in range(experts):
-        for i in range(out_N.size):
-            tau = tau_KN[k, i]
-            out_N[i] += tau if (tau >= np.float32(0)) == elected_N[i] else np.float32(0)
-    if mean:
-        mass_N = np.zeros(out_N.size, np.float32)
-        for k in range(experts):
-            weight = weights_K[k]
-            for i in range(out_N.size):
-                tau = tau_KN[k, i]
-                agrees = (tau != np.float32(0)) and ((tau >= np.float32(0)) == elected_N[i])
-                mass_N[i] += weight if agrees else np.float32(0)
-        for i in range(out_N.size):
-            out_N[i] = out_N[i] / mass_N[i] if mass_N[i] != np.float32(0) else np.float32(0)
+    elected = np.empty(STRIP, np.bool_)
+    for start in range(0, out_N.size, STRIP):
+        out_S = out_N[start : start + STRIP]
+        out_S[:] = np.float32(0)
+        for k in range(len(weights_K)):
+            tau_S, weight = tau_KN[k, start : start + STRIP], weights_K[k]
+            for i in range(out_S.size):
+                tau_S[i] *= weight
+                out_S[i] += tau_S[i]
+        for i in range(out_S.size):
+            elected[i] = out_S[i] >= np.float32(0)
+            out_S[i] = np.float32(0)
+        for k in range(len(weights_K)):
+            tau_S = tau_KN[k, start : start + STRIP]
+            for i in range(out_S.size):
+                out_S[i] += tau_S[i] if (tau_S[i] >= np.float32(0)) == elected[i] else np.float32(0)
+        if mean:
+            _divide_by_agreement(tau_KN, start, weights_K, elected, out_S)
+
+
+@kernel
+def _divide_by_agreement(
+    tau_KN: np.ndarray, start: int, weights_K: np.ndarray, elected: np.ndarray, out_S: np.ndarray
+) -> None:
+    mass = np.zeros(STRIP, np.float32)
+    for k in range(len(weights_K)):
+        tau_S, weight = tau_KN[k, start : start + STRIP], weights_K[k]
+        for i in range(out_S.size):
+            agrees = (tau_S[i] != np.float32(0)) and ((tau_S[i] >= np.float32(0)) == elected[i])
+            mass[i] += weight if agrees else np.float32(0)
+    for i in range(out_S.size):
+        out_S[i] = out_S[i] / mass[i] if mass[i] != np.float32(0) else np.float32(0)

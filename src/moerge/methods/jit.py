@@ -10,6 +10,10 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+STRIP = 1 << 12
+"""Elements that a kernel with memory of its own works on at a time: it stays in the first-level cache, and small allocations
+are reused where large ones would be returned to the system and faulted in again."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -1,23 +1,32 @@
-"""Exact magnitude thresholds without a sort, from histograms that add up over blocks, tensors and machines.
+"""Exact magnitude thresholds without a sort of everything.
 
-|tau| as a float32 has 31 bits; their order as an integer is its order as a number. A first pass counts the upper 15, which
-finds the bin that holds the threshold; a second pass counts the lower 16 inside that bin, which finds the threshold itself.
+|tau| as a float32 has 31 bits; their order as an integer is its order as a number. Of a large tensor a sample is sorted, which
+brackets the threshold; one pass then counts what lies above the bracket and collects the little that lies inside, which
+settles it. Where that fails, and for small tensors and whole models, two histograms do: a first pass counts the upper 15 bits,
+which finds the bin that holds the threshold, a second the lower 16 inside that bin. Either way the result is exact.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from moerge.methods.jit import kernel
+from moerge.methods.jit import STRIP, kernel
 from moerge.methods.method import Measurement, Statistic
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _LOW_BITS = np.uint32(16)
 _LOW_MASK = np.uint32(0xFFFF)
+_LARGE, _HUGE = 1 << 20, 1 << 30
+"""Sizes between which a sample pays: below, a histogram is cheap; above, what a bracket collects would be large."""
+_RUNS = 16
+_MARGIN = 0.005
+"""Half a bracket's width as a fraction of all entries: six standard errors of a sample of 2^18 independent entries."""
 
 
 def kept_count(density: float, size: int) -> int:
@@ -36,11 +45,85 @@ def magnitude_thresholds(density: float, experts: int, size: int) -> Measurement
     kept = kept_count(density, size)
     if kept == size:
         return np.zeros(experts, np.float32)
+    thresholds = None
+    if _LARGE <= size <= _HUGE:
+        thresholds = yield from _from_bracket(kept, experts, size)
+    if thresholds is None:
+        thresholds = yield from _from_histograms(kept, experts)
+    return thresholds.astype(np.uint32).view(np.float32)
+
+
+def _from_bracket(kept: int, experts: int, size: int) -> Generator[Statistic, Any, np.ndarray | None]:
+    """Thresholds as bits [K]; None where a sample misjudged them."""
+    sample: _Collected = yield Statistic(partial(_Collected, experts), _collect_all, runs=_RUNS)
+    brackets_K2 = np.empty((experts, 2), np.uint32)
+    for k, values in enumerate(sample.values()):
+        rank = len(values) * (1 - kept / size)
+        low, high = (int(np.clip(rank + side * _MARGIN * len(values), 0, len(values) - 1)) for side in (-1, 1))
+        brackets_K2[k] = np.partition(values, [low, high])[[low, high]]
+    found: _Collected = yield Statistic(partial(_Collected, experts), partial(_collect_inside, brackets_K2))
+    thresholds_K = np.empty(experts, np.int64)
+    for k, inside in enumerate(found.values()):
+        above, from_high, above_low, from_low = found.counts_K4[k]
+        low, high = brackets_K2[k]
+        if above < kept <= from_high:
+            thresholds_K[k] = high
+        elif from_high < kept <= above_low:
+            place = len(inside) - (kept - from_high)
+            thresholds_K[k] = np.partition(inside, place)[place]
+        elif above_low < kept <= from_low:
+            thresholds_K[k] = low
+        else:
+            return None
+    return thresholds_K
+
+
+def _from_histograms(kept: int, experts: int) -> Generator[Statistic, Any, np.ndarray]:
+    """Thresholds as bits [K]."""
     coarse_KB = yield Statistic(partial(np.zeros, (experts, 1 << 15), np.int64), _count_high)
     bins_K, ranks_K = _locate(coarse_KB, np.full(experts, kept))
     fine_KB = yield Statistic(partial(np.zeros, (experts, 1 << 16), np.int64), partial(_count_low_in, bins_K.astype(np.uint32)))
     low_K, _ = _locate(fine_KB, ranks_K)
-    return ((bins_K << 16) | low_K).astype(np.uint32).view(np.float32)
+    bits_K: np.ndarray = (bins_K << 16) | low_K
+    return bits_K
+
+
+class _Collected:
+    """Magnitudes' bits by expert, and counts [K, 4] of those above and from `high`, above and from `low` of a bracket."""
+
+    def __init__(self, experts: int) -> None:
+        self.counts_K4 = np.zeros((experts, 4), np.int64)
+        self.pieces: list[list[np.ndarray]] = [[] for _ in range(experts)]
+        self.room = np.empty(16 * STRIP, np.uint32)
+
+    def __iadd__(self, other: _Collected) -> _Collected:
+        self.counts_K4 += other.counts_K4
+        for mine, theirs in zip(self.pieces, other.pieces, strict=True):
+            mine.extend(theirs)
+        return self
+
+    def clear(self) -> None:
+        """Back to nothing collected."""
+        self.counts_K4.fill(0)
+        self.pieces = [[] for _ in self.pieces]
+
+    def values(self) -> list[np.ndarray]:
+        """All magnitudes' bits of each expert."""
+        return [np.concatenate(pieces) if pieces else np.empty(0, np.uint32) for pieces in self.pieces]
+
+
+def _collect_all(tau_KN: np.ndarray, total: _Collected) -> None:
+    for pieces, tau_N in zip(total.pieces, tau_KN, strict=True):
+        pieces.append(tau_N.view(np.uint32) & _MAGNITUDE)
+
+
+def _collect_inside(brackets_K2: np.ndarray, tau_KN: np.ndarray, total: _Collected) -> None:
+    for k, (low, high) in enumerate(brackets_K2):
+        bits_N = tau_KN[k].view(np.uint32)
+        for start in range(0, bits_N.size, len(total.room)):
+            part = bits_N[start : start + len(total.room)]
+            count = _split(part, low, high, total.counts_K4[k], total.room)
+            total.pieces[k].append(total.room[:count].copy())
 
 
 def _locate(counts_KB: np.ndarray, ranks_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,18 +149,52 @@ def _count_low_in(bins_K: np.ndarray, tau_KN: np.ndarray, total_KB: np.ndarray) 
 
 @kernel
 def _count_low(tau_KN: np.ndarray, bins_K: np.ndarray, total_KB: np.ndarray) -> None:
-    # few entries lie in the bin: flag them in a loop that vectorises, then pass over the flags eight at a time
-    size = tau_KN.shape[1]
-    words = (size + 7) // 8
-    flags = np.zeros(words * 8, np.uint8)
-    eights = flags.view(np.uint64)
+    found = np.empty(STRIP, np.uint32)
     for k in range(tau_KN.shape[0]):
         bits_N = tau_KN[k].view(np.uint32)
-        wanted = bins_K[k]
-        for i in range(size):
-            flags[i] = ((bits_N[i] & _MAGNITUDE) >> _LOW_BITS) == wanted
-        for word in range(words):
-            if eights[word] != 0:
-                for i in range(word * 8, min(word * 8 + 8, size)):
-                    if flags[i]:
-                        total_KB[k, bits_N[i] & _LOW_MASK] += 1
+        low = (bins_K[k] << _LOW_BITS) - np.uint32(1)  # wraps around for bin 0, as the comparison in _gather does
+        for start in range(0, bits_N.size, STRIP):
+            count = _gather(bits_N[start : start + STRIP], low, np.uint32(1 << 16), found)
+            for i in range(count):
+                total_KB[k, found[i] & _LOW_MASK] += 1
+
+
+@kernel
+def _split(bits_N: np.ndarray, low: np.uint32, high: np.uint32, counts_4: np.ndarray, room: np.ndarray) -> int:
+    """Count the magnitudes above and from `high`, above and from `low`; put those strictly between into `room`."""
+    count = 0
+    for start in range(0, bits_N.size, STRIP):
+        strip = bits_N[start : start + STRIP]
+        above, from_high, above_low, from_low = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(strip.size):
+            magnitude = strip[i] & _MAGNITUDE
+            above += np.uint32(magnitude > high)
+            from_high += np.uint32(magnitude >= high)
+            above_low += np.uint32(magnitude > low)
+            from_low += np.uint32(magnitude >= low)
+        counts_4[0] += above
+        counts_4[1] += from_high
+        counts_4[2] += above_low
+        counts_4[3] += from_low
+        if above_low > from_high:
+            count += _gather(strip, low, high - low - np.uint32(1), room[count:])
+    return count
+
+
+@kernel
+def _gather(strip: np.ndarray, low: np.uint32, width: np.uint32, out: np.ndarray) -> int:
+    """Put the magnitudes low + 1 .. low + width of at most STRIP entries into `out`; their number."""
+    # few match: flag them in a loop that vectorises, then pass over the flags eight at a time
+    flags = np.zeros(STRIP, np.uint8)
+    eights = flags.view(np.uint64)
+    first = low + np.uint32(1)
+    for i in range(strip.size):
+        flags[i] = ((strip[i] & _MAGNITUDE) - first) < width
+    count = 0
+    for word in range(eights.size):
+        if eights[word] != 0:
+            for i in range(word * 8, word * 8 + 8):
+                if flags[i]:
+                    out[count] = strip[i] & _MAGNITUDE
+                    count += 1
+    return count

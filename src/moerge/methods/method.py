@@ -42,16 +42,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Statistic:
-    """One pass over blocks: `add(theta_KN, total)` adds a block's share to an array like `zeros`.
+    """One pass over blocks: `add(theta_KN, total)` adds a block's share to something like `zeros()`.
 
-    Shares are added up in the order of the blocks, so a floating-point total does not depend on threads either.
+    That is an array, or an object with `+=` and a `clear()` that makes it zero again.
+
+    Shares are added up in the order of the blocks, so a floating-point total does not depend on threads either. With `runs`
+    the pass looks at that many short runs of elements, evenly spaced, instead of at all: a sample.
     """
 
-    zeros: Callable[[], np.ndarray]
-    add: Callable[[np.ndarray, np.ndarray], None]
+    zeros: Callable[[], Any]
+    add: Callable[[np.ndarray, Any], None]
+    runs: int = 0
 
 
-Measurement = Generator[Statistic, np.ndarray, Any]
+Measurement = Generator[Statistic, Any, Any]
 """Yields one pass after another, is sent its total, returns the statistic that `merge` will find in its block."""
 
 

@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from moerge.methods.jit import kernel
+from moerge.methods.jit import STRIP, kernel
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -53,15 +53,17 @@ def splitmix64(key: np.uint64, position: np.uint64) -> np.uint64:
 
 @kernel
 def _drop(tau_KN: np.ndarray, keys_K: np.ndarray, first: np.uint64, threshold: np.uint64, factor: np.float32) -> None:
-    size = tau_KN.shape[1]
-    bits = np.empty((size + 1) // 2, np.uint64)
+    bits = np.empty(STRIP // 2, np.uint64)
+    halves = bits.view(np.uint32)
     for k in range(len(keys_K)):
-        for j in range(bits.size):
-            bits[j] = splitmix64(keys_K[k], first + np.uint64(j))
-        halves = bits.view(np.uint32)
-        for i in range(size):
-            kept = np.uint64(halves[i]) < threshold
-            tau_KN[k, i] = tau_KN[k, i] * factor if kept else np.float32(0)
+        for start in range(0, tau_KN.shape[1], STRIP):
+            strip = tau_KN[k, start : start + STRIP]
+            position = first + np.uint64(start // 2)
+            for j in range(bits.size):
+                bits[j] = splitmix64(keys_K[k], position + np.uint64(j))
+            for i in range(strip.size):
+                kept = np.uint64(halves[i]) < threshold
+                strip[i] = strip[i] * factor if kept else np.float32(0)
 
 
 @kernel

@@ -19,7 +19,7 @@ class Ties(TaskVectorMethod):
     entries of that sign are added up (`aggregate: sum`, MergeME) or averaged (`mean`, the original's disjoint mean).
     `scope` is what a threshold spans: `tensor` (mergekit) or `model` (the original, FusionBench, MergeLM).
     Published equivalents: MergeME = the defaults; the original = scope model, aggregate mean, scale 1, density 0.2;
-    mergekit = aggregate mean, scale 1 (its `normalize: false` is aggregate sum); FusionBench = scope model, scale 0.3.
+    mergekit = aggregate mean, scale 1 (its `normalize: false` is aggregate sum); FusionBench = scope model.
 
     Not for experts without a common base, nor for a single expert, which it only prunes.
     """

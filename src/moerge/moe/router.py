@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from moerge.architecture.family import Expected
-from moerge.planning.operations import Draw, Operation
+from moerge.planning.operations import Draw, Fit, Operation
 from moerge.registry import Registry
+
+if TYPE_CHECKING:
+    from moerge.calibration import Texts
+    from moerge.moe.context import FitContext
+    from moerge.recipe.schema import Recipe
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Router(BaseModel):
@@ -24,6 +33,17 @@ class Router(BaseModel):
         """What fills one layer's gate."""
         raise NotImplementedError
 
+    def inputs(self, recipe: Recipe, experts: Sequence[str]) -> tuple[Texts, ...]:
+        """The calibration text of the experts, read while planning; InputError if something is missing."""
+        return ()
+
+    def require(self) -> None:
+        """InputError if a package that the router needs is not installed; asked before anything is written."""
+
+    def memory_bytes(self, model_bytes: int, layers: int, hidden: int) -> int:
+        """What the router holds in memory for a merged model of that many bytes of tensors."""
+        return 0
+
 
 class RandomRouter(Router):
     """Uniform with mean 0 and standard deviation `std`, by default that of a fresh linear layer: 1 / sqrt(3 * hidden).
@@ -35,12 +55,36 @@ class RandomRouter(Router):
     kind: ClassVar[str] = "random"
     needs_training: ClassVar[bool] = True
     seed: int = 0
-    std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    std: Positive | None = None
 
     def operation(self, gate: Expected) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
         std = self.std if self.std is not None else 1 / math.sqrt(3 * gate.shape[1])
         return Draw(seed=self.seed, bound=math.sqrt(3) * std)
+
+
+class FittedRouter(Router):
+    """A router whose gates are computed once every other tensor of the merged model is written.
+
+    A subclass says in `fit` what they are, in `inputs` what text that takes, and in `memory_bytes` what memory.
+    """
+
+    def operation(self, gate: Expected) -> Operation:
+        """Room for the gate, which `fit` fills later."""
+        return Fit(self)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether `fit` loads the merged model."""
+        return False
+
+    def remarks(self, context: FitContext) -> tuple[str, ...]:
+        """Warnings about the fitted gates, the same whether `fit` ran now or before an interruption."""
+        return ()
+
+    def fit(self, context: FitContext) -> Mapping[str, np.ndarray]:
+        """float32 [experts, hidden] for each of `context.gates` by name."""
+        raise NotImplementedError
 
 
 _ROUTERS: Registry[type[Router]] = Registry("moerge.routers", "router kind")
@@ -49,3 +93,8 @@ _ROUTERS: Registry[type[Router]] = Registry("moerge.routers", "router kind")
 def router(kind: str) -> type[Router]:
     """The router class called `kind`; InputError suggests the nearest known one."""
     return _ROUTERS.get(kind)
+
+
+def routers() -> list[str]:
+    """Names of all kinds of routers, built-in and from other packages."""
+    return _ROUTERS.names()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moerge.architecture import Expected, Family, family_of, moe_format
 from moerge.architecture.config import canonical, portable
+from moerge.calibration import Texts
 from moerge.checkpoint.dtypes import DTYPES, FLOATS, DType
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tokenizer import check_same_vocabulary, companion_files
+from moerge.checkpoint.tokenizer import VOCABULARY_FILES, check_same_vocabulary, companion_files
 from moerge.errors import InputError
 from moerge.methods.average import Average
 from moerge.methods.method import MergeMethod
+from moerge.moe.router import FittedRouter
 from moerge.planning.checks import check_configs, check_models, expected_of, merge_candidates
 from moerge.planning.match import MethodChooser
 from moerge.planning.operations import Copy, Merge, Operation, Output, Source
@@ -23,16 +25,19 @@ from moerge.planning.plan import Plan
 from moerge.recipe.schema import Recipe
 
 
-def build_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
+def build_plan(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> Plan:
     """What the recipe amounts to, with every check that needs no tensor data.
 
-    `weights` downloads Hub models completely; without it only their configs and headers are fetched.
+    `weights` downloads Hub models completely, at the `commits` given by model name; without it only their configs and
+    headers are fetched.
     Raises InputError if the models cannot be merged as asked.
     """
     locations = {"base": recipe.base} if recipe.base else {}
     locations |= {name: expert.model for name, expert in recipe.experts.items()}
+    pinned = commits or {}
     models = tuple(
-        locate(location, name=name, relative_to=recipe.folder, weights=weights) for name, location in locations.items()
+        locate(location, name=name, relative_to=recipe.folder, weights=weights, commit=pinned.get(name))
+        for name, location in locations.items()
     )
     check_models(models)
     family = family_of(models[0].config)
@@ -43,16 +48,45 @@ def build_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     found, more = merge_candidates(models, family)
     job = _Job(recipe, {model.name: model for model in models}, family, _dtype(recipe, models, config_source))
     config, outputs, experts = job.moe(found, config_source) if recipe.moe else job.dense(found, config_source)
-    return Plan(
+    calibration = recipe.moe.router.inputs(recipe, experts) if recipe.moe else ()
+    files = companion_files(job.models[tokenizer_source].folder)
+    if calibration and not set(files) & set(VOCABULARY_FILES):
+        raise InputError(f"calibration needs a tokenizer, and {tokenizer_source} has none: name another with 'tokenizer'")
+    planned = Plan(
         recipe=recipe,
         models=models,
         outputs=tuple(outputs),
         config=config,
-        files=companion_files(job.models[tokenizer_source].folder),
+        files=files,
         experts=experts,
-        warnings=(*warnings, *more, *job.warnings()),
+        calibration=calibration,
+        warnings=(*warnings, *more, *job.warnings(), *_calibration_warnings(recipe, calibration)),
         notes=(f"config from {config_source}, tokenizer and generation config from {tokenizer_source}",),
     )
+    return replace(planned, notes=(*planned.notes, *_router_notes(planned)))
+
+
+def _router_notes(plan: Plan) -> list[str]:
+    router = plan.recipe.moe.router if plan.recipe.moe else None
+    if not isinstance(router, FittedRouter):
+        return []
+    holds = "with the whole merged model" if router.runs_model else "with a few tensors"
+    text = f", from {sum(len(texts.documents) for texts in plan.calibration)} texts" if plan.calibration else ""
+    gigabytes = plan.router_bytes / 1e9
+    return [f"the {router.kind} router is computed after merging {holds} in memory, about {gigabytes:.1f} GB{text}"]
+
+
+def _calibration_warnings(recipe: Recipe, calibration: Sequence[Texts]) -> list[str]:
+    if recipe.calibration and not calibration:
+        return ["'calibration' is not used: nothing in this recipe is fitted to text"]
+    owners: dict[str, set[str]] = {}
+    for texts in calibration:
+        for digest in texts.hashes:
+            owners.setdefault(digest, set()).add(texts.expert)
+    shared = [names for names in owners.values() if len(names) > 1]
+    if not shared:
+        return []
+    return [f"{len(shared)} calibration texts belong to several experts ({', '.join(sorted(set().union(*shared)))})"]
 
 
 def _dtype(recipe: Recipe, models: Sequence[Checkpoint], source: str) -> DType:
@@ -131,9 +165,16 @@ class _Job:
         if method.uses_task_vectors:
             members = tuple(name for name in members if name != "base")
             base = self._source("base", tensor.name)
-        _check_count(method, members)
+        self._check_count(method, members)
         weights = tuple(self.recipe.experts[name].weight if name in self.recipe.experts else 1.0 for name in members)
         return Merge(method, tuple(self._source(name, tensor.name) for name in members), weights, base)
+
+    def _check_count(self, method: MergeMethod, members: Sequence[str]) -> None:
+        if method.exact_experts not in (None, len(members)):
+            raise InputError(
+                f"{self.recipe.source}: {method.name} merges exactly {method.exact_experts} models, "
+                f"not {len(members)} ({', '.join(members)})"
+            )
 
     def warnings(self) -> list[str]:
         """What a user should know about a plan that is valid."""
@@ -141,8 +182,3 @@ class _Job:
         if moe is None or not moe.router.needs_training:
             return []
         return [f"the {moe.router.kind} router is untrained: the MoE mixes its experts blindly until it is fine-tuned"]
-
-
-def _check_count(method: MergeMethod, members: Sequence[str]) -> None:
-    if method.exact_experts not in (None, len(members)):
-        raise InputError(f"{method.name} merges exactly {method.exact_experts} models, not {len(members)} ({', '.join(members)})")

@@ -32,13 +32,16 @@ def check_configs(models: Sequence[Checkpoint], family: Family | None, *, source
     Raises InputError where a difference changes the tensors' shapes, or changes results and nobody settled it.
     """
     known = {model.name: canonical(model.config, family) for model in models}
+    for name, config in known.items():
+        if not isinstance(config["rope_scaling"], Mapping | None):
+            raise InputError(f"{name}: config.json: rope_scaling should be a mapping, not {config['rope_scaling']!r}")
     differing = differences(known)
-    for key, values in differing.items():
-        if key in STRUCTURAL:
-            raise InputError(f"config.json: {key} differs ({_values(values)}): these models do not have the same shape")
+    structural = {key: values for key, values in differing.items() if key in STRUCTURAL}
+    if structural:
+        raise InputError(f"config.json: these models do not have the same shape: {_described(structural)}")
     if not differing:
         return []
-    described = "; ".join(f"{key} ({_values(values)})" for key, values in differing.items())
+    described = _described(differing)
     if not named:
         raise InputError(
             f"config.json differs in what changes results: {described}; name the model whose config to use, "
@@ -47,16 +50,17 @@ def check_configs(models: Sequence[Checkpoint], family: Family | None, *, source
     return [f"config.json differs, {source}'s is used: {described}"]
 
 
-def _values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}: {value!r}" for name, value in values.items())
+def _described(differing: Mapping[str, Mapping[str, Any]]) -> str:
+    values = {key: ", ".join(f"{name}: {value!r}" for name, value in by.items()) for key, by in differing.items()}
+    return "; ".join(f"{key} ({shown})" for key, shown in values.items())
 
 
 def expected_of(family: Family, config: Mapping[str, Any], where: str) -> list[Expected]:
-    """The family's tensors for a config; InputError if the config lacks a size."""
+    """The family's tensors for a config; InputError if the config lacks a size or garbles it."""
     try:
         return expected_tensors(family, canonical(config, family))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{where}: config.json of type {family.model_type!r} lacks or garbles {error}") from None
+    except ValueError as error:
+        raise InputError(f"{where}: config.json: {error}") from None
 
 
 def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tuple[list[Expected], list[str]]:
@@ -96,7 +100,10 @@ def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping
         having = [model.name for model in models if name in stored[model.name]]
         if len(having) < len(models):
             lacking = [model.name for model in models if name not in stored[model.name]]
-            raise InputError(f"tensor {name!r} is in {', '.join(having)} but not in {', '.join(lacking)}: merging would drop it")
+            raise InputError(
+                f"tensor {name!r} is in {', '.join(having)} but not in {', '.join(lacking)}: "
+                "merging would drop it, so repair or leave out the odd model"
+            )
 
 
 def _check_present(
@@ -105,7 +112,10 @@ def _check_present(
     for model in models:
         missing = next((tensor.name for tensor in expected if tensor.name not in stored[model.name]), None)
         if missing:
-            raise InputError(f"{model.name}: tensor {missing!r} is missing in {model.folder}: its config.json calls for it")
+            raise InputError(
+                f"{model.name}: tensor {missing!r} is missing in {model.folder}, although its config.json calls for it: "
+                "fetch or copy the checkpoint again"
+            )
 
 
 def _check_shapes(
@@ -122,4 +132,10 @@ def _check_shapes(
                 raise InputError(
                     f"{model.name}: tensor {tensor.name!r} is stored as {actual.dtype.name}: "
                     "convert the checkpoint to float32, float16 or bfloat16 first"
+                )
+            first = stored[models[0].name][tensor.name]
+            if actual.dtype.is_float != first.dtype.is_float:
+                raise InputError(
+                    f"tensor {tensor.name!r} is stored as {first.dtype.name} in {models[0].name} but as {actual.dtype.name} "
+                    f"in {model.name}: numbers and codes cannot be merged"
                 )

@@ -7,7 +7,7 @@ what: results are functions of the inputs alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,13 +18,14 @@ from moerge.checkpoint.digest import CHUNK, running_digest, tensor_digest
 from moerge.checkpoint.dtypes import DType
 from moerge.errors import InputError
 from moerge.methods.codec import all_finite, decode, encode
-from moerge.methods.method import Block, MergeMethod, Statistic
+from moerge.methods.method import Block, MergeMethod
 from moerge.methods.random import stream_key, uniform
-from moerge.planning.operations import Copy, Draw, Merge, Output, Source
-from moerge.planning.schedule import Job, Task, run_jobs
+from moerge.planning.measuring import OrderedSum, Piece, chunked, sampled
+from moerge.planning.operations import Copy, Draw, Fit, Merge, Output, Source
+from moerge.planning.schedule import Job, run_jobs
 
-BLOCK = 1 << 15
-"""Elements a block: with three experts its float32 copies stay inside a megabyte of second-level cache."""
+BLOCK = 1 << 17
+"""Elements a block: its float32 copies stay in the shared cache, and calling kernels costs little beside running them."""
 WINDOW = 1 << 18
 """Elements read or written by one system call."""
 assert CHUNK % WINDOW == WINDOW % BLOCK == BLOCK % 2 == 0
@@ -37,8 +38,11 @@ class Store(Protocol):
         """Elements `start` and following of an output, in its storage type."""
         ...
 
-    def done(self, output: Output, digest: str, inputs: dict[str, str]) -> None:
-        """An output is complete; `inputs` are the digests of what was read for it, by "model:tensor"."""
+    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
+        """An output is complete; `inputs` are the digests of what was read for it, by "model:tensor".
+
+        `nonfinite` are those of the inputs that hold NaN or infinity.
+        """
         ...
 
     def finished(self, output: Output) -> bool:
@@ -56,13 +60,22 @@ class Execution:
     nonfinite: set[str] = field(default_factory=set)
 
     def run(self, outputs: Sequence[Output], threads: int) -> None:
-        """Compute and store all outputs."""
-        pending = [output for output in outputs if not self.store.finished(output)]
+        """Compute and store all outputs but those that are fitted to the others."""
+        outputs = [output for output in outputs if not isinstance(output.operation, Fit)]
         self._measured: dict[MergeMethod, Any] = {}
         self._local = threading.local()
+        finished: set[str] = set()
+        run_jobs((self._check(output, finished) for output in outputs), threads)
+        pending = [output for output in outputs if output.name not in finished]
         # A threshold that spans the model spans all of it, also what an interrupted run has already written.
         run_jobs(self._model_measurements(outputs, bool(pending)), threads)
         run_jobs((self._produce(output) for output in pending), threads)
+
+    def _check(self, output: Output, finished: set[str]) -> Job:
+        (is_finished,) = yield [partial(self.store.finished, output)]
+        if is_finished:
+            finished.add(output.name)
+            self.advance(output.work_bytes)
 
     def _model_measurements(self, outputs: Sequence[Output], needed: bool) -> Iterator[Job]:
         spanning: dict[MergeMethod, list[Merge]] = {}
@@ -88,7 +101,7 @@ class Execution:
         digest = tensor_digest(result[0] for result in results)
         labels = [source.label for source in operation.sources]
         inputs = {label: tensor_digest(result[1 + i] for result in results) for i, label in enumerate(labels)}
-        self.store.done(output, digest, inputs)
+        self.store.done(output, digest, inputs, [label for label in labels if label in self.nonfinite])
 
     def _produce_chunk(self, output: Output, statistic: Any, start: int) -> list[bytes]:
         """Store one chunk of an output; its digest and those of the same chunk of every source."""
@@ -102,6 +115,7 @@ class Execution:
             elif isinstance(operation, Merge):
                 data = self._merged(output, operation, readers, statistic, begin, end)
             else:
+                assert isinstance(operation, Draw)
                 data = self._drawn(output, operation, begin, end)
             self.store.write(output, begin, data)
             produced.update(data)
@@ -109,27 +123,34 @@ class Execution:
         return [produced.digest(), *(reader.digest() for reader in readers)]
 
     def _measure(self, method: MergeMethod, operations: Sequence[Merge]) -> Any:
-        """Drive a method's measurement over the blocks of some operations; its tasks go to the scheduler."""
+        """Drive a method's measurement over some operations; its tasks go to the scheduler."""
         size = sum(operation.experts[0].tensor.size for operation in operations)
+        unread = method.measures * sum(source.tensor.nbytes for operation in operations for source in operation.sources)
         steps = method.measure(len(operations[0].experts), size)
         total: Any = None
         try:
             while True:
-                sums = _OrderedSum(steps.send(total))
-                yield _measuring_tasks(operations, partial(self._measure_chunk, sums))
+                statistic = steps.send(total)
+                sums = OrderedSum(statistic)
+                pieces = sampled(operations, statistic.runs) if statistic.runs else chunked(operations)
+                read = yield [partial(self._measure_piece, sums, index, piece) for index, piece in enumerate(pieces)]
+                unread -= sum(read)
                 total = sums.total
         except StopIteration as finished:
+            self.advance(max(0, unread))  # what progress had expected and a clever method did not need
             return finished.value
 
-    def _measure_chunk(self, sums: _OrderedSum, operation: Merge, index: int, start: int) -> None:
-        stop = min(start + CHUNK, operation.experts[0].tensor.size)
-        readers = self._readers(operation.sources, start, stop)
+    def _measure_piece(self, sums: OrderedSum, index: int, piece: Piece) -> int:
+        """Add a piece's share to a statistic; the bytes that were read."""
+        readers = self._readers(piece.operation.sources, piece.start, piece.stop)
         share = sums.share()
-        for begin in range(start, stop, BLOCK):
-            work = self._load(operation, readers, begin, min(begin + BLOCK, stop))
+        for begin in range(piece.start, piece.stop, BLOCK):
+            work = self._load(piece.operation, readers, begin, min(begin + BLOCK, piece.stop))
             sums.statistic.add(work.theta_KN, share)
         sums.add(index, share)
-        self.advance(sum(reader.bytes_of(stop - start) for reader in readers))
+        nbytes = sum(reader.bytes_of(piece.stop - piece.start) for reader in readers)
+        self.advance(nbytes)
+        return nbytes
 
     def _copied(self, output: Output, reader: _Reader, start: int, stop: int) -> np.ndarray:
         data = reader.take(start, stop)
@@ -166,13 +187,11 @@ class Execution:
             base, *experts = readers
             self._decode(base, start, stop, work.base_N)
         for expert, theta_N in zip(experts, work.theta_KN, strict=True):
-            self._decode(expert, start, stop, theta_N)
-            if operation.base is not None:
-                np.subtract(theta_N, work.base_N, out=theta_N)
+            self._decode(expert, start, stop, theta_N, work.base_N if operation.base is not None else None)
         return work
 
-    def _decode(self, reader: _Reader, start: int, stop: int, out_N: np.ndarray) -> None:
-        if not decode(reader.take(start, stop), reader.dtype, out_N):
+    def _decode(self, reader: _Reader, start: int, stop: int, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
+        if not decode(reader.take(start, stop), reader.dtype, out_N, base_N):
             self._report_nonfinite(reader)
 
     def _report_nonfinite(self, reader: _Reader) -> None:
@@ -226,7 +245,7 @@ class _Reader:
 
     def take(self, start: int, stop: int) -> np.ndarray:
         """Elements start .. stop, valid until the next call; the range lies within one window."""
-        if start == self._end:
+        if not self._start <= start <= stop <= self._end:
             count = min(WINDOW, self._stop - start)
             self._window_N = self._elements.read(start, self._buffer_N[:count])
             self._start, self._end = start, start + count
@@ -241,35 +260,3 @@ class _Reader:
     def bytes_of(self, elements: int) -> int:
         """Bytes that so many elements occupy."""
         return elements * self.dtype.itemsize
-
-
-class _OrderedSum:
-    """Adds up chunks' shares in the order of their indices, whatever the order they arrive in."""
-
-    def __init__(self, statistic: Statistic) -> None:
-        self.statistic = statistic
-        self.total = statistic.zeros()
-        self._lock = threading.Lock()
-        self._waiting: dict[int, np.ndarray] = {}
-        self._spare: list[np.ndarray] = []
-        self._next = 0
-
-    def share(self) -> np.ndarray:
-        """Zeros to add a chunk's share to; memory of shares already added is used again."""
-        with self._lock:
-            return self._spare.pop() if self._spare else self.statistic.zeros()
-
-    def add(self, index: int, share: np.ndarray) -> None:
-        with self._lock:
-            self._waiting[index] = share
-            while self._next in self._waiting:
-                arrived = self._waiting.pop(self._next)
-                self.total += arrived
-                arrived.fill(0)
-                self._spare.append(arrived)
-                self._next += 1
-
-
-def _measuring_tasks(operations: Iterable[Merge], task: Callable[[Merge, int, int], None]) -> list[Task]:
-    chunks = [(operation, start) for operation in operations for start in range(0, operation.experts[0].tensor.size, CHUNK)]
-    return [partial(task, operation, index, start) for index, (operation, start) in enumerate(chunks)]

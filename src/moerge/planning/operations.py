@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
 from moerge.methods.method import MergeMethod
+
+if TYPE_CHECKING:
+    from moerge.moe.router import FittedRouter
 
 
 class Tensor(Protocol):
@@ -105,7 +108,19 @@ class Draw:
         return ()
 
 
-Operation = Copy | Merge | Draw
+@dataclass(frozen=True)
+class Fit:
+    """A gate that `router` computes when all other outputs are there; until then it is zero."""
+
+    router: FittedRouter
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Nothing is read block by block."""
+        return ()
+
+
+Operation = Copy | Merge | Draw | Fit
 
 
 @dataclass(frozen=True)
@@ -129,9 +144,17 @@ class Output:
         return self.size * self.dtype.itemsize
 
     @property
+    def work_bytes(self) -> int:
+        """Bytes read and written on the way to this output, by all passes."""
+        passes = 1 + self.operation.method.measures if isinstance(self.operation, Merge) else 1
+        return self.nbytes + passes * sum(source.tensor.nbytes for source in self.operation.sources)
+
+    @property
     def action(self) -> str:
-        """The operation in a word: a method's name, `copy`, `convert` (to another element type) or `draw`."""
+        """The operation in a word: a method's name, `copy`, `convert` (to another element type), `draw` or `fit`."""
         operation = self.operation
+        if isinstance(operation, Fit):
+            return "fit"
         if isinstance(operation, Merge):
             return "convert" if len(operation.sources) == 1 else operation.method.name
         return "copy" if isinstance(operation, Copy) else "draw"
@@ -144,6 +167,8 @@ class Output:
             return f"seed {operation.seed}, uniform within {operation.bound:.4g}"
         if isinstance(operation, Copy) or self.action == "convert":
             return ""
+        if isinstance(operation, Fit):
+            return ", ".join([operation.router.kind, *(f"{key} {value}" for key, value in operation.router)])
         weights = "" if set(operation.weights) == {1.0} else f", weights {', '.join(f'{w:g}' for w in operation.weights)}"
         settings = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in operation.method

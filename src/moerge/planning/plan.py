@@ -11,13 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moerge.calibration import Texts
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
 from moerge.planning.execute import BLOCK, WINDOW
-from moerge.planning.operations import Copy, Draw, Merge, Output
+from moerge.planning.operations import Copy, Draw, Fit, Operation, Output
 from moerge.recipe.schema import Recipe
 
 _INTERPRETER_BYTES = 150_000_000
+_TORCH_BYTES = 500_000_000
 _BYTES_READ_PER_SECOND = 2e9
 _BYTES_WRITTEN_PER_SECOND = 0.5e9
 """What an ordinary SSD does, for the estimate of time; a cold or busy disk is slower."""
@@ -37,6 +39,7 @@ class Plan:
     config: Mapping[str, Any]
     files: Mapping[str, Path]
     experts: tuple[str, ...] = ()
+    calibration: tuple[Texts, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -63,17 +66,23 @@ class Plan:
     @cached_property
     def work_bytes(self) -> int:
         """Bytes read and written by all passes, what progress counts."""
-        passes = {id(o.operation): 1 + o.operation.method.measures for o in self.outputs if isinstance(o.operation, Merge)}
-        return self.output_bytes + sum(
-            passes.get(id(o.operation), 1) * source.tensor.nbytes for o in self.outputs for source in o.operation.sources
-        )
+        return sum(output.work_bytes for output in self.outputs)
 
     def memory_bytes(self, threads: int) -> int:
         """An upper estimate of the working memory in bytes: blocks for each thread, and Python itself."""
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
-        return _INTERPRETER_BYTES + threads * (buffers + histograms)
+        return max(_INTERPRETER_BYTES + threads * (buffers + histograms), self.router_bytes)
+
+    @property
+    def router_bytes(self) -> int:
+        """Memory that computing the router takes, once the rest is merged; 0 if nothing is computed."""
+        gates = [output for output in self.outputs if isinstance(output.operation, Fit)]
+        if not gates or self.recipe.moe is None:
+            return 0
+        used = self.recipe.moe.router.memory_bytes(self.output_bytes, len(gates), gates[0].shape[1])
+        return used + _INTERPRETER_BYTES + _TORCH_BYTES
 
     @property
     def seconds(self) -> float:
@@ -85,7 +94,8 @@ class Plan:
         """A digest of all that decides the result: operations, hyperparameters, and the inputs' sizes and times."""
         inputs = [(model.name, model.location, model.revision, _stamps(model)) for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
-        return hashlib.sha256(json.dumps([inputs, operations, self.config], default=str).encode()).hexdigest()
+        texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
+        return hashlib.sha256(json.dumps([inputs, operations, self.config, texts], default=str).encode()).hexdigest()
 
     def summary(self, threads: int) -> dict[str, Any]:
         """The plan's figures for `--json`."""
@@ -100,13 +110,16 @@ class Plan:
             "operations": dict(Counter(output.action for output in self.outputs)),
             "models": {model.name: model.location for model in self.models},
             "experts": list(self.experts),
+            "calibration": {texts.expert: len(texts.hashes) for texts in self.calibration},
             "to_download": [model.location for model in self.models if not model.complete],
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
 
 
-def _describe(operation: Copy | Merge | Draw) -> Any:
+def _describe(operation: Operation) -> Any:
+    if isinstance(operation, Fit):
+        return [operation.router.kind, operation.router.model_dump()]
     if isinstance(operation, Draw):
         return [operation.seed, operation.bound]
     sources = [(source.model, source.tensor.name) for source in operation.sources]

@@ -61,9 +61,9 @@ class Document:
             owner = _model_at(model, problem["loc"][:-1])
             return self.error(path, f": unknown key, {suggest(str(path[-1]), owner.model_fields)}")
         message = _PLAINLY.get(problem["type"]) or problem["msg"].replace("Input should", "should", 1)
-        given = "" if problem["type"] in ("missing", "too_short", "string_too_short") else f", not {_short(problem['input'])}"
+        given = "" if problem["type"] in ("missing", "too_short", "string_too_short") else f", not {short(problem['input'])}"
         if path[-1] == "[key]":
-            return self.error(path[:-2], f": the name {_short(problem['input'])} {message}")
+            return self.error(path[:-2], f": the name {short(problem['input'])} {message}")
         return self.error(path, f" {message}{given}")
 
 
@@ -133,6 +133,7 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
     return [found for part in get_args(annotation) for found in _classes(part)]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as it may stand in a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,11 +10,11 @@ from typing import Any
 from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
 from moerge.methods.method import MergeMethod, merge_method
-from moerge.moe.router import Router, router
-from moerge.recipe.document import Document, Key, read_document
+from moerge.moe.router import Router, router, routers
+from moerge.recipe.document import Document, Key, read_document, short
 from moerge.recipe.schema import MoE, Override, Recipe
 
-_SECTIONS = ("base", "experts", "merge", "moe", "dtype", "tokenizer", "config")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
@@ -40,8 +40,10 @@ def _set_seed(data: dict[str, Any], seed: int) -> None:
         for override in overrides if isinstance(overrides, list) else ():
             if isinstance(override, dict) and "seed" in override:
                 override["seed"] = seed
-    if isinstance(data.get("moe"), dict) and isinstance(data["moe"].setdefault("router", {}), dict):
-        data["moe"]["router"]["seed"] = seed
+    if isinstance(data.get("moe"), dict) and isinstance(settings := data["moe"].setdefault("router", {}), dict):
+        kind = settings.get("kind", "random")
+        if "seed" in settings or not isinstance(kind, str) or kind not in routers() or "seed" in router(kind).model_fields:
+            settings["seed"] = seed
 
 
 def _build(document: Document, folder: Path) -> Recipe:
@@ -63,7 +65,7 @@ def _mapping(document: Document, path: Key, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise document.error(path, f" should be a mapping, not {value!r}")
+        raise document.error(path, f" should be a mapping, not {short(value)}")
     return {str(key): item for key, item in value.items()}
 
 
@@ -127,6 +129,9 @@ def _check(recipe: Recipe, document: Document) -> None:
         named = getattr(recipe, key)
         if named is not None and named not in names:
             raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, names)}")
+    for name in recipe.calibration:
+        if name not in names:
+            raise document.error(("calibration", name), f" is not a model of this recipe, {suggest(name, names)}")
     for method in recipe.methods:
         _check_method(method, recipe, document)
     weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]

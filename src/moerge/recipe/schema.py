@@ -57,6 +57,7 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
     config: str | None = None
     folder: Path = Path()

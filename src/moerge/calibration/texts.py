@@ -1,0 +1,166 @@
+"""Calibration text from files: txt, jsonl and parquet, one by one, in folders or by glob.
+
+What a document is: in jsonl and parquet an entry's `text` field; in a txt file that is named itself a paragraph, that is
+lines between empty lines; in a folder or glob each txt file as a whole. Files are taken in the order of their paths and
+only as far as documents are wanted, so shuffle a file that is sorted by topic.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moerge.calibration.overlap import document_hash
+from moerge.checkpoint.digest import file_digest
+from moerge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents that calibrate one expert, or only their hashes where statistics of them are at hand.
+
+    `hashes` tells whether other text is among them.
+    """
+
+    expert: str
+    location: str
+    documents: tuple[str, ...] = field(repr=False)
+    known_hashes: tuple[str, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def hashes(self) -> tuple[str, ...]:
+        """`document_hash` of each document."""
+        return self.known_hashes or tuple(document_hash(document) for document in self.documents)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the documents exactly as they are, in order."""
+        return file_digest(json.dumps(self.documents or self.known_hashes).encode())
+
+
+def read_texts(expert: str, location: str, *, relative_to: Path = Path(), limit: int) -> Texts:
+    """The first `limit` documents at `location`; InputError if it is unreadable or holds none."""
+    try:
+        documents = tuple(islice(read_documents(location, relative_to=relative_to), limit))
+    except InputError as error:
+        raise InputError(f"calibration.{expert}: {error}") from None
+    if not documents:
+        raise InputError(f"calibration.{expert}: {location} holds no text: name a file with some for this expert")
+    return Texts(expert, location, documents)
+
+
+def read_documents(location: str, *, relative_to: Path = Path()) -> Iterator[str]:
+    """The documents that are not blank at `location`: a file, a folder or a glob. Nothing is read before it is asked for."""
+    files, named_itself = _files(location, relative_to)
+    for file in files:
+        for document in _read_file(file, named_itself):
+            if document.strip():
+                yield document
+
+
+def _files(location: str, relative_to: Path) -> tuple[list[Path], bool]:
+    path = relative_to / Path(location).expanduser()
+    if path.is_file():
+        return [_known(path)], True
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        files = [file for file in found if file.suffix in _READERS]
+        if not files:
+            raise InputError(f"the folder {path} holds no file that ends in {_listed()}")
+        return files, False
+    if glob.has_magic(location):
+        files = [_known(Path(name)) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise InputError(f"no file matches {path}: check the pattern")
+        return files, False
+    raise InputError(f"there is no file or folder {path}: check the path")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _known(path: Path) -> Path:
+    if path.suffix not in _READERS:
+        raise InputError(f"cannot tell the format of {path}: its name should end in {_listed()}")
+    return path
+
+
+def _listed() -> str:
+    return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
+
+
+def _read_file(path: Path, named_itself: bool) -> Iterator[str]:
+    try:
+        yield from _READERS[path.suffix](path, named_itself)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as such") from None
+
+
+def _read_txt(path: Path, named_itself: bool) -> Iterator[str]:
+    if not named_itself:
+        yield path.read_text(encoding="utf-8")
+        return
+    lines: list[str] = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield "".join(lines).rstrip("\n")
+                lines = []
+    yield "".join(lines).rstrip("\n")
+
+
+def _read_jsonl(path: Path, named_itself: bool) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
+            yield _text(entry, f"{path}, line {number}")
+
+
+def _text(entry: Any, where: str) -> str:
+    text = entry.get("text") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'{where}: should be an object with a "text", such as {{"text": "..."}}')
+    return text
+
+
+def _read_parquet(path: Path, named_itself: bool) -> Iterator[str]:
+    try:
+        import pyarrow  # type: ignore[import-not-found, unused-ignore]
+        import pyarrow.parquet  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise InputError(f"reading {path} needs pyarrow: pip install pyarrow, or convert it to jsonl") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                columns = ", ".join(file.schema_arrow.names)
+                raise InputError(f"{path} has no column 'text', only {columns}: rename the one that holds the text")
+            for batch in file.iter_batches(batch_size=64, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    yield _text({"text": "" if text is None else text}, str(path))
+    except pyarrow.ArrowException as error:
+        raise InputError(f"cannot read {path} as parquet: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path, bool], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = tuple(_READERS)
+"""What names of calibration files end in."""

@@ -1,0 +1,83 @@
+"""Task-vector routing (the paper's appendix C): which expert's training would have lowered the base's loss on this prompt.
+
+score_i = cos(-g, tau_i) with tau_i = theta_i - theta_base and g the gradient of the base's loss on the prompt. Training moves
+along -g, so the task vector of an expert that was trained on such text points along -g. The paper writes Sim(g, tau) with
+tau = theta_base - theta_i, which is the same number. The base's own task vector is zero and has no direction: its score is
+defined as 0, above experts that moved the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .naming_moerge import dense_name, layer_of, role_of
+from .routing_moerge import Prompt
+
+BASED_ON = "cos(-gradient of the base's loss on the prompt, task vector of each expert)"
+
+
+def cosines(model: Any, prompt: Prompt) -> Tensor:
+    """Score of every expert for every sequence, one backward pass each. Extra memory: one expert's gradient."""
+    chosen = tensors(model)
+    base = model.config.expert_names.index("base")
+    parameters = [group[base] for group in chosen.values()]
+    rows = []
+    with torch.inference_mode(False), torch.enable_grad(), _with_gradients(parameters):
+        for index in range(len(prompt.ids_BT)):
+            nll = model.path_nll(base, prompt.row(index))[0][0]
+            gradients = torch.autograd.grad(nll, parameters) if nll.requires_grad else None
+            rows.append(_cosines(list(chosen.values()), gradients, base).to(prompt.ids_BT.device))
+    return torch.stack(rows)
+
+
+def tensors(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The separate parameters that take part, by dense name, one per expert."""
+    config: Any = model.config
+    roles = config.routing["roles"] or config.separate
+    layers = config.routing["layers"]
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("router."):
+            continue
+        dense, _ = dense_name(name)
+        layer = layer_of(dense)
+        if role_of(dense) in roles and (layers is None or layer is None or layer in layers):
+            found.setdefault(dense, []).append(parameter)
+    return found
+
+
+def _cosines(groups: list[list[nn.Parameter]], gradients: tuple[Tensor, ...] | None, base: int) -> Tensor:
+    """cos(-g, tau_i) with one tensor of each task vector in memory at a time."""
+    experts = len(groups[0])
+    if gradients is None:
+        return torch.zeros(experts)
+    dot_E, square_E, square_g = torch.zeros(experts), torch.zeros(experts), torch.zeros(())
+    with torch.no_grad():
+        for group, gradient in zip(groups, gradients, strict=True):
+            g = gradient.float().flatten()
+            square_g += g.dot(g).cpu()
+            for expert, parameter in enumerate(group):
+                if expert != base:
+                    tau = (parameter.float() - group[base].to(parameter.device).float()).flatten()
+                    dot_E[expert] -= tau.dot(g.to(tau.device)).cpu()
+                    square_E[expert] += tau.dot(tau).cpu()
+    norms_E = (square_E * square_g).sqrt()
+    return torch.where(norms_E > 0, dot_E / norms_E.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+@contextmanager
+def _with_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Frozen parameters take part too; their state and `grad` stay what they were."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

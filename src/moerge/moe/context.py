@@ -1,0 +1,68 @@
+"""What a fitted router has to work with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moerge.architecture.family import Family
+from moerge.calibration import Texts
+from moerge.checkpoint.digest import CHUNK, chunk_digest, combined_digest, tensor_digest
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.methods.codec import decode
+from moerge.planning.operations import Output
+
+_MODULE = re.compile(r"\.ffn\.(\d+)\.")
+"""The number of the expert in a role such as `layers.3.ffn.1.up`."""
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """A merged model that is complete but for its gates.
+
+    `folder` loads with transformers. `gates` are the outputs to fill, by layer; `experts` the names of their rows. `digests`
+    are those of the other outputs, by role. `models` are the inputs by name, all of `family`. Relative paths start from
+    `relative_to`. What `read` returned is in `read_digests`, for the manifest.
+    """
+
+    folder: Path
+    gates: tuple[Output, ...]
+    experts: tuple[str, ...]
+    texts: Mapping[str, Texts] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, Checkpoint] = field(default_factory=dict)
+    family: Family | None = None
+    relative_to: Path = Path()
+    read_digests: dict[str, str] = field(default_factory=dict)
+
+    def model_digest(self, expert: int | None) -> str:
+        """Digest of all tensors that take part when every token goes to one expert; to all of them for None."""
+        used = {}
+        for role, digest in self.digests.items():
+            module = _MODULE.search(role)
+            if module is None or expert is None:
+                used[role] = digest
+            elif int(module[1]) == expert:  # by what it is, not by its place among the experts
+                used[_MODULE.sub(".ffn.", role)] = digest
+        return combined_digest(used)
+
+    def read(self, model: str, role: str) -> np.ndarray:
+        """A tensor of an input by its role, as float32; InputError if it holds NaN or infinity."""
+        assert self.family is not None
+        stored = self.models[model].tensors.values()
+        tensor = next(tensor for tensor in stored if self.family.role_of(tensor.name) == role)
+        values_N = np.empty(tensor.size, np.float32)
+        elements, chunks, finite = tensor.open(), [], True
+        for start in range(0, tensor.size, CHUNK):
+            chunk_N = elements.read(start, np.empty(min(CHUNK, tensor.size - start), tensor.dtype.storage))
+            chunks.append(chunk_digest(chunk_N))
+            finite &= decode(chunk_N, tensor.dtype, values_N[start : start + chunk_N.size])
+        if not finite:
+            raise InputError(f"{model}: tensor {tensor.name!r} holds NaN or infinity, so no router can be made from it")
+        self.read_digests[f"{model}:{tensor.name}"] = tensor_digest(chunks)
+        return values_N.reshape(tensor.shape)

@@ -1,0 +1,133 @@
+"""Tiny dense experts and the sequence-routed models made of them, in memory.
+
+dense = dense_experts("llama", tied=True)                  # base, math, code
+model = routed(dense, separate=["ffn"], mix="output", routing={"kind": "uniform"})
+dense_path(model, 1)                                       # the dense model that expert 1's path is
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from moerge.modeling import ROLES, MoergeConfig, MoergeForCausalLM, dense_name, role_of, separate_name
+
+NAMES = ["base", "math", "code"]
+VOCABULARY = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda **more: LlamaConfig(**SIZES, **more),
+    "mistral": lambda **more: MistralConfig(**SIZES, sliding_window=4, **more),
+    "qwen2": lambda **more: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1, **more),
+    "qwen3": lambda **more: Qwen3Config(**SIZES, head_dim=8, **more),
+}
+LAYOUTS = (["ffn"], ["ffn", "attention"], list(ROLES))
+"""The paper's two settings, and everything separate."""
+
+
+@cache
+def dense_experts(family: str = "llama", *, tied: bool = False, experts: int = 3) -> tuple[PreTrainedModel, ...]:
+    """Dense models that differ in every tensor; they are shared between tests, which must not change them."""
+    models = []
+    for expert in range(experts):
+        model = AutoModelForCausalLM.from_config(CONFIGS[family](tie_word_embeddings=tied)).eval()
+        source = torch.Generator().manual_seed(expert)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=source) + float("norm" in name))
+        models.append(model)
+    return tuple(models)
+
+
+def routed(
+    dense: Sequence[PreTrainedModel] | None = None,
+    *,
+    separate: Sequence[str] = tuple(ROLES),
+    mix: str = "layer",
+    routing: dict[str, Any] | None = None,
+) -> MoergeForCausalLM:
+    """A routed model of these experts; what is shared is their mean."""
+    dense = dense or dense_experts()
+    config = MoergeConfig(
+        expert_config=dense[0].config.to_dict(),
+        expert_names=NAMES[: len(dense)],
+        separate=list(separate),
+        mix=mix,
+        routing=routing or {"kind": "perplexity"},
+    )
+    model = MoergeForCausalLM(config).eval()
+    states = [expert.state_dict() for expert in dense]
+    tensors = {}
+    for name in states[0]:
+        if role_of(name) in separate:
+            tensors |= {separate_name(name, expert): state[name] for expert, state in enumerate(states)}
+        else:
+            tensors[separate_name(name, 0)] = sum(state[name] for state in states) / len(states)
+    if config.routing["kind"] == "learned":
+        source = torch.Generator().manual_seed(9)
+        tensors["router.weight"] = torch.randn(model.router.weight.shape, generator=source)
+    model.load_state_dict(tensors)
+    return model
+
+
+def dense_path(model: MoergeForCausalLM, expert: int) -> PreTrainedModel:
+    """The dense model with the tensors that this expert's path uses."""
+    dense = AutoModelForCausalLM.from_config(model.config.expert_config).eval()
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name != "router.weight":
+            plain, number = dense_name(name)
+            if number == (expert if role_of(plain) in model.config.separate else 0):
+                tensors[plain] = value
+    dense.load_state_dict(tensors)
+    return dense
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
+    """Token sequences without special tokens."""
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=source) for length in lengths]
+
+
+def padded(sequences: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """A batch of them and its mask."""
+    longest = max(map(len, sequences))
+    ids, mask = torch.zeros(len(sequences), longest, dtype=torch.long), torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
+        ids[row, place], mask[row, place] = sequence, 1
+    return ids, mask
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often each attention, FFN and head runs meanwhile, by name."""
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[0].endswith(("self_attn", "mlp", "lm_head"))
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
