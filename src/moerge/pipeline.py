@@ -98,7 +98,8 @@ def merge(
             execution.advance = progress(plan)
         execution.run(plan.outputs, threads)
         remarks = fit_gates(plan, staging, _files(plan))
-        plan = replace(plan, warnings=(*plan.warnings, *remarks))
+        if remarks:
+            plan = replace(plan, warnings=(*plan.warnings, *remarks))
         merged = time.perf_counter()
         staging.publish(_with_manifest(plan, staging), replace=force)
     return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite))

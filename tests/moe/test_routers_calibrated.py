@@ -249,6 +249,7 @@ def test_manifest_and_card_tell_what_was_calibrated_on(models: Path) -> None:
     merge(models, "moe", {"kind": "ridge", "texts": 5})
     manifest = read_manifest(models / "moe")
     assert manifest is not None
+    assert manifest["versions"]["transformers"] == transformers.__version__
     assert {name: entry["location"] for name, entry in manifest["calibration"].items()} == {n: f"{n}.txt" for n in NAMES}
     assert overlap([text for name in NAMES for text in documents(name)], manifest) == 4 * 5
     assert overlap([text for name in NAMES for text in documents(name, seed=1)], manifest) == 0

@@ -84,4 +84,4 @@ def test_held_out_text_was_not_calibrated_on_and_training_text_was(demo: Path) -
     for domain in DOMAINS.values():
         assert overlap(read_documents(f"text/{domain}/heldout.jsonl", relative_to=demo), manifest) == 0
         train = list(read_documents(f"text/{domain}/train.jsonl", relative_to=demo))
-        assert overlap(train, manifest) == min(len(train), 30)
+        assert overlap(train, manifest) >= min(len(train), 30)

@@ -62,8 +62,9 @@ def _moe(plan: Plan) -> list[str]:
     router = "untrained: fine-tune it before use" if moe.router.needs_training else "computed, not trained"
     return [
         "Feed-forward layers are kept separate, everything else is merged as above (Branch-Train-Mix; MergeME, section 3.1.1). "
-        f"Experts by index: {order}. Each token goes to {moe.top_k} of {len(plan.experts)}. Router: {moe.router.kind}, {router}."
-    ] + _calibration(plan)
+        f"Experts by index: {order}. Each token goes to {moe.top_k} of {len(plan.experts)}. Router: {moe.router.kind}, {router}.",
+        *_calibration(plan),
+    ]
 
 
 def _calibration(plan: Plan) -> list[str]:

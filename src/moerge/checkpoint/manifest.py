@@ -27,7 +27,7 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
     return {
         "format": _FORMAT,
         "versions": {"moerge": version("moerge"), "python": platform.python_version()}
-        | {package: version(package) for package in ("numpy", "numba")},
+        | {package: version(package) for package in ("numpy", "numba", *_running(plan))},
         "recipe": plan.recipe.written,
         "models": {
             model.name: {
@@ -49,6 +49,11 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
         "tensors": {output.name: staging.digests[output.name] for output in plan.outputs},
         "files": dict(files),
     }
+
+
+def _running(plan: Plan) -> tuple[str, ...]:
+    runs = plan.recipe.moe is not None and plan.recipe.moe.router.runs_model
+    return ("torch", "transformers") if runs else ()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

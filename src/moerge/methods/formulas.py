@@ -50,9 +50,7 @@ def elected_sum(tau_KN: np.ndarray, weights_K: np.ndarray, mean: bool, out_N: np
 
 
 @kernel
-def _divide_by_agreement(
-    tau_KN: np.ndarray, start: int, weights_K: np.ndarray, elected: np.ndarray, out_S: np.ndarray
-) -> None:
+def _divide_by_agreement(tau_KN: np.ndarray, start: int, weights_K: np.ndarray, elected: np.ndarray, out_S: np.ndarray) -> None:
     mass = np.zeros(STRIP, np.float32)
     for k in range(len(weights_K)):
         tau_S, weight = tau_KN[k, start : start + STRIP], weights_K[k]

@@ -1,9 +1,9 @@
 """Exact magnitude thresholds without a sort of everything.
 
-|tau| as a float32 has 31 bits; their order as an integer is its order as a number. Of a large tensor a sample is sorted, which
-brackets the threshold; one pass then counts what lies above the bracket and collects the little that lies inside, which
-settles it. Where that fails, and for small tensors and whole models, two histograms do: a first pass counts the upper 15 bits,
-which finds the bin that holds the threshold, a second the lower 16 inside that bin. Either way the result is exact.
+|tau| as a float32 has 31 bits; their order as an integer is its order as a number. Two
+histograms find the threshold: a first pass counts the upper 15 bits, which gives its bin, a second the lower 16 inside that bin.
+Of a large tensor the first histogram need only be a sample's: it gives a bracket of bins, and one pass counts what lies above
+and collects the little that lies inside, which settles it, or shows that the sample misled. Either way the result is exact.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _LOW_MASK = np.uint32(0xFFFF)
 _LARGE, _HUGE = 1 << 20, 1 << 30
 """Sizes between which a sample pays: below, a histogram is cheap; above, what a bracket collects would be large."""
 _RUNS = 16
+_MOST_INSIDE = 0.06
+"""The largest share of a tensor that is collected, 4 bytes an entry."""
 _MARGIN = 0.005
 """Half a bracket's width as a fraction of all entries: six standard errors of a sample of 2^18 independent entries."""
 
@@ -55,27 +57,38 @@ def magnitude_thresholds(density: float, experts: int, size: int) -> Measurement
 
 def _from_bracket(kept: int, experts: int, size: int) -> Generator[Statistic, Any, np.ndarray | None]:
     """Thresholds as bits [K]; None where a sample misjudged them."""
-    sample: _Collected = yield Statistic(partial(_Collected, experts), _collect_all, runs=_RUNS)
-    brackets_K2 = np.empty((experts, 2), np.uint32)
-    for k, values in enumerate(sample.values()):
-        rank = len(values) * (1 - kept / size)
-        low, high = (int(np.clip(rank + side * _MARGIN * len(values), 0, len(values) - 1)) for side in (-1, 1))
-        brackets_K2[k] = np.partition(values, [low, high])[[low, high]]
-    found: _Collected = yield Statistic(partial(_Collected, experts), partial(_collect_inside, brackets_K2))
-    thresholds_K = np.empty(experts, np.int64)
-    for k, inside in enumerate(found.values()):
-        above, from_high, above_low, from_low = found.counts_K4[k]
-        low, high = brackets_K2[k]
-        if above < kept <= from_high:
-            thresholds_K[k] = high
-        elif from_high < kept <= above_low:
-            place = len(inside) - (kept - from_high)
-            thresholds_K[k] = np.partition(inside, place)[place]
-        elif above_low < kept <= from_low:
-            thresholds_K[k] = low
-        else:
+    coarse_KB: np.ndarray = yield Statistic(partial(np.zeros, (experts, 1 << 15), np.int64), _count_high, runs=_RUNS)
+    brackets_K2, largest_share = _brackets(coarse_KB, kept / size)
+    if largest_share > _MOST_INSIDE:
+        return None
+    found: _Inside = yield Statistic(partial(_Inside, experts), partial(_collect_inside, brackets_K2))
+    bits_K = np.empty(experts, np.int64)
+    for k, (above, inside) in enumerate(zip(found.above_K, found.values(), strict=True)):
+        if not above < kept <= above + len(inside):
             return None
-    return thresholds_K
+        bits_K[k] = _select(inside, kept - int(above))
+    return bits_K
+
+
+def _brackets(coarse_KB: np.ndarray, density: float) -> tuple[np.ndarray, float]:
+    """First and last bits [K, 2] of the bins between which a sample's histogram puts the threshold.
+
+    And the largest share of an expert's sample that lies in its bracket: large where many entries are equal.
+    """
+    count_K = coarse_KB.sum(axis=1)
+    low_K, high_K = (_locate(coarse_KB, np.clip(count_K * (density + side * _MARGIN), 1, count_K))[0] for side in (1, -1))
+    shares = [coarse_KB[k, low : high + 1].sum() / count_K[k] for k, (low, high) in enumerate(zip(low_K, high_K, strict=True))]
+    return np.stack([low_K << 16, (high_K << 16) | _LOW_MASK], axis=1).astype(np.uint32), float(max(shares))
+
+
+def _select(bits_N: np.ndarray, rank: int) -> int:
+    """The rank-th largest of magnitudes' bits; like the two passes, on what is in memory."""
+    coarse_KB, fine_KB = np.zeros((1, 1 << 15), np.int64), np.zeros((1, 1 << 16), np.int64)
+    values_KN = bits_N.view(np.float32)[None]
+    _count_high(values_KN, coarse_KB)
+    bin_K, rank_K = _locate(coarse_KB, np.array([rank]))
+    _count_low(values_KN, bin_K.astype(np.uint32), fine_KB)
+    return int(bin_K[0]) << 16 | int(_locate(fine_KB, rank_K)[0][0])
 
 
 def _from_histograms(kept: int, experts: int) -> Generator[Statistic, Any, np.ndarray]:
@@ -88,41 +101,37 @@ def _from_histograms(kept: int, experts: int) -> Generator[Statistic, Any, np.nd
     return bits_K
 
 
-class _Collected:
-    """Magnitudes' bits by expert, and counts [K, 4] of those above and from `high`, above and from `low` of a bracket."""
+class _Inside:
+    """How many magnitudes of each expert lie above a bracket, and the bits of those inside."""
 
     def __init__(self, experts: int) -> None:
-        self.counts_K4 = np.zeros((experts, 4), np.int64)
+        self.above_K = np.zeros(experts, np.int64)
         self.pieces: list[list[np.ndarray]] = [[] for _ in range(experts)]
         self.room = np.empty(16 * STRIP, np.uint32)
 
-    def __iadd__(self, other: _Collected) -> _Collected:
-        self.counts_K4 += other.counts_K4
+    def __iadd__(self, other: _Inside) -> _Inside:
+        self.above_K += other.above_K
         for mine, theirs in zip(self.pieces, other.pieces, strict=True):
             mine.extend(theirs)
         return self
 
     def clear(self) -> None:
-        """Back to nothing collected."""
-        self.counts_K4.fill(0)
+        """Back to nothing found."""
+        self.above_K.fill(0)
         self.pieces = [[] for _ in self.pieces]
 
     def values(self) -> list[np.ndarray]:
-        """All magnitudes' bits of each expert."""
+        """The bits of all magnitudes inside, for each expert."""
         return [np.concatenate(pieces) if pieces else np.empty(0, np.uint32) for pieces in self.pieces]
 
 
-def _collect_all(tau_KN: np.ndarray, total: _Collected) -> None:
-    for pieces, tau_N in zip(total.pieces, tau_KN, strict=True):
-        pieces.append(tau_N.view(np.uint32) & _MAGNITUDE)
-
-
-def _collect_inside(brackets_K2: np.ndarray, tau_KN: np.ndarray, total: _Collected) -> None:
+def _collect_inside(brackets_K2: np.ndarray, tau_KN: np.ndarray, total: _Inside) -> None:
     for k, (low, high) in enumerate(brackets_K2):
         bits_N = tau_KN[k].view(np.uint32)
         for start in range(0, bits_N.size, len(total.room)):
             part = bits_N[start : start + len(total.room)]
-            count = _split(part, low, high, total.counts_K4[k], total.room)
+            above, count = _split(part, low, high, total.room)
+            total.above_K[k] += above
             total.pieces[k].append(total.room[:count].copy())
 
 
@@ -152,44 +161,35 @@ def _count_low(tau_KN: np.ndarray, bins_K: np.ndarray, total_KB: np.ndarray) -> 
     found = np.empty(STRIP, np.uint32)
     for k in range(tau_KN.shape[0]):
         bits_N = tau_KN[k].view(np.uint32)
-        low = (bins_K[k] << _LOW_BITS) - np.uint32(1)  # wraps around for bin 0, as the comparison in _gather does
+        first = bins_K[k] << _LOW_BITS
         for start in range(0, bits_N.size, STRIP):
-            count = _gather(bits_N[start : start + STRIP], low, np.uint32(1 << 16), found)
+            count = _gather(bits_N[start : start + STRIP], first, _LOW_MASK, found)
             for i in range(count):
                 total_KB[k, found[i] & _LOW_MASK] += 1
 
 
 @kernel
-def _split(bits_N: np.ndarray, low: np.uint32, high: np.uint32, counts_4: np.ndarray, room: np.ndarray) -> int:
-    """Count the magnitudes above and from `high`, above and from `low`; put those strictly between into `room`."""
-    count = 0
+def _split(bits_N: np.ndarray, low: np.uint32, high: np.uint32, inside: np.ndarray) -> tuple[int, int]:
+    """The number of magnitudes above `high`, and of those from `low` to `high`, which are put into `inside`."""
+    above, count = 0, 0
     for start in range(0, bits_N.size, STRIP):
         strip = bits_N[start : start + STRIP]
-        above, from_high, above_low, from_low = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        higher = np.uint32(0)
         for i in range(strip.size):
-            magnitude = strip[i] & _MAGNITUDE
-            above += np.uint32(magnitude > high)
-            from_high += np.uint32(magnitude >= high)
-            above_low += np.uint32(magnitude > low)
-            from_low += np.uint32(magnitude >= low)
-        counts_4[0] += above
-        counts_4[1] += from_high
-        counts_4[2] += above_low
-        counts_4[3] += from_low
-        if above_low > from_high:
-            count += _gather(strip, low, high - low - np.uint32(1), room[count:])
-    return count
+            higher += np.uint32((strip[i] & _MAGNITUDE) > high)
+        above += int(higher)
+        count += _gather(strip, low, high - low, inside[count:])
+    return above, count
 
 
 @kernel
-def _gather(strip: np.ndarray, low: np.uint32, width: np.uint32, out: np.ndarray) -> int:
-    """Put the magnitudes low + 1 .. low + width of at most STRIP entries into `out`; their number."""
+def _gather(strip: np.ndarray, low: np.uint32, span: np.uint32, out: np.ndarray) -> int:
+    """Put the magnitudes low .. low + span of at most STRIP entries into `out`; their number."""
     # few match: flag them in a loop that vectorises, then pass over the flags eight at a time
     flags = np.zeros(STRIP, np.uint8)
     eights = flags.view(np.uint64)
-    first = low + np.uint32(1)
     for i in range(strip.size):
-        flags[i] = ((strip[i] & _MAGNITUDE) - first) < width
+        flags[i] = ((strip[i] & _MAGNITUDE) - low) <= span
     count = 0
     for word in range(eights.size):
         if eights[word] != 0:

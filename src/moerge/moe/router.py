@@ -37,6 +37,11 @@ class Router(BaseModel):
         """The calibration text of the experts, read while planning; InputError if something is missing."""
         return ()
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the merged model is loaded to compute the gates."""
+        return False
+
     def require(self) -> None:
         """InputError if a package that the router needs is not installed; asked before anything is written."""
 
@@ -72,11 +77,6 @@ class FittedRouter(Router):
     def operation(self, gate: Expected) -> Operation:
         """Room for the gate, which `fit` fills later."""
         return Fit(self)
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether `fit` loads the merged model."""
-        return False
 
     def remarks(self, context: FitContext) -> tuple[str, ...]:
         """Warnings about the fitted gates, the same whether `fit` ran now or before an interruption."""
