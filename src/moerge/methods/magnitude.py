@@ -1,9 +1,9 @@
-"""Exact magnitude thresholds without a sort of everything.
+"""Exact magnitude thresholds without sorting.
 
-|tau| as a float32 has 31 bits; their order as an integer is its order as a number. Two
-histograms find the threshold: a first pass counts the upper 15 bits, which gives its bin, a second the lower 16 inside that bin.
-Of a large tensor the first histogram need only be a sample's: it gives a bracket of bins, and one pass counts what lies above
-and collects the little that lies inside, which settles it, or shows that the sample misled. Either way the result is exact.
+|tau| as a float32 has 31 bits; their order as an integer is its order as a number. Two histograms find the threshold: a first
+pass counts the upper 15 bits, which gives its bin, a second the lower 16 inside that bin. Of a large tensor a sample gives a
+bracket; then one pass counts what lies above it and collects the little that lies inside, which settles it, or shows that the
+sample misled. Either way the result is exact.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ _LOW_MASK = np.uint32(0xFFFF)
 _LARGE, _HUGE = 1 << 20, 1 << 30
 """Sizes between which a sample pays: below, a histogram is cheap; above, what a bracket collects would be large."""
 _RUNS = 16
-_MOST_INSIDE = 0.06
-"""The largest share of a tensor that is collected, 4 bytes an entry."""
 _MARGIN = 0.005
 """Half a bracket's width as a fraction of all entries: six standard errors of a sample of 2^18 independent entries."""
 
@@ -57,28 +55,27 @@ def magnitude_thresholds(density: float, experts: int, size: int) -> Measurement
 
 def _from_bracket(kept: int, experts: int, size: int) -> Generator[Statistic, Any, np.ndarray | None]:
     """Thresholds as bits [K]; None where a sample misjudged them."""
-    coarse_KB: np.ndarray = yield Statistic(partial(np.zeros, (experts, 1 << 15), np.int64), _count_high, runs=_RUNS)
-    brackets_K2, largest_share = _brackets(coarse_KB, kept / size)
-    if largest_share > _MOST_INSIDE:
-        return None
-    found: _Inside = yield Statistic(partial(_Inside, experts), partial(_collect_inside, brackets_K2))
+    sample: _Collected = yield Statistic(partial(_Collected, experts), _collect_all, runs=_RUNS)
+    brackets_K2 = np.array([_bracket(values, kept / size) for values in sample.values()], np.uint32)
+    found: _Collected = yield Statistic(partial(_Collected, experts), partial(_collect_inside, brackets_K2))
     bits_K = np.empty(experts, np.int64)
-    for k, (above, inside) in enumerate(zip(found.above_K, found.values(), strict=True)):
-        if not above < kept <= above + len(inside):
+    for k, inside in enumerate(found.values()):
+        above, from_high, from_low = (int(count) for count in found.counts_K3[k])
+        if above < kept <= from_high:
+            bits_K[k] = brackets_K2[k, 1]
+        elif from_high < kept <= from_high + len(inside):
+            bits_K[k] = _select(inside, kept - from_high)
+        elif from_high + len(inside) < kept <= from_low:
+            bits_K[k] = brackets_K2[k, 0]
+        else:
             return None
-        bits_K[k] = _select(inside, kept - int(above))
     return bits_K
 
 
-def _brackets(coarse_KB: np.ndarray, density: float) -> tuple[np.ndarray, float]:
-    """First and last bits [K, 2] of the bins between which a sample's histogram puts the threshold.
-
-    And the largest share of an expert's sample that lies in its bracket: large where many entries are equal.
-    """
-    count_K = coarse_KB.sum(axis=1)
-    low_K, high_K = (_locate(coarse_KB, np.clip(count_K * (density + side * _MARGIN), 1, count_K))[0] for side in (1, -1))
-    shares = [coarse_KB[k, low : high + 1].sum() / count_K[k] for k, (low, high) in enumerate(zip(low_K, high_K, strict=True))]
-    return np.stack([low_K << 16, (high_K << 16) | _LOW_MASK], axis=1).astype(np.uint32), float(max(shares))
+def _bracket(sample_N: np.ndarray, density: float) -> tuple[int, int]:
+    """Two of a sample's magnitudes, as bits, between which the whole tensor's threshold most likely lies."""
+    low, high = (np.clip(round(len(sample_N) * (density + side * _MARGIN)), 1, len(sample_N)) for side in (1, -1))
+    return _select(sample_N, low), _select(sample_N, high)
 
 
 def _select(bits_N: np.ndarray, rank: int) -> int:
@@ -101,38 +98,42 @@ def _from_histograms(kept: int, experts: int) -> Generator[Statistic, Any, np.nd
     return bits_K
 
 
-class _Inside:
-    """How many magnitudes of each expert lie above a bracket, and the bits of those inside."""
+class _Collected:
+    """Bits of magnitudes by expert, and the number [K, 3] of those above `high`, from `high` and from `low` of a bracket."""
 
     def __init__(self, experts: int) -> None:
-        self.above_K = np.zeros(experts, np.int64)
+        self.counts_K3 = np.zeros((experts, 3), np.int64)
         self.pieces: list[list[np.ndarray]] = [[] for _ in range(experts)]
         self.room = np.empty(16 * STRIP, np.uint32)
 
-    def __iadd__(self, other: _Inside) -> _Inside:
-        self.above_K += other.above_K
+    def __iadd__(self, other: _Collected) -> _Collected:
+        self.counts_K3 += other.counts_K3
         for mine, theirs in zip(self.pieces, other.pieces, strict=True):
             mine.extend(theirs)
         return self
 
     def clear(self) -> None:
-        """Back to nothing found."""
-        self.above_K.fill(0)
+        """Back to nothing collected."""
+        self.counts_K3.fill(0)
         self.pieces = [[] for _ in self.pieces]
 
     def values(self) -> list[np.ndarray]:
-        """The bits of all magnitudes inside, for each expert."""
+        """All that was collected of each expert."""
         return [np.concatenate(pieces) if pieces else np.empty(0, np.uint32) for pieces in self.pieces]
 
 
-def _collect_inside(brackets_K2: np.ndarray, tau_KN: np.ndarray, total: _Inside) -> None:
+def _collect_all(tau_KN: np.ndarray, total: _Collected) -> None:
+    for pieces, tau_N in zip(total.pieces, tau_KN, strict=True):
+        pieces.append(tau_N.view(np.uint32) & _MAGNITUDE)
+
+
+def _collect_inside(brackets_K2: np.ndarray, tau_KN: np.ndarray, total: _Collected) -> None:
     for k, (low, high) in enumerate(brackets_K2):
         bits_N = tau_KN[k].view(np.uint32)
         for start in range(0, bits_N.size, len(total.room)):
-            part = bits_N[start : start + len(total.room)]
-            above, count = _split(part, low, high, total.room)
-            total.above_K[k] += above
-            total.pieces[k].append(total.room[:count].copy())
+            count = _split(bits_N[start : start + len(total.room)], low, high, total.counts_K3[k], total.room)
+            if count:
+                total.pieces[k].append(total.room[:count].copy())
 
 
 def _locate(counts_KB: np.ndarray, ranks_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,17 +170,24 @@ def _count_low(tau_KN: np.ndarray, bins_K: np.ndarray, total_KB: np.ndarray) -> 
 
 
 @kernel
-def _split(bits_N: np.ndarray, low: np.uint32, high: np.uint32, inside: np.ndarray) -> tuple[int, int]:
-    """The number of magnitudes above `high`, and of those from `low` to `high`, which are put into `inside`."""
-    above, count = 0, 0
+def _split(bits_N: np.ndarray, low: np.uint32, high: np.uint32, counts_3: np.ndarray, inside: np.ndarray) -> int:
+    """Count the magnitudes above `high`, from `high` and from `low`, and put those strictly between into `inside`."""
+    count = 0
     for start in range(0, bits_N.size, STRIP):
         strip = bits_N[start : start + STRIP]
-        higher = np.uint32(0)
+        above, from_high, above_low, from_low = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
         for i in range(strip.size):
-            higher += np.uint32((strip[i] & _MAGNITUDE) > high)
-        above += int(higher)
-        count += _gather(strip, low, high - low, inside[count:])
-    return above, count
+            magnitude = strip[i] & _MAGNITUDE
+            above += np.uint32(magnitude > high)
+            from_high += np.uint32(magnitude >= high)
+            above_low += np.uint32(magnitude > low)
+            from_low += np.uint32(magnitude >= low)
+        counts_3[0] += above
+        counts_3[1] += from_high
+        counts_3[2] += from_low
+        if above_low > from_high:
+            count += _gather(strip, low + np.uint32(1), high - low - np.uint32(2), inside[count:])
+    return count
 
 
 @kernel
