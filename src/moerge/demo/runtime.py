@@ -1,0 +1,59 @@
+"""torch and transformers, set up for small models on a CPU, and put back afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from moerge.errors import InputError
+
+_SPINS = "3000"
+_MOST_THREADS = 4
+"""More only wait for each other on matrices this small."""
+
+
+def import_models_extra() -> None:
+    """Import what models run on; InputError where it is not installed."""
+    # By default a thread that waits for another spins; as soon as anything else wants a core it spins on the core that
+    # the other one needs, and training takes several times as long. The variable is read when torch is imported.
+    unset = os.environ.setdefault("GOMP_SPINCOUNT", _SPINS) is _SPINS
+    try:
+        for name in ("tokenizers", "torch", "transformers"):
+            import_module(name)
+    except ImportError as error:
+        raise InputError(f"moerge demo needs {error.name}: pip install 'moerge[models]'") from error
+    finally:
+        if unset:
+            del os.environ["GOMP_SPINCOUNT"]
+
+
+@contextmanager
+def settled(seed: int = 0) -> Iterator[None]:
+    """torch's random state and threads set, transformers' progress bars off."""
+    import torch
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(min(_MOST_THREADS, threads))
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load(checkpoint: Path) -> Any:
+    """The model in `checkpoint`, in float32: most CPUs are slower in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return model.float()
