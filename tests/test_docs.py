@@ -313,6 +313,7 @@ OPERATIONS = {
     "branch-train-mix.yaml": {"average": 15, "draw": 2, "copy": 24},
     "dare.yaml": {"dare": 21},
     "mergeme-dare-moe.yaml": {"dare": 15, "draw": 2, "copy": 24},
+    "mergeme-sequence-routed.yaml": {"dare": 7, "copy": 56},
     "mergeme-ties-moe.yaml": {"ties": 15, "draw": 2, "copy": 24},
     "overrides.yaml": {"ties": 8, "average": 12, "task_arithmetic": 1},
     "slerp.yaml": {"slerp": 21},

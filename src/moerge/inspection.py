@@ -14,12 +14,14 @@ import numpy as np
 
 from moerge.architecture import Expected, Family, family_of
 from moerge.architecture.config import canonical
+from moerge.architecture.sequence import MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.header import StoredTensor
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.tokenizer import companion_files, token_ids
+from moerge.errors import InputError
 from moerge.methods.codec import all_finite
 from moerge.pipeline import Progress, default_threads
 from moerge.planning.checks import expected_of
@@ -70,7 +72,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
 def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
     stored = checkpoint.tensors
     problems = []
-    for tensor in expected_of(family, checkpoint.config, str(checkpoint.folder)) if family else ():
+    for tensor in _expected(checkpoint, family):
         if tensor.name not in stored:
             problems.append(f"tensor {tensor.name!r} is missing")
         elif stored[tensor.name].shape != tensor.shape:
@@ -79,6 +81,23 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
         problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
         problems += [f"tensor {name!r} is not in the manifest" for name in stored if name not in manifest["tensors"]]
     return list(dict.fromkeys(problems))
+
+
+def _expected(checkpoint: Checkpoint, family: Family | None) -> list[Expected]:
+    """The tensors that the config calls for; none where moerge does not know the family."""
+    where = str(checkpoint.folder)
+    if checkpoint.model_type != MODEL_TYPE:
+        return expected_of(family, checkpoint.config, where) if family else []
+    try:
+        return expected_routed(checkpoint.config)
+    except ValueError as error:
+        raise InputError(f"{where}: config.json: {error}") from None
+
+
+def _role(checkpoint: Checkpoint, family: Family | None, name: str) -> str | None:
+    if checkpoint.model_type == MODEL_TYPE:
+        return routed_role(checkpoint.config, name)
+    return family.role_of(name) if family else None
 
 
 def _check(tensor: StoredTensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
@@ -111,7 +130,7 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
-        config = canonical(self.checkpoint.config, family_of(self.checkpoint.config))
+        config = canonical(expert_config(self.checkpoint.config), family_of(expert_config(self.checkpoint.config)))
         return {
             "checkpoint": str(self.checkpoint.folder),
             "model_type": self.checkpoint.model_type,
@@ -150,7 +169,7 @@ def inspect(location: str | Path) -> Inspection:
     tokens = token_ids(checkpoint.folder)
     return Inspection(
         checkpoint=checkpoint,
-        family=family.model_type if family else None,
+        family=MODEL_TYPE if checkpoint.model_type == MODEL_TYPE else family.model_type if family else None,
         parameters=sum(tensor.size for tensor in tensors),
         dtypes=dtypes,
         roles=_roles(checkpoint, family),
@@ -161,10 +180,9 @@ def inspect(location: str | Path) -> Inspection:
 
 
 def _roles(checkpoint: Checkpoint, family: Family | None) -> tuple[Role, ...]:
-    order: list[Expected] = expected_of(family, checkpoint.config, str(checkpoint.folder)) if family else []
-    groups: dict[str, list[StoredTensor]] = {_general(tensor.role): [] for tensor in order}
+    groups: dict[str, list[StoredTensor]] = {_general(tensor.role): [] for tensor in _expected(checkpoint, family)}
     for tensor in checkpoint.tensors.values():
-        role = family.role_of(tensor.name) if family else None
+        role = _role(checkpoint, family, tensor.name)
         groups.setdefault(_general(role) if role else f"(no role) {_general(tensor.name)}", []).append(tensor)
     return tuple(
         Role(role, found[0].shape, len(found), sum(tensor.size for tensor in found)) for role, found in groups.items() if found

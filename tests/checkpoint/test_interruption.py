@@ -312,7 +312,7 @@ def test_signals_at_random_moments(tmp_path: Path, number: signal.Signals) -> No
                 assert process.returncode == -signal.SIGKILL
             else:
                 assert process.returncode == 130
-                assert stderr == "moerge: interrupted; a merge continues where it was with --resume\n"
+                assert stderr == "moerge: interrupted; continue with the same command and --resume\n"
             assert moerge("merge", recipe, out, *OPTIONS, "--resume").code == 0
         assert snapshot(out) == expected
         shutil.rmtree(out)

@@ -45,7 +45,7 @@ def test_a_merge_loads_neither_torch_nor_transformers(models: Path, tmp_path: Pa
 def test_help_names_every_command() -> None:
     result = moerge("--help")
     assert (result.code, result.err) == (0, "")
-    for command in ("plan", "merge", "verify", "inspect", "demo"):
+    for command in ("plan", "merge", "verify", "inspect", "generate", "route", "demo"):
         assert command in result.out
         described = moerge(command, "--help")
         assert (described.code, "Usage" in described.out) == (0, True)

@@ -69,13 +69,14 @@ def measured(demo: Path, router: dict[str, Any]) -> tuple[float, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "gain", "share"), [("ridge", 0.92, 0.7), ("perplexity", 0.92, 0.0), ("hidden", 0.93, 0.5), ("projection", 0.97, 0.0)]
+    ("kind", "gain", "share"),
+    [("ridge", 0.92, 0.55), ("perplexity", 0.92, 0.45), ("hidden", 0.93, 0.55), ("projection", 0.97, 0.35)],
 )
 def test_held_out_text_is_predicted_better_than_with_random_gates(kind: str, gain: float, share: float, demo: Path) -> None:
     perplexity, shares = measured(demo, {"kind": kind})
     random, _ = measured(demo, {"kind": "random"})
     assert perplexity < gain * random
-    assert min(shares) >= share
+    assert sum(shares) / len(shares) >= share  # a quarter is chance
 
 
 def test_held_out_text_was_not_calibrated_on_and_training_text_was(demo: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command import moerge
-from moerge import merge, plan
+from moerge import InputError, merge, plan, verify
 from moerge.checkpoint.header import StoredTensor, read_header
 from tiny import make_models, write_recipe
 
@@ -122,3 +122,18 @@ def test_the_plan_says_what_the_merge_then_does(tmp_path: Path) -> None:
     }
     assert written == {(output.name, output.dtype, output.shape) for output in planned.outputs}
     assert sum(1 for _ in (tmp_path / "out").glob("*.safetensors")) > 2
+
+
+def test_values_too_large_for_float16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    recipe = {
+        "base": str(models["base"]),
+        "experts": {"math": {"model": str(models["math"]), "weight": 1e9}},
+        "merge": {"method": "task_arithmetic"},
+        "dtype": "float16",
+    }
+    with pytest.raises(InputError, match="merged values are too large for float16: choose another 'dtype'"):
+        merge(recipe, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    merge(recipe, tmp_path / "out", allow_nonfinite=True)
+    assert any("NaN or infinity" in problem for problem in verify(tmp_path / "out").problems)

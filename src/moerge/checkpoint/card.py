@@ -10,15 +10,40 @@ import yaml
 from moerge.methods.method import MergeMethod
 from moerge.planning.plan import Plan
 
+_USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```"""
+
+_BY_SEQUENCE_USE = """The architecture is moerge's own, for transformers 5.5 or newer, and its code lies beside the weights:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+
+Where moerge is installed, its own code can be used instead:
+
+```python
+import moerge.modeling
+from transformers import AutoModelForCausalLM
+
+moerge.modeling.register()
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```"""
+
 
 def model_card(plan: Plan) -> str:
     """Markdown with the Hub's metadata block in front."""
-    kind = "mixture of experts" if plan.experts else "dense model"
+    by_sequence = plan.recipe.moe is not None and plan.recipe.moe.by_sequence
+    kind = "sequence-routed mixture of experts" if by_sequence else "mixture of experts" if plan.experts else "dense model"
     parts = [
         "---\n" + _yaml(_metadata(plan)) + "---",
         f"# A {kind} merged from {len(plan.recipe.experts)} experts",
         f"Made by [moerge](https://pypi.org/project/moerge/) {version('moerge')}: {plan.parameters:,} parameters, "
-        f"`{plan.config['torch_dtype']}`, architecture `{_architecture(plan)}`.",
+        f"`{plan.config['dtype']}`, architecture `{_architecture(plan)}`.",
         "## How",
         "\n\n".join(_method(method) for method in dict.fromkeys(plan.recipe.methods)),
         *(_moe(plan) if plan.experts else ()),
@@ -28,8 +53,7 @@ def model_card(plan: Plan) -> str:
         "```yaml\n" + _yaml(plan.recipe.written) + "```",
         *(["## Warnings", "\n".join(f"- {warning}" for warning in plan.warnings)] if plan.warnings else ()),
         "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
+        _BY_SEQUENCE_USE if by_sequence else _USE,
         "`moerge verify path/to/this/folder` checks every tensor against the manifest `moerge.json`.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -59,6 +83,13 @@ def _moe(plan: Plan) -> list[str]:
     assert plan.recipe.moe is not None
     moe = plan.recipe.moe
     order = ", ".join(f"{index} {name}" for index, name in enumerate(plan.experts))
+    if moe.by_sequence:
+        options = ", ".join(f"{key} {value}" for key, value in plan.config["routing"].items() if key != "kind")
+        return [
+            f"Kept separate for each expert: {', '.join(moe.separate)}; everything else is merged as above (MergeME, section "
+            f"3.1.3). Experts by index: {order}. Each sequence is routed as a whole, by its prompt: {moe.router.kind}"
+            f"{f' ({options})' if options else ''}{', untrained' if moe.router.needs_training else ''}, mixed by {moe.mix}.",
+        ]
     router = "untrained: fine-tune it before use" if moe.router.needs_training else "computed, not trained"
     return [
         "Feed-forward layers are kept separate, everything else is merged as above (Branch-Train-Mix; MergeME, section 3.1.1). "

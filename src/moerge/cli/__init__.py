@@ -26,7 +26,8 @@ def main() -> NoReturn:
     except MoergeError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, Abort):
-        _fail("interrupted; a merge continues where it was with --resume", _INTERRUPTED)
+        resumable = "merge" in sys.argv[1:2]
+        _fail("interrupted" + ("; continue with the same command and --resume" if resumable else ""), _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -115,6 +115,52 @@ def inspect(checkpoint: CheckpointName, json: AsJson = False) -> None:
     show.inspection(run_inspect(checkpoint), as_json=json)
 
 
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint comes with.")]
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointName,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of sampling.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Continue a text with a checkpoint; the text it writes goes to standard output."""
+    from moerge.cli import show
+    from moerge.inference.generation import generate as run_generate
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    show.generation(run_generate(checkpoint, prompt, trust_remote_code=trust_remote_code, **options), as_json=json)
+
+
+@app.command()
+def route(
+    checkpoint: CheckpointName,
+    text: Annotated[
+        list[str], typer.Option("--text", metavar="NAME=FILE", help="Text to route, such as math=math.jsonl.", show_default=False)
+    ],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Documents of each text.")] = 100,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each document.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write route.json and route.csv here.", show_default=False)
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Show how a MoE routes texts: the share of each expert, accuracy, entropy, and balance."""
+    from moerge.cli import show
+    from moerge.inference.routes import parse_texts
+    from moerge.inference.routes import route as run_route
+
+    found = run_route(checkpoint, parse_texts(text), limit=limit, tokens=tokens, trust_remote_code=trust_remote_code)
+    if out is not None:
+        found.write(out)
+    show.routes(found, as_json=json)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("moerge-demo"),
@@ -123,10 +169,11 @@ def demo(
     json: AsJson = False,
 ) -> None:
     """Train a small base and three experts, merge them in six ways, and compare: three minutes, nothing is downloaded."""
+    from rich.console import Console
+
+    from moerge.cli import show
     from moerge.demo import run as run_demo
 
-    result = run_demo(out, seed=seed, force=force)
+    result = run_demo(out, seed=seed, force=force, console=Console(stderr=True) if json else Console())
     if json:
-        from moerge.cli import show
-
         show.print_json(result.to_json())

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moerge.errors import InputError
+from moerge.inference.generation import Generation
+from moerge.inference.routes import Routes
 from moerge.inspection import Inspection, Verification
 from moerge.pipeline import MergeResult
 from moerge.planning.plan import Plan
@@ -40,7 +42,8 @@ def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
         print_json(planned.summary(threads))
         return
     console = Console()
-    shape = f"MoE of {len(planned.experts)} experts ({', '.join(planned.experts)})" if planned.experts else "dense model"
+    sort = "sequence-routed MoE" if planned.recipe.moe and planned.recipe.moe.by_sequence else "MoE"
+    shape = f"{sort} of {len(planned.experts)} experts ({', '.join(planned.experts)})" if planned.experts else "dense model"
     console.print(
         f"[bold]{escape(planned.recipe.source)}[/bold]: {shape}, {_count(planned.parameters)} parameters", highlight=False
     )
@@ -130,6 +133,40 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
     for role in found.roles:
         roles.add_row(role.role, " x ".join(map(str, role.shape)), str(role.tensors), _count(role.parameters))
     console.print(roles)
+
+
+def generation(found: Generation, *, as_json: bool) -> None:
+    """Print what a model wrote, and nothing else."""
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print(found.text)
+
+
+def routes(found: Routes, *, as_json: bool) -> None:
+    """Print how texts are routed: for each expert its mean weight, and in brackets how often it is first."""
+    if as_json:
+        print_json(found.to_json())
+        return
+    console = Console()
+    table = _table("text", "documents", *found.experts, "entropy", "accuracy")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for text in found.texts:
+        shares = [f"{100 * alpha:.1f} ({100 * first:.0f})" for alpha, first in zip(text.alpha_E, text.first_E, strict=True)]
+        table.add_row(text.name, str(text.documents), *shares, f"{text.entropy:.2f}", _percent(text.accuracy))
+    table.add_row("mean", "", *(f"{100 * alpha:.1f}" for alpha in found.load_E), "", _percent(found.accuracy))
+    console.print(table)
+    per = "sequences" if found.level == "sequence" else "tokens and layers"
+    console.print(
+        f"mean weight in %, in brackets the share of {per} for which an expert is first; load balance {found.balance:.2f} "
+        f"(1: even, {len(found.experts)}: all to one)",
+        highlight=False,
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}%"
 
 
 def _table(*columns: str) -> Table:

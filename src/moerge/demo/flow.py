@@ -31,7 +31,7 @@ def run(out: Path, *, seed: int = 0, force: bool = False, scale: float = 1.0, co
 
     `scale` multiplies text and training steps, `force` replaces an earlier demo in `out`. What happens is told to
     `console`, by default standard error. Raises InputError where `out` is in use or torch or transformers is missing,
-    MachineError where this Python has no source of its standard library.
+    MachineError where `out` cannot be written or this Python has no source of its standard library.
     """
     console = console or Console(stderr=True)
     seconds: dict[str, float] = {}

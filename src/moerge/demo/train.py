@@ -1,6 +1,6 @@
 """Train the demo's base and its three experts.
 
-All four share one tokenizer and one architecture, a Llama of about a million parameters, and the experts start from
+All four share one tokenizer and one architecture, a Llama of 0.7 million parameters, and the experts start from
 the base as it lies on disk: that makes the base the exact zero of their task vectors.
 """
 

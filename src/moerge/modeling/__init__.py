@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.modeling.naming_moerge import ROLES, dense_name, layer_of, role_of, separate_name
+from moerge.modeling.naming_moerge import FAMILIES, ROLES, dense_name, layer_of, role_of, separate_name
 
 if TYPE_CHECKING:
     from moerge.modeling.cache_moerge import MoergeCache
@@ -37,6 +37,7 @@ AUTO_MAP = {
 
 __all__ = [
     "AUTO_MAP",
+    "FAMILIES",
     "ROLES",
     "MoergeCache",
     "MoergeConfig",

@@ -11,17 +11,10 @@ from typing import Any, ClassVar
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from .naming_moerge import ROLES
+from .naming_moerge import FAMILIES, ROLES
 
 if not is_dataclass(PretrainedConfig):
     raise ImportError(f"the sequence-routed model needs transformers 5.5 or newer, and this is {transformers.__version__}")
-
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-"""Model types that experts may have, and the prefix of their classes in transformers.
-
-A family fits if its decoder layer is `h += self_attn(input_layernorm(h)); h += mlp(post_attention_layernorm(h))` and nothing
-else is done between the embedding, the layers, the final norm and the head.
-"""
 
 MIXES = ("layer", "output", "logits")
 

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_moerge import FAMILIES, MoergeConfig
+from .configuration_moerge import MoergeConfig
+from .naming_moerge import FAMILIES
 from .routing_moerge import Prompt, Share
 
 

@@ -12,6 +12,13 @@ import re
 ROLES = ("ffn", "attention", "norm", "embedding", "head")
 """What can be kept separate, an expert each, or shared."""
 
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""Model types that experts may have, and the prefix of their classes in transformers.
+
+A family fits if its decoder layer is `h += self_attn(input_layernorm(h)); h += mlp(post_attention_layernorm(h))` and nothing
+else is done between the embedding, the layers, the final norm and the head.
+"""
+
 _ROLE_OF_MODULE = {
     "embed_tokens": "embedding",
     "input_layernorm": "norm",

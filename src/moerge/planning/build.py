@@ -9,6 +9,7 @@ from typing import Any
 
 from moerge.architecture import Expected, Family, family_of, moe_format
 from moerge.architecture.config import canonical, portable
+from moerge.architecture.sequence import MODEL_TYPE, expand, gate
 from moerge.calibration import Texts
 from moerge.checkpoint.dtypes import DTYPES, FLOATS, DType
 from moerge.checkpoint.locate import locate
@@ -17,12 +18,14 @@ from moerge.checkpoint.tokenizer import VOCABULARY_FILES, check_same_vocabulary,
 from moerge.errors import InputError
 from moerge.methods.average import Average
 from moerge.methods.method import MergeMethod
+from moerge.modeling import AUTO_MAP, FAMILIES, code_files
 from moerge.moe.router import FittedRouter
+from moerge.moe.sequence import SequenceRouter
 from moerge.planning.checks import check_configs, check_models, expected_of, merge_candidates
 from moerge.planning.match import MethodChooser
 from moerge.planning.operations import Copy, Merge, Operation, Output, Source
 from moerge.planning.plan import Plan
-from moerge.recipe.schema import Recipe
+from moerge.recipe.schema import MoE, Recipe
 
 
 def build_plan(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> Plan:
@@ -47,11 +50,14 @@ def build_plan(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, s
     warnings += check_same_vocabulary(models)
     found, more = merge_candidates(models, family)
     job = _Job(recipe, {model.name: model for model in models}, family, _dtype(recipe, models, config_source))
-    config, outputs, experts = job.moe(found, config_source) if recipe.moe else job.dense(found, config_source)
+    make = job.dense if recipe.moe is None else job.sequence_routed if recipe.moe.by_sequence else job.moe
+    config, outputs, experts = make(found, config_source)
     calibration = recipe.moe.router.inputs(recipe, experts) if recipe.moe else ()
     files = companion_files(job.models[tokenizer_source].folder)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {tokenizer_source} has none: name another with 'tokenizer'")
+    if recipe.moe and recipe.moe.by_sequence:
+        files |= code_files()
     planned = Plan(
         recipe=recipe,
         models=models,
@@ -101,6 +107,15 @@ def _dtype(recipe: Recipe, models: Sequence[Checkpoint], source: str) -> DType:
     return DTYPES[counts.most_common(1)[0][0]]
 
 
+def _routed_config(moe: MoE, dense: Mapping[str, Any], experts: Sequence[str], routing: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a sequence-routed model of experts with this config."""
+    config: dict[str, Any] = {"architectures": ["MoergeForCausalLM"], "model_type": MODEL_TYPE, "auto_map": AUTO_MAP}
+    config["expert_config"] = {key: dense[key] for key in dense if key not in ("torch_dtype", "transformers_version")}
+    config |= {"expert_names": list(experts), "separate": list(moe.separate), "mix": moe.mix, "routing": routing}
+    config |= {key: dense[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in dense}
+    return {**config, "dtype": dense["dtype"]}
+
+
 @dataclass(frozen=True)
 class _Job:
     recipe: Recipe
@@ -125,7 +140,7 @@ class _Job:
         unknown = next((tensor.name for tensor in found if not tensor.role), None)
         if obstacle or unknown:
             raise InputError(f"cannot build a {chosen.name} model: {obstacle or f'it has no place for tensor {unknown!r}'}")
-        experts = (*(("base",) if self.recipe.includes_base else ()), *self.recipe.experts)
+        experts = self.recipe.expert_names
         converted = chosen.convert(config, len(experts), moe.top_k)
         chooser = MethodChooser(self.recipe)
         dense = {tensor.role: tensor for tensor in found}
@@ -141,6 +156,48 @@ class _Job:
             outputs.append(self._output(tensor, tensor.shape, operation))
         chooser.check_all_used()
         return portable(converted, family=chosen.family, dtype=str(self.dtype.torch_name)), outputs, experts
+
+    def sequence_routed(self, found: Sequence[Expected], source: str) -> tuple[dict[str, Any], list[Output], tuple[str, ...]]:
+        moe = self.recipe.moe
+        assert moe is not None and isinstance(moe.router, SequenceRouter)
+        dense = self._expert_config(moe, source)
+        experts, tied = self.recipe.expert_names, bool(dense.get("tie_word_embeddings"))
+        stored = [tensor for tensor in found if not (tied and tensor.name.startswith("lm_head."))]
+        by_role = {tensor.role or tensor.name: tensor for tensor in stored}
+        plain = [replace(tensor, role=tensor.role or tensor.name) for tensor in stored]
+        chooser, outputs = MethodChooser(self.recipe), []
+        try:
+            expanded = list(expand(plain, len(experts), moe.separate))
+        except ValueError as error:
+            raise InputError(f"cannot build a sequence-routed model: {error}") from None
+        for tensor in expanded:
+            original = by_role[tensor.dense_role]
+            if tensor.expert is not None:
+                operation = self._copied(experts[tensor.expert], original.name)
+            else:
+                operation = self._merged(original, chooser, experts, source)
+            outputs.append(self._output(tensor, tensor.shape, operation))
+        chooser.check_all_used()
+        routing = moe.router.routing(moe.top_k)
+        if routing["kind"] == "learned":
+            router = gate(len(experts), dense["hidden_size"])
+            outputs.append(self._output(router, router.shape, moe.router.operation(router)))
+        return _routed_config(moe, dense, experts, routing), outputs, experts
+
+    def _expert_config(self, moe: MoE, source: str) -> dict[str, Any]:
+        """The dense config that all experts share; InputError where the sequence-routed model cannot be made of such experts."""
+        model = self.models[source]
+        if model.model_type not in FAMILIES:
+            raise InputError(
+                f"moe.format: experts of type {model.model_type!r} cannot be routed by sequence (it takes: {', '.join(FAMILIES)})"
+            )
+        dense = portable(model.config, family=self.family, dtype=str(self.dtype.torch_name))
+        if dense.get("tie_word_embeddings") and ("embedding" in moe.separate) != ("head" in moe.separate):
+            raise InputError("moe.separate: embedding and head are tied in these models: keep both separate or neither")
+        layers = getattr(moe.router, "layers", None) or ()
+        if any(layer >= dense["num_hidden_layers"] for layer in layers):
+            raise InputError(f"moe.router.layers: layer {max(layers)}, but the models have {dense['num_hidden_layers']} (from 0)")
+        return dense
 
     def _output(self, tensor: Expected, shape: tuple[int, ...], operation: Operation) -> Output:
         dtype = operation.source.tensor.dtype if isinstance(operation, Copy) else self.dtype

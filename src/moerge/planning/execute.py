@@ -177,6 +177,11 @@ class Execution:
             work = self._load(operation, readers, begin, end)
             method.merge(Block(work.theta_KN, weights_K, work.base_N, work.out_N, statistic, keys_K, begin))
             encode(work.out_N, output.dtype, encoded[begin - start : end - start])
+        if not self.allow_nonfinite and not all_finite(encoded, output.dtype):
+            raise InputError(
+                f"tensor {output.name!r}: merged values are too large for {output.dtype.torch_name}: choose another 'dtype', "
+                "a smaller 'scale' or smaller weights, or merge anyway with --allow-nonfinite"
+            )
         return encoded
 
     def _load(self, operation: Merge, readers: list[_Reader], start: int, stop: int) -> _Workspace:

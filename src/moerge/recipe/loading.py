@@ -11,6 +11,7 @@ from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
 from moerge.methods.method import MergeMethod, merge_method
 from moerge.moe.router import Router, router, routers
+from moerge.moe.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 from moerge.recipe.document import Document, Key, read_document, short
 from moerge.recipe.schema import MoE, Override, Recipe
 
@@ -40,9 +41,11 @@ def _set_seed(data: dict[str, Any], seed: int) -> None:
         for override in overrides if isinstance(overrides, list) else ():
             if isinstance(override, dict) and "seed" in override:
                 override["seed"] = seed
-    if isinstance(data.get("moe"), dict) and isinstance(settings := data["moe"].setdefault("router", {}), dict):
-        kind = settings.get("kind", "random")
-        if "seed" in settings or not isinstance(kind, str) or kind not in routers() or "seed" in router(kind).model_fields:
+    if isinstance(moe := data.get("moe"), dict) and isinstance(settings := moe.setdefault("router", {}), dict):
+        by_sequence = moe.get("format") == FORMAT
+        kind = settings.get("kind", _default_kind(by_sequence))
+        known = sequence_routers() if by_sequence else routers()
+        if "seed" in settings or kind not in known or "seed" in _router_class(kind, by_sequence).model_fields:
             settings["seed"] = seed
 
 
@@ -109,16 +112,37 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
 def _moe_section(document: Document) -> MoE:
     section = _mapping(document, ("moe",), document.data["moe"])
     parameters = _mapping(document, ("moe", "router"), section.get("router"))
-    kind = parameters.pop("kind", "random")
+    by_sequence = section.get("format") == FORMAT
+    kind = str(parameters.pop("kind", _default_kind(by_sequence)))
     try:
-        chosen: type[Router] = router(str(kind))
+        chosen = _router_class(kind, by_sequence)
     except InputError as error:
-        raise document.error(("moe", "router", "kind"), f": {error}") from None
+        raise document.error(("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}") from None
+    if by_sequence and "top_k" in parameters:
+        raise document.error(("moe", "router", "top_k"), ": unknown key, 'top_k' stands beside 'router', in 'moe'")
     section["router"] = document.build(chosen, parameters, ("moe", "router"))
     moe = document.build(MoE, section, ("moe",))
-    if moe.format not in ("auto", *moe_formats()):
-        raise document.error(("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, moe_formats())}")
+    formats = (*moe_formats(), FORMAT)
+    if moe.format not in ("auto", *formats):
+        raise document.error(("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}")
     return moe
+
+
+def _default_kind(by_sequence: bool) -> str:
+    return "perplexity" if by_sequence else "random"
+
+
+def _router_class(kind: str, by_sequence: bool) -> type[Router]:
+    return sequence_router(kind) if by_sequence else router(kind)
+
+
+def _other_routing(kind: str, by_sequence: bool) -> str | None:
+    """What to say about a kind of router that only the other sort of model has."""
+    if by_sequence and kind in routers():
+        return f"{kind!r} routes tokens and {FORMAT!r} routes sequences: remove 'format', or {suggest(kind, sequence_routers())}"
+    if not by_sequence and kind in sequence_routers():
+        return f"{kind!r} routes whole sequences, which needs 'format: {FORMAT}'"
+    return None
 
 
 def _check(recipe: Recipe, document: Document) -> None:
@@ -161,3 +185,24 @@ def _check_moe(recipe: Recipe, document: Document) -> None:
         raise document.error(("experts",), ": a MoE needs at least two experts")
     if recipe.moe.top_k > count:
         raise document.error(("moe", "top_k"), f" is {recipe.moe.top_k}, but there are only {count} experts")
+    if isinstance(recipe.moe.router, SequenceRouter):
+        _check_by_sequence(recipe.moe, recipe.moe.router, recipe.expert_names, document)
+    else:
+        _check_by_token(recipe.moe, document)
+
+
+def _check_by_token(moe: MoE, document: Document) -> None:
+    other = next((index for index, role in enumerate(moe.separate) if role != "ffn"), None)
+    if other is not None:
+        message = f": native formats keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
+        raise document.error(("moe", "separate", other), message)
+    if "mix" in moe.model_fields_set:
+        raise document.error(("moe", "mix"), f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it")
+
+
+def _check_by_sequence(moe: MoE, routing: SequenceRouter, experts: tuple[str, ...], document: Document) -> None:
+    if not routing.scores and "top_k" in moe.model_fields_set:
+        raise document.error(("moe", "top_k"), f" has no effect on {routing.kind!r} routing: remove it")
+    problem = routing.problem(experts, moe.separate)
+    if problem:
+        raise document.error(("moe", "router", problem[0]), problem[1])

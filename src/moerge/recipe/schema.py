@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
 from moerge.methods.method import Finite, MergeMethod
 from moerge.moe.router import Router
+from moerge.moe.sequence import FORMAT
 
 
 class _Strict(BaseModel):
@@ -27,16 +28,23 @@ def _expert(value: Any) -> Any:
 
 
 class MoE(_Strict):
-    """A token-routed MoE instead of a dense model (MergeME, section 3.1.1; BTX).
+    """A MoE instead of a dense model: token-routed (MergeME, section 3.1.1; BTX) or sequence-routed (section 3.1.3).
 
-    `include_base` makes the base expert 0, as in the paper; by default wherever there is a base.
+    `include_base` makes the base expert 0, as in the paper; by default wherever there is a base. `mix`, and roles other than
+    ffn in `separate`, are for sequence-routed models.
     """
 
-    separate: tuple[Literal["ffn"], ...] = Field(default=("ffn",), min_length=1)
+    separate: tuple[Literal["ffn", "attention", "norm", "embedding", "head"], ...] = Field(default=("ffn",), min_length=1)
+    mix: Literal["layer", "output", "logits"] = "layer"
     include_base: bool | None = Field(default=None, strict=True)
     top_k: int = Field(default=2, ge=1, strict=True)
     router: InstanceOf[Router]
     format: str = "auto"
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether whole sequences are routed instead of tokens."""
+        return self.format == FORMAT
 
 
 class Override(_Strict):
@@ -70,6 +78,11 @@ class Recipe(_Strict):
         if self.moe is None:
             return False
         return self.base is not None if self.moe.include_base is None else self.moe.include_base
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The MoE's experts in the order of their indices."""
+        return (*(("base",) if self.includes_base else ()), *self.experts)
 
     @property
     def methods(self) -> tuple[MergeMethod, ...]:

@@ -1,0 +1,83 @@
+"""The sequence-routed model's tensors: those of its experts' dense family, one for each expert where they are separate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moerge.architecture.config import canonical
+from moerge.architecture.family import Expected, Family, expected_tensors
+from moerge.architecture.registry import family_of
+from moerge.modeling.naming_moerge import dense_name, role_of, separate_name
+
+MODEL_TYPE = "moerge"
+GATE = "router.weight"
+
+
+def expand(dense: Sequence[Expected], experts: int, separate: Sequence[str]) -> Iterator[Expected]:
+    """For each dense tensor, the model's own: one for each expert, with `expert` set, or a shared one.
+
+    Raises ValueError for a tensor that the model has no place for.
+    """
+    for tensor in dense:
+        role = role_of(tensor.name)
+        numbers = range(experts) if role in separate else (None,)
+        for number in numbers:
+            name = separate_name(tensor.name, number or 0)
+            yield Expected(_role(tensor.role, role, number), name, tensor.shape, number, tensor.role)
+
+
+def gate(experts: int, hidden: int) -> Expected:
+    """The gate of learned routing."""
+    return Expected("router", GATE, (experts, hidden), None, "router")
+
+
+def expected_routed(config: Mapping[str, Any]) -> list[Expected]:
+    """Every tensor that a sequence-routed model with this config.json has; empty if the experts' family is unknown.
+
+    Raises ValueError if the config lacks something or garbles it.
+    """
+    family, dense = _experts(config)
+    names, separate, routing = config.get("expert_names"), config.get("separate", ["ffn"]), config.get("routing") or {}
+    if not isinstance(names, list) or not isinstance(separate, list) or not isinstance(routing, Mapping):
+        raise ValueError("expert_names and separate should be lists, and routing a mapping")
+    if family is None:
+        return []
+    found = list(expand(expected_tensors(family, dense), len(names), separate))
+    return [*found, gate(len(names), dense["hidden_size"])] if routing.get("kind") == "learned" else found
+
+
+def routed_role(config: Mapping[str, Any], name: str) -> str | None:
+    """The role of a sequence-routed model's tensor by its name, or None if it has no such tensor."""
+    if name == GATE:
+        return "router"
+    try:
+        dense, number = dense_name(name)
+    except ValueError:
+        return None
+    family, _ = _experts(config)
+    role = role_of(dense)
+    known = family.role_of(dense) if family else role
+    return known and _role(known, role, number if role in config.get("separate", ["ffn"]) else None)
+
+
+def expert_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the dense models that a sequence-routed model is made of, or the config itself if it is another model's."""
+    return _experts(config)[1] if config.get("model_type") == MODEL_TYPE else config
+
+
+def _experts(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:
+    dense = config.get("expert_config")
+    if not isinstance(dense, Mapping):
+        raise ValueError("expert_config should be the experts' config.json")
+    family = family_of(dense)
+    return family, canonical(dense, family)
+
+
+def _role(path: str, role: str, expert: int | None) -> str:
+    """`layers.3.ffn.up` of expert 2 is `layers.3.ffn.2.up`, as in token-routed models."""
+    parts = path.split(".")
+    if expert is None or role not in parts:  # the roles of an unknown family are tensor names
+        return path
+    place = parts.index(role) + 1
+    return ".".join([*parts[:place], str(expert), *parts[place:]])

@@ -1,0 +1,1 @@
+"""Running checkpoints: continuing text, and how text is routed."""

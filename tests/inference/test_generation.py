@@ -1,0 +1,107 @@
+"""`moerge generate`: the same tokens as transformers gives, for dense, native and sequence-routed checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moerge
+from command import moerge as command
+from tiny import EXPERTS, edit_config, make_models, write_recipe
+
+torch = pytest.importorskip("torch", reason="needs moerge[models]")
+transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
+
+PROMPT = "w5 w9 w33 w7"
+IDS = torch.tensor([[5, 9, 33, 7]])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder, dtype="F32", config={"torch_dtype": "float32"})
+    for name, moe in {
+        "native": {"router": {"seed": 1}},
+        "routed": {"format": "moerge", "separate": ["ffn", "attention"]},
+    }.items():
+        moerge.merge(write_recipe(folder, f"{name}.yaml", moe=moe), folder / name, threads=1)
+    return folder
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{token}" for token in ids if token > 2)
+
+
+def greedy(folder: Path, tokens: int) -> list[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = IDS
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], -1)
+    return ids[0, IDS.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["math", "native"])
+def test_the_likeliest_tokens(checkpoints: Path, name: str) -> None:
+    """Step by step, without a cache; the end token ends it."""
+    result = command("generate", checkpoints / name, "--prompt", PROMPT, "--max-new-tokens", 6)
+    expected = greedy(checkpoints / name, 6)
+    if 2 in expected:
+        expected = expected[: expected.index(2)]
+    assert (result.code, result.out, result.err) == (0, words(expected) + "\n", "")
+
+
+def test_sequence_routed(checkpoints: Path) -> None:
+    from moerge.modeling import register
+
+    register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "routed").eval()
+    expected = model.generate(IDS, max_new_tokens=6, do_sample=False)[0, IDS.shape[1] :].tolist()
+    result = command("generate", checkpoints / "routed", "--prompt", PROMPT, "--max-new-tokens", 6, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.json.keys() == {"checkpoint", "prompt", "text", "prompt_tokens", "tokens", "seconds", "routing"}
+    assert (result.json["text"], result.json["prompt_tokens"], result.json["tokens"]) == (words(expected), 4, len(expected))
+    assert list(result.json["routing"]) == ["base", *EXPERTS]
+    assert list(result.json["routing"].values()) == pytest.approx(model.route(IDS).alpha[0].tolist())
+
+
+def test_sampling_follows_the_seed_and_leaves_torch_s_alone(checkpoints: Path) -> None:
+    def sample(seed: int) -> str:
+        options = ("--max-new-tokens", 12, "--temperature", 1.5, "--seed", seed)
+        return command("generate", checkpoints / "math", "--prompt", PROMPT, *options).out
+
+    before = torch.get_rng_state()
+    samples = [sample(seed) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_cannot_run(checkpoints: Path, tmp_path: Path) -> None:
+    result = command("generate", tmp_path / "nothing", "--prompt", "w5")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"moerge: there is no checkpoint folder {tmp_path / 'nothing'}: check the path\n"
+    result = command("generate", checkpoints / "math", "--prompt", "")
+    assert (result.code, result.err) == (2, "moerge: the text '' has no tokens: give a longer one\n")
+    assert "Missing option '--prompt'" in command("generate", checkpoints / "math").err
+    assert command("generate", checkpoints / "math", "--prompt", "w5", "--temperature", -1).code == 2
+
+
+def test_code_of_others_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
+    make_models(tmp_path, experts=["math"], dtype="F32")
+    folder = tmp_path / "math"
+    mapping = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    edit_config(folder, model_type="odd", auto_map=mapping)
+    (folder / "configuration_odd.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OddConfig(LlamaConfig):\n    model_type = 'odd'\n"
+    )
+    (folder / "modeling_odd.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_odd import OddConfig\n\n\n"
+        "class OddForCausalLM(LlamaForCausalLM):\n    config_class = OddConfig\n"
+    )
+    refused = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 3)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == f"moerge: {folder} comes with code of its own: look at it, then run it with --trust-remote-code\n"
+    trusted = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 3, "--trust-remote-code", "--json")
+    assert trusted.code == 0, trusted.err
+    assert trusted.json["tokens"] == 3
