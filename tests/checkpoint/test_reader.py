@@ -121,6 +121,12 @@ def test_a_missing_folder_suggests_its_neighbour(tmp_path: Path) -> None:
     refuses(recipe, tmp_path / "out", f"math: there is no folder {tmp_path}/maths: did you mean 'math'?")
 
 
+def test_a_misspelled_path_that_looks_like_a_hub_id_suggests_its_neighbour_too(tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    recipe = write_recipe(tmp_path, base="models/base", experts={"math": "models/maths", "code": "models/code"})
+    refuses(recipe, tmp_path / "out", f"math: there is no folder {tmp_path}/models/maths: did you mean 'math'?")
+
+
 def test_the_command_that_converts_a_pickled_checkpoint_works(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs moerge[models]")
     pytest.importorskip("transformers", reason="needs moerge[models]")

@@ -42,7 +42,7 @@ def model_card(plan: Plan) -> str:
     parts = [
         "---\n" + _yaml(_metadata(plan)) + "---",
         f"# A {kind} merged from {len(plan.recipe.experts)} experts",
-        f"Made by [moerge](https://pypi.org/project/moerge/) {version('moerge')}: {plan.parameters:,} parameters, "
+        f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, "
         f"`{plan.config['dtype']}`, architecture `{_architecture(plan)}`.",
         "## How",
         "\n\n".join(_method(method) for method in dict.fromkeys(plan.recipe.methods)),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moerge.checkpoint.header import stored_tensor
 from moerge.checkpoint.reader import INDEX, WEIGHTS, Checkpoint, open_folder, read_index, read_json
-from moerge.errors import InputError, MachineError
+from moerge.errors import InputError, MachineError, MoergeError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -37,10 +37,17 @@ def locate(
     if exists:
         return open_folder(folder, name=name, location=location)
     hub = None if location.startswith((".", "/", "~")) else _HUB_ID.fullmatch(location)
+    near = _nearby(folder)
+    missing = InputError(f"{label}there is no folder {folder}: {f'did you mean {near!r}?' if near else 'check the path'}")
     if hub is None:
-        raise InputError(f"{label}there is no folder {folder}{_nearby(folder)}")
-    with _explained(f"{label}{location}", folder):
-        snapshot, fetched = _fetch(hub["repo"], commit or hub["revision"], weights)
+        raise missing
+    try:
+        with _explained(f"{label}{location}", folder):
+            snapshot, fetched = _fetch(hub["repo"], commit or hub["revision"], weights)
+    except MoergeError:
+        if near:  # a misspelled relative path looks like a Hub id
+            raise missing from None
+        raise
     if fetched is None:
         return replace(open_folder(snapshot, name=name, location=location), revision=snapshot.name)
     tensors = {key: stored_tensor(snapshot / file, key, entry, 0) for key, (file, entry) in fetched.items()}
@@ -48,10 +55,10 @@ def locate(
     return Checkpoint(name, location, snapshot, config, tensors, snapshot.name, complete=False)
 
 
-def _nearby(folder: Path) -> str:
+def _nearby(folder: Path) -> str | None:
+    """The folder beside a missing one that is named most alike."""
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    near = difflib.get_close_matches(folder.name, siblings, n=1)
-    return f": did you mean {near[0]!r}?" if near else ": check the path"
+    return next(iter(difflib.get_close_matches(folder.name, siblings, n=1)), None)
 
 
 def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[str, tuple[str, dict[str, object]]] | None]:
