@@ -10,14 +10,14 @@ demo: $(STAMP)          ## train a small base and three experts, merge and compa
 	$(BIN)/moerge demo $(ARGS)
 
 test: $(STAMP)          ## ruff, mypy and all tests
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments
 	$(BIN)/mypy
 	$(BIN)/pytest
 
 lint: $(STAMP)          ## mend what ruff can mend
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks experiments
+	$(BIN)/ruff format src tests benchmarks experiments
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
