@@ -16,10 +16,10 @@ from moerge.architecture import Expected, Family, family_of
 from moerge.architecture.config import canonical
 from moerge.architecture.sequence import MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
-from moerge.checkpoint.header import StoredTensor
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.tensor import Tensor
 from moerge.checkpoint.tokenizer import companion_files, token_ids
 from moerge.errors import InputError
 from moerge.methods.codec import all_finite
@@ -100,7 +100,7 @@ def _role(checkpoint: Checkpoint, family: Family | None, name: str) -> str | Non
     return family.role_of(name) if family else None
 
 
-def _check(tensor: StoredTensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
+def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
     elements = tensor.open()
 
     def look(start: int) -> tuple[bytes, bool]:
@@ -110,9 +110,11 @@ def _check(tensor: StoredTensor, wanted: str | None, found: dict[str, str], prog
 
     results = yield [partial(look, start) for start in range(0, tensor.size, CHUNK)]
     if wanted is not None and tensor_digest(digest for digest, _ in results) != wanted:
-        found[tensor.name] = f"tensor {tensor.name!r} in {tensor.file.name} is damaged: its bytes are not those that were merged"
+        found[tensor.name] = (
+            f"tensor {tensor.name!r} in {tensor.files[0].name} is damaged: its bytes are not those that were merged"
+        )
     elif not all(finite for _, finite in results):
-        found[tensor.name] = f"tensor {tensor.name!r} in {tensor.file.name} holds NaN or infinity"
+        found[tensor.name] = f"tensor {tensor.name!r} in {tensor.files[0].name} holds NaN or infinity"
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def inspect(location: str | Path) -> Inspection:
 
 
 def _roles(checkpoint: Checkpoint, family: Family | None) -> tuple[Role, ...]:
-    groups: dict[str, list[StoredTensor]] = {_general(tensor.role): [] for tensor in _expected(checkpoint, family)}
+    groups: dict[str, list[Tensor]] = {_general(tensor.role): [] for tensor in _expected(checkpoint, family)}
     for tensor in checkpoint.tensors.values():
         role = _role(checkpoint, family, tensor.name)
         groups.setdefault(_general(role) if role else f"(no role) {_general(tensor.name)}", []).append(tensor)

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,10 @@ class _InMemory:
     @property
     def nbytes(self) -> int:
         return self.flat.nbytes
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
 
     def open(self) -> _InMemory:
         return self

@@ -44,6 +44,11 @@ class StoredTensor:
         """Bytes of data."""
         return self.size * self.dtype.itemsize
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The one file it lies in."""
+        return (self.file,)
+
     def open(self) -> FileElements:
         """Open the file for reading this tensor's elements."""
         return FileElements(self)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.header import StoredTensor, read_header
+from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
 
 WEIGHTS = "model.safetensors"
@@ -33,7 +34,7 @@ class Checkpoint:
     location: str
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
     revision: str | None = None
     complete: bool = True
 

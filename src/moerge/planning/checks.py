@@ -7,8 +7,8 @@ from typing import Any
 
 from moerge.architecture.config import STRUCTURAL, canonical, differences
 from moerge.architecture.family import Expected, Family, expected_tensors
-from moerge.checkpoint.header import StoredTensor
 from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
 
 
@@ -86,7 +86,7 @@ def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tup
     return found, [warning] if extra else []
 
 
-def _relevant(model: Checkpoint, family: Family | None) -> dict[str, StoredTensor]:
+def _relevant(model: Checkpoint, family: Family | None) -> dict[str, Tensor]:
     """Tensors that the model reads: no buffers, and no stored head where it is tied to the embedding."""
     if family is None:
         return dict(model.tensors)
@@ -94,7 +94,7 @@ def _relevant(model: Checkpoint, family: Family | None) -> dict[str, StoredTenso
     return {name: t for name, t in model.tensors.items() if name not in absent and not family.is_buffer(name)}
 
 
-def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]]) -> None:
     everything = {name for tensors in stored.values() for name in tensors}
     for name in sorted(everything):
         having = [model.name for model in models if name in stored[model.name]]
@@ -107,7 +107,7 @@ def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping
 
 
 def _check_present(
-    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, StoredTensor]], expected: Sequence[Expected]
+    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]
 ) -> None:
     for model in models:
         missing = next((tensor.name for tensor in expected if tensor.name not in stored[model.name]), None)
@@ -118,9 +118,7 @@ def _check_present(
             )
 
 
-def _check_shapes(
-    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, StoredTensor]], expected: Sequence[Expected]
-) -> None:
+def _check_shapes(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
     for model in models:
         for tensor in expected:
             actual = stored[model.name][tensor.name]

@@ -3,56 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
+from moerge.checkpoint.tensor import Tensor
 from moerge.methods.method import MergeMethod
 
 if TYPE_CHECKING:
     from moerge.moe.router import FittedRouter
-
-
-class Tensor(Protocol):
-    """What an operation reads: a tensor in a file or in memory."""
-
-    @property
-    def name(self) -> str:
-        """What the tensor is called in its model."""
-        ...
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        ...
-
-    def open(self) -> Elements:
-        """Access to its elements."""
-        ...
-
-
-class Elements(Protocol):
-    """Access to an opened tensor."""
-
-    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
-        """Elements `start` and following in storage type, as many as `out_N` has; in `out_N`, or a view of what is in memory."""
-        ...
 
 
 @dataclass(frozen=True)

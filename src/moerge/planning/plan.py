@@ -129,5 +129,5 @@ def _describe(operation: Operation) -> Any:
 
 
 def _stamps(model: Checkpoint) -> list[tuple[str, int, int]]:
-    files = sorted({tensor.file for tensor in model.tensors.values()})
+    files = sorted({file for tensor in model.tensors.values() for file in tensor.files})
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
