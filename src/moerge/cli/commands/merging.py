@@ -1,0 +1,78 @@
+"""Planning, merging, and looking at checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moerge.cli.options import AsJson, CheckpointName, Quiet, RecipeFile, Seed, Threads
+
+
+def plan(recipe: RecipeFile, seed: Seed = None, threads: Threads = None, json: AsJson = False) -> None:
+    """Print what a recipe amounts to; no tensor is read."""
+    from moerge.cli import show
+    from moerge.pipeline import default_threads
+    from moerge.pipeline import plan as make_plan
+
+    planned = make_plan(recipe, seed=seed)
+    show.plan(planned, threads or default_threads(), as_json=json)
+
+
+def merge(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge into OUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that moerge made in OUT.")] = False,
+    seed: Seed = None,
+    threads: Threads = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest shard, such as 500MB or 5GB.")] = "5GB",
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Go on where inputs hold NaN or infinity.")] = False,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Merge as the recipe says and write the checkpoint folder OUT."""
+    from moerge.cli import show
+    from moerge.cli.console import parse_size
+    from moerge.cli.progress import Progress
+    from moerge.pipeline import merge as run_merge
+    from moerge.recipe import load_recipe
+
+    options: dict[str, Any] = {
+        "resume": resume,
+        "force": force,
+        "threads": threads,
+        "max_shard_bytes": parse_size(max_shard_size),
+        "allow_nonfinite": allow_nonfinite,
+    }
+    loaded = load_recipe(recipe, seed=seed)
+    with Progress("merging", quiet=quiet) as progress:
+        result = run_merge(loaded, out, progress=lambda planned: progress.start(planned.work_bytes), **options)
+    show.merge(result, quiet=quiet, as_json=json)
+
+
+def verify(checkpoint: CheckpointName, threads: Threads = None, quiet: Quiet = False, json: AsJson = False) -> None:
+    """Check that every tensor is present, finite, of the right shape, and what the manifest says."""
+    from moerge.checkpoint.locate import locate
+    from moerge.cli import show
+    from moerge.cli.progress import Progress
+    from moerge.inspection import verify as run_verify
+
+    total = locate(checkpoint).nbytes
+    with Progress("verifying", quiet=quiet) as progress:
+        found = run_verify(checkpoint, threads=threads, progress=progress.start(total))
+    show.verification(found, quiet=quiet, as_json=json)
+    if found.problems:
+        raise typer.Exit(2)
+
+
+def inspect(checkpoint: CheckpointName, json: AsJson = False) -> None:
+    """Show a checkpoint's family, sizes, roles, tokenizer, and how it was made."""
+    from moerge.cli import show
+    from moerge.inspection import inspect as run_inspect
+
+    show.inspection(run_inspect(checkpoint), as_json=json)
+
+
+COMMANDS = (plan, merge, verify, inspect)

@@ -1,0 +1,69 @@
+"""How results look: sizes, numbers and tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from moerge.errors import InputError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as "500MB" or "5 GiB"; InputError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise InputError(f"{text!r} is not a size: write a number and a unit, such as 500MB or 5GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print JSON on standard output."""
+    json.dump(value, sys.stdout, indent=2, default=str)
+    sys.stdout.write("\n")
+
+
+def as_percent(share: float | None) -> str:
+    """A fraction as a percentage."""
+    return "" if share is None else f"{100 * share:.0f}%"
+
+
+def new_table(*columns: str) -> Table:
+    """A table with these columns; numbers stand to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("size", "tensors", "output", "parameters") else "left")
+    return table
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Warnings on standard error."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def as_size(nbytes: int) -> str:
+    """Bytes in decimal units."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def as_count(number: int) -> str:
+    """A number of parameters or tokens."""
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(number)
+
+
+def as_time(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,18 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder or a Hub id.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Replace the recipe's seeds.", show_default=False)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads; default: the cores available.", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint comes with.")]
