@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moerge.architecture.family import Family
+from moerge.architecture.rope import comparable_scaling, flatten_rope, write_rope
 
 STRUCTURAL = frozenset(
     {
         *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias"),
-        *("num_local_experts", "num_experts"),
+        *("num_local_experts", "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "moe_layers"),
+        *("qkv_bias", "add_cross_attention"),
     }
 )
 """Keys that decide which tensors exist and in what shape: experts must agree on them."""
@@ -22,6 +24,9 @@ _HARMLESS = frozenset(
         *("initializer_range", "attention_dropout", "pretraining_tp", "_attn_implementation", "_attn_implementation_autoset"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "return_dict"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef"),
+        *("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "router_jitter_noise"),
+        *("summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
+        *("cache_implementation", "task_specific_params", "n_ctx", "is_decoder"),
         *("chunk_size_feed_forward", "is_encoder_decoder", "moerge", "mergekit", "unsloth_version", "unsloth_fixed"),
     }
 )
@@ -29,47 +34,53 @@ _HARMLESS = frozenset(
 
 
 def canonical(config: Mapping[str, Any], family: Family | None) -> dict[str, Any]:
-    """The config with the family's defaults filled in and rope written one way: `rope_theta`, `rope_scaling`.
-
-    transformers 5 nests both in `rope_parameters`, 4.x keeps them at the top level; "type" is an old name of "rope_type".
+    """The config in one form, whoever wrote it: other families' names for keys, the family's defaults and what its code
+    derives filled in, rope as `rope_theta` and `rope_scaling`, a nested language model's config among its own keys.
     """
-    found = {**(family.defaults if family else {}), **config}
-    nested = found.pop("rope_parameters", None)
-    scaling = found.get("rope_scaling")
-    if isinstance(nested, Mapping) and all(not isinstance(value, Mapping) for value in nested.values()):
-        scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
-        found["rope_theta"] = nested.get("rope_theta", found.get("rope_theta"))
-    elif nested is not None:
-        found["rope_parameters"] = nested
-    if isinstance(scaling, Mapping):
-        scaling = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
-        scaling = None if scaling.get("rope_type", "default") == "default" else scaling
-    found["rope_scaling"] = scaling
-    if found.get("num_key_value_heads") is None:
-        found["num_key_value_heads"] = found.get("num_attention_heads")
-    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
-    if found.get("head_dim") is None and type(width) is type(heads) is int and heads > 0:
-        found["head_dim"] = width // heads
-    return found
+    own = dict(config)
+    if family is not None:
+        inner = own.pop(family.nested, None)
+        own = {**(inner if isinstance(inner, Mapping) else {}), **own}
+        own = {**family.defaults, **{family.keys.get(key, key): value for key, value in own.items()}}
+    flatten_rope(own)
+    if own.get("num_key_value_heads") is None:
+        own["num_key_value_heads"] = own.get("num_attention_heads")
+    width, heads = own.get("hidden_size"), own.get("num_attention_heads")
+    if own.get("head_dim") is None and type(width) is type(heads) is int and heads > 0:
+        own["head_dim"] = width // heads
+    if family is not None:
+        family.derive(own)
+    return own
 
 
 def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
     """config.json that transformers 4.5x and 5.x both read right, for tensors of element type `dtype`."""
     written = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
     known = canonical(config, family)
-    if known.get("rope_theta") is not None:
-        scaling = known["rope_scaling"]
-        written["rope_theta"], written["rope_scaling"] = known["rope_theta"], scaling
-        written["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": known["rope_theta"]}
-    written["torch_dtype"] = written["dtype"] = dtype
-    return written
+    nested = written.get(family.nested) if family else None
+    language = dict(nested) if isinstance(nested, Mapping) else written
+    write_rope(language, known, family.rope_scaling_keys if family else {})
+    for name, key in family.keys.items() if family else ():
+        if known.get(key) is not None:
+            language.setdefault(name, known[key])
+    if family is not None and language is not written:
+        written[family.nested] = {**language, "torch_dtype": dtype, "dtype": dtype}
+    return {**written, "torch_dtype": dtype, "dtype": dtype}
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Keys on which canonical configs disagree, those that do not matter left out: {key: {model: value}}."""
+    configs = {name: {**config, "rope_scaling": comparable_scaling(config)} for name, config in configs.items()}
     keys = sorted({key for config in configs.values() for key in config} - _HARMLESS)
     values = {key: {name: config.get(key) for name, config in configs.items()} for key in keys}
-    return {key: by_model for key, by_model in values.items() if _differ(list(by_model.values()))}
+    return {key: by_model for key, by_model in values.items() if _differ([_telling(value) for value in by_model.values()])}
+
+
+def _telling(value: Any) -> Any:
+    """What matters of a value that may be another model's config."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _telling(inner) for key, inner in value.items() if key not in _HARMLESS}
 
 
 def _differ(values: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a family is: a table of tensors (role, name, shape), read both ways, and the defaults of its config."""
+"""What a family is: a table of tensors (role, name, shape), read both ways, and how to read its config."""
 
 from __future__ import annotations
 
@@ -8,34 +8,50 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from moerge.architecture.sizes import MAX_MODULES, Sizes
+
 
 @dataclass(frozen=True)
 class TensorRule:
     """One row of a family's table.
 
-    `role` and `name` are templates in `{layer}` and, inside a MoE, `{expert}`. `shape` names dimensions (see
-    `dimensions`). `when` names a config key that must be true for the tensor to exist, or "!key" for false.
+    `role` and `name` are templates in `{layer}` and, inside a MoE, `{expert}`. `shape` names dimensions (see `Sizes`).
+    `when` names a config key that must be true for the tensor to exist, or "!key" for false; a list there is one value for
+    each layer. `parts` are the roles of the dense tensors that a fused MoE tensor is made of: all of them of the first expert,
+    one after the other along the rows, then all of them of the next.
     """
 
     role: str
     name: str
     shape: tuple[str, ...]
     when: str = ""
+    parts: tuple[str, ...] = ()
 
-    def applies(self, config: Mapping[str, Any]) -> bool:
-        """Whether a model with this canonical config has the tensor."""
-        return not self.when or bool(config.get(self.when.removeprefix("!"))) != self.when.startswith("!")
+    def applies(self, config: Mapping[str, Any], layer: int | None = None) -> bool:
+        """Whether a model with this canonical config has the tensor (in this layer)."""
+        value = config.get(self.when.removeprefix("!"))
+        if isinstance(value, list) and layer is not None:
+            value = value[layer]
+        return not self.when or bool(value) != self.when.startswith("!")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor that a model of a given config must have. `role` is its path, such as `layers.3.attention.q`."""
+    """A tensor that a model of a given config must have. `role` is its path, such as `layers.3.attention.q`.
+
+    `dense_role` is the role of the dense tensor that it comes from, `parts` the roles of several.
+    """
 
     role: str
     name: str
     shape: tuple[int, ...]
     expert: int | None = None
     dense_role: str = ""
+    parts: tuple[str, ...] = ()
+
+
+def _nothing(config: dict[str, Any]) -> None:
+    """The family derives nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,16 @@ class Family:
     """A family of architectures.
 
     `defaults` are the config values that transformers assumes when config.json omits them; `buffers` match tensors that
-    old checkpoints store but no model reads.
+    old checkpoints store but no model reads. The rest is for families that write things in their own way:
+
+    - `keys`: config keys by their own name, and what other families call them (`{"n_embd": "hidden_size"}`);
+    - `sizes`: further dimensions of `shape`, and their config keys;
+    - `derive` completes a config, in place, as the model's own code does;
+    - `rope_scaling_keys`: the only keys that transformers 4 allows in `rope_scaling`, and its names for them;
+    - `nested`: the key that holds the language model's config in a config of several models;
+    - `spellings`: regular expressions for the beginning of names as other programs write them, and what to put there;
+    - `untabled` match tensors that belong to the model but have no role, and are merged by name;
+    - `fused` match tensors of transformers' layout in memory, which is not the one on disk.
     """
 
     model_type: str
@@ -51,64 +76,49 @@ class Family:
     tensors: tuple[TensorRule, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    derive: Callable[[dict[str, Any]], None] = _nothing
+    rope_scaling_keys: Mapping[str, str] = field(default_factory=dict)
+    nested: str = ""
+    spellings: tuple[tuple[str, str], ...] = ()
+    untabled: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], TensorRule]]:
-        return [(_pattern(rule.name), rule) for rule in self.tensors]
+    def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], TensorRule]]:
+        return [(_pattern(rule.name), _pattern(rule.role), rule) for rule in self.tensors]
 
     def role_of(self, name: str) -> str | None:
-        """The role path of a tensor by its name, or None if the family has no such tensor."""
-        for pattern, rule in self._patterns:
-            match = pattern.fullmatch(name)
+        """The role path of a tensor by its name, however that is spelled, or None if the family has no such tensor."""
+        name = self.spelled(name)
+        found = ((pattern.fullmatch(name), rule) for pattern, _, rule in self._patterns)
+        return next((rule.role.format(**match.groupdict()) for match, rule in found if match), None)
+
+    def name_of(self, role: str) -> str | None:
+        """The name of the tensor with this role path, or None if the family has no such role."""
+        found = ((pattern.fullmatch(role), rule) for _, pattern, rule in self._patterns)
+        return next((rule.name.format(**match.groupdict()) for match, rule in found if match), None)
+
+    def spelled(self, name: str) -> str:
+        """A tensor's name as the table has it."""
+        for pattern, start in self.spellings:
+            match = re.match(pattern, name)
             if match:
-                return rule.role.format(**match.groupdict())
-        return None
+                return start + name[match.end() :]
+        return name
 
     def is_buffer(self, name: str) -> bool:
         """Whether a stored tensor can be ignored."""
-        return any(re.fullmatch(pattern, name) for pattern in self.buffers)
+        return _any_matches(self.buffers, name)
 
+    def is_untabled(self, name: str) -> bool:
+        """Whether a tensor without a role is none that is out of place."""
+        return _any_matches(self.untabled, name)
 
-@dataclass(frozen=True)
-class MoEFormat:
-    """A native token-routed MoE that dense experts can be assembled into.
-
-    `sources` are the model types that map exactly. `convert(config, experts, top_k)` makes the MoE's config from a dense
-    canonical one; `obstacle(config)` says what of a dense config the format cannot express, or None.
-    """
-
-    name: str
-    family: Family
-    sources: frozenset[str]
-    convert: Callable[[Mapping[str, Any], int, int], dict[str, Any]]
-    obstacle: Callable[[Mapping[str, Any]], str | None]
-
-
-_MAX_MODULES = 1_000_000
-"""More layers times experts than this is a damaged config, which would otherwise fill the memory."""
-
-
-def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes by the names that tensor rules use, from a canonical config; ValueError names a size that is none."""
-
-    def size(key: str) -> int:
-        value = config.get(key)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{key} should be a positive whole number, not {value!r}")
-        return value
-
-    heads, hidden = size("num_attention_heads"), size("hidden_size")
-    head_dim, experts = size("head_dim"), size("num_local_experts") if config.get("num_local_experts") else 0
-    if size("num_hidden_layers") * max(1, experts) > _MAX_MODULES:
-        raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']:,}, which no model has")
-    return {
-        "vocab": size("vocab_size"),
-        "hidden": hidden,
-        "intermediate": size("intermediate_size"),
-        "q": heads * head_dim,
-        "kv": size("num_key_value_heads") * head_dim,
-        "experts": experts,
-    }
+    def is_fused(self, name: str) -> bool:
+        """Whether a tensor is of transformers' layout in memory."""
+        return _any_matches(self.fused, name)
 
 
 def expected_tensors(family: Family, config: Mapping[str, Any]) -> list[Expected]:
@@ -116,29 +126,37 @@ def expected_tensors(family: Family, config: Mapping[str, Any]) -> list[Expected
 
     Raises ValueError if the config lacks a size or garbles it.
     """
-    sizes = dimensions(config)
-    rules = [rule for rule in family.tensors if rule.applies(config)]
-    before = [rule for rule in rules if "{layer}" not in rule.role and rule.role == "embedding"]
-    after = [rule for rule in rules if "{layer}" not in rule.role and rule.role != "embedding"]
-    layered = [rule for rule in rules if "{layer}" in rule.role]
+    sizes = Sizes(config, family.sizes)
+    layers = sizes["layers"]
+    if layers * max(1, sizes["experts"]) > MAX_MODULES:
+        raise ValueError(f"num_hidden_layers is {layers:,}, which no model has")
+    outside = [rule for rule in family.tensors if "{layer}" not in rule.role and rule.applies(config)]
+    before = [rule for rule in outside if rule.role.startswith("embedding")]
+    layered = [rule for rule in family.tensors if "{layer}" in rule.role]
     found = [next(_instances(rule, {}, sizes)) for rule in before]
-    for layer in range(int(config["num_hidden_layers"])):
-        found += [tensor for rule in layered for tensor in _instances(rule, {"layer": layer}, sizes)]
-    return found + [next(_instances(rule, {}, sizes)) for rule in after]
+    for layer in range(layers):
+        rules = [rule for rule in layered if rule.applies(config, layer)]
+        found += [tensor for rule in rules for tensor in _instances(rule, {"layer": layer}, sizes)]
+    return found + [next(_instances(rule, {}, sizes)) for rule in outside if rule not in before]
 
 
-def _instances(rule: TensorRule, numbers: dict[str, int], sizes: Mapping[str, int]) -> Iterator[Expected]:
+def _instances(rule: TensorRule, numbers: dict[str, int], sizes: Sizes) -> Iterator[Expected]:
     shape = tuple(sizes[dimension] for dimension in rule.shape)
+    parts = tuple(part.format(**numbers) for part in rule.parts)
     if "{expert}" not in rule.role:
         role = rule.role.format(**numbers)
-        yield Expected(role, rule.name.format(**numbers), shape, None, role)
+        yield Expected(role, rule.name.format(**numbers), shape, None, role, parts)
         return
     dense = rule.role.replace(".{expert}", "").format(**numbers)
     for expert in range(sizes["experts"]):
         values = {**numbers, "expert": expert}
-        yield Expected(rule.role.format(**values), rule.name.format(**values), shape, expert, dense)
+        yield Expected(rule.role.format(**values), rule.name.format(**values), shape, expert, dense, parts)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
     return re.compile(escaped)
+
+
+def _any_matches(patterns: tuple[str, ...], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -1,38 +1,77 @@
-"""Llama and the families that share its layout."""
+"""Llama and Mistral, and what many families share with them to the letter."""
+
+from __future__ import annotations
 
 from moerge.architecture.family import Family, TensorRule
 
-BACKBONE = (
-    TensorRule("embedding", "model.embed_tokens.weight", ("vocab", "hidden")),
-    TensorRule("layers.{layer}.norm.attention", "model.layers.{layer}.input_layernorm.weight", ("hidden",)),
-    TensorRule("layers.{layer}.attention.q", "model.layers.{layer}.self_attn.q_proj.weight", ("q", "hidden")),
-    TensorRule("layers.{layer}.attention.k", "model.layers.{layer}.self_attn.k_proj.weight", ("kv", "hidden")),
-    TensorRule("layers.{layer}.attention.v", "model.layers.{layer}.self_attn.v_proj.weight", ("kv", "hidden")),
-    TensorRule("layers.{layer}.attention.o", "model.layers.{layer}.self_attn.o_proj.weight", ("hidden", "q")),
-    TensorRule("layers.{layer}.norm.ffn", "model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
+BLOCK = "layers.{layer}"
+LAYER = f"model.{BLOCK}"
+
+
+def attention(biased: str = "", when: str = "") -> tuple[TensorRule, ...]:
+    """q, k, v, o of a layer, and the biases of those named (`"qkv"`), where config key `when` says so."""
+    shapes = {"q": ("q", "hidden"), "k": ("kv", "hidden"), "v": ("kv", "hidden"), "o": ("hidden", "q")}
+    weights = [(p, TensorRule(f"{BLOCK}.attention.{p}", f"{LAYER}.self_attn.{p}_proj.weight", shapes[p])) for p in shapes]
+    return (
+        *(weight for _, weight in weights),
+        *(
+            TensorRule(f"{weight.role}.bias", f"{LAYER}.self_attn.{p}_proj.bias", shapes[p][:1], when)
+            for p, weight in weights
+            if p in biased
+        ),
+    )
+
+
+def head_norms(q: str = "head", k: str = "head") -> tuple[TensorRule, ...]:
+    """The norms of queries and keys, of these sizes."""
+    return tuple(
+        TensorRule(f"{BLOCK}.attention.{p}_norm", f"{LAYER}.self_attn.{p}_norm.weight", (size,))
+        for p, size in (("q", q), ("k", k))
+    )
+
+
+def norm(use: str, module: str) -> TensorRule:
+    """One of a layer's norms: what it is before or after, and the module's name."""
+    return TensorRule(f"{BLOCK}.norm.{use}", f"{LAYER}.{module}.weight", ("hidden",))
+
+
+def ffn(
+    size: str = "intermediate", *, role: str = "ffn", module: str = "mlp", when: str = "", bias: str = ""
+) -> tuple[TensorRule, ...]:
+    """gate, up, down of a gated feed-forward module, in layers where `when` holds; with biases where the config has `bias`."""
+    shapes = {"gate": (size, "hidden"), "up": (size, "hidden"), "down": ("hidden", size)}
+    return (
+        *(TensorRule(f"{BLOCK}.{role}.{p}", f"{LAYER}.{module}.{p}_proj.weight", shape, when) for p, shape in shapes.items()),
+        *(
+            TensorRule(f"{BLOCK}.{role}.{p}.bias", f"{LAYER}.{module}.{p}_proj.bias", shape[:1], bias)
+            for p, shape in shapes.items()
+            if bias
+        ),
+    )
+
+
+EMBEDDING = TensorRule("embedding", "model.embed_tokens.weight", ("vocab", "hidden"))
+BEFORE_ATTENTION = norm("attention", "input_layernorm")
+BEFORE_FFN = norm("ffn", "post_attention_layernorm")
+"""transformers names it by the place, moerge by the use."""
+FINAL = (
     TensorRule("norm.final", "model.norm.weight", ("hidden",)),
     TensorRule("head", "lm_head.weight", ("vocab", "hidden"), when="!tie_word_embeddings"),
 )
+BACKBONE = (EMBEDDING, BEFORE_ATTENTION, *attention(), BEFORE_FFN, *FINAL)
 """All that is not feed-forward; Mixtral shares it to the letter."""
-
-_FFN = (
-    TensorRule("layers.{layer}.ffn.gate", "model.layers.{layer}.mlp.gate_proj.weight", ("intermediate", "hidden")),
-    TensorRule("layers.{layer}.ffn.up", "model.layers.{layer}.mlp.up_proj.weight", ("intermediate", "hidden")),
-    TensorRule("layers.{layer}.ffn.down", "model.layers.{layer}.mlp.down_proj.weight", ("hidden", "intermediate")),
-)
-_BIASES = tuple(
-    TensorRule(f"layers.{{layer}}.{part}.{short}.bias", f"model.layers.{{layer}}.{module}.{short}_proj.bias", (size,), when)
-    for part, module, when, sizes in (
-        ("attention", "self_attn", "attention_bias", {"q": "q", "k": "kv", "v": "kv", "o": "hidden"}),
-        ("ffn", "mlp", "mlp_bias", {"gate": "intermediate", "up": "intermediate", "down": "hidden"}),
-    )
-    for short, size in sizes.items()
-)
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    tensors=(*BACKBONE, *_FFN, *_BIASES),
+    tensors=(
+        EMBEDDING,
+        BEFORE_ATTENTION,
+        *attention("qkvo", "attention_bias"),
+        BEFORE_FFN,
+        *ffn(bias="mlp_bias"),
+        *FINAL,
+    ),
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -41,13 +80,15 @@ LLAMA = Family(
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
 )
 
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    tensors=(*BACKBONE, *_FFN),
+    tensors=(*BACKBONE, *ffn()),
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -56,5 +97,7 @@ MISTRAL = Family(
         "num_key_value_heads": 8,
         "sliding_window": 4096,
         "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
 )

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moerge.architecture.family import Family, MoEFormat, TensorRule
+from moerge.architecture.family import Family, TensorRule
 from moerge.architecture.llama import BACKBONE
+from moerge.architecture.moe_format import MoEFormat, native_config
 
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
+
+FUSED = (r".*\.experts\.(gate_up_proj|down_proj)",)
+"""All experts of a layer in one tensor, as transformers 5 holds them in memory; on disk every expert has its own."""
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -30,34 +34,23 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2,
         "sliding_window": None,
         "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
-)
-
-_CARRIED_OVER = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings"),
-    *("tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
+    fused=FUSED,
 )
 
 
 def _convert(config: Mapping[str, Any], experts: int, top_k: int) -> dict[str, Any]:
-    carried = {key: config[key] for key in _CARRIED_OVER if key in config}
-    return {
-        "architectures": [MIXTRAL.architecture],
-        "model_type": MIXTRAL.model_type,
-        **carried,
-        "sliding_window": config.get("sliding_window"),
-        "num_local_experts": experts,
-        "num_experts_per_tok": top_k,
-        "output_router_logits": False,
-        "use_cache": True,
-    }
+    window = config.get("sliding_window")
+    return native_config(MIXTRAL, config, sliding_window=window, num_local_experts=experts, num_experts_per_tok=top_k)
 
 
 def _obstacle(config: Mapping[str, Any]) -> str | None:
-    biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
-    if biased:
-        return f"{biased[0]} is true and Mixtral has no biases, so they would be lost"
+    if config.get("mlp_bias"):
+        return "mlp_bias is true and Mixtral has no biases, so they would be lost"
+    if config.get("attention_bias"):
+        return "attention_bias is true and Mixtral has no biases, so they would be lost: choose 'format: granitemoe', which has"
     return None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moerge.architecture.family import Family, MoEFormat
+from moerge.architecture.family import Family
+from moerge.architecture.moe_format import MoEFormat
 from moerge.errors import InputError
 from moerge.registry import Registry
 
@@ -28,11 +29,12 @@ def moe_formats() -> list[str]:
     return MOE_FORMATS.names()
 
 
-def moe_format(name: str, model_type: str) -> MoEFormat:
-    """The MoE format called `name`, or with "auto" the one that experts of this model type map to exactly.
+def moe_format(name: str, config: Mapping[str, Any]) -> MoEFormat:
+    """The MoE format called `name`, or with "auto" the one that experts with this canonical config map to exactly.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, or if it has no place for something that the config calls for.
     """
+    model_type = str(config.get("model_type", ""))
     if name != "auto":
         chosen = MOE_FORMATS.get(name)
         if model_type not in chosen.sources:
@@ -40,10 +42,21 @@ def moe_format(name: str, model_type: str) -> MoEFormat:
                 f"moe.format: experts of type {model_type!r} do not map to {name} exactly "
                 f"(it takes: {', '.join(sorted(chosen.sources))})"
             )
-        return chosen
+        candidates = [chosen]
+    else:
+        candidates = _candidates(model_type)
+    obstacles = [candidate.obstacle(config) for candidate in candidates]
+    free = [candidate for candidate, obstacle in zip(candidates, obstacles, strict=True) if not obstacle]
+    if not free:
+        raise InputError(f"cannot build a {candidates[0].name} model: {obstacles[0]}")
+    return free[0]
+
+
+def _candidates(model_type: str) -> list[MoEFormat]:
+    """The formats that take experts of this type, the preferred one first."""
     formats = [MOE_FORMATS.get(known) for known in MOE_FORMATS.names()]
-    for candidate in formats:
-        if model_type in candidate.sources:
-            return candidate
-    takes = sorted({source for candidate in formats for source in candidate.sources})
-    raise InputError(f"no token-routed MoE format is known for experts of type {model_type!r} (known: {', '.join(takes)})")
+    found = [candidate for candidate in formats if model_type in candidate.sources]
+    if not found:
+        takes = sorted({source for candidate in formats for source in candidate.sources})
+        raise InputError(f"no token-routed MoE format is known for experts of type {model_type!r} (known: {', '.join(takes)})")
+    return sorted(found, key=lambda candidate: model_type in candidate.last_resort)

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from moerge.architecture import family_of
 from moerge.architecture.config import STRUCTURAL, canonical, differences
 from moerge.architecture.family import Expected, Family, expected_tensors
 from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
 
+_ANY_DEPTH = {"num_hidden_layers": None, "layer_types": None, "moe_layers": None}
+
+
+def respelled(model: Checkpoint) -> Checkpoint:
+    """The model with its tensors under the names that its family's table has for them.
+
+    Raises InputError if it has a tensor under two names.
+    """
+    family = family_of(model.config)
+    if family is None or not family.spellings:
+        return model
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.tensors.items():
+        other = tensors.setdefault(family.spelled(name), tensor)
+        if other is not tensor:
+            raise InputError(f"{model.name}: tensors {other.name!r} and {name!r} are the same: remove one of them")
+    return replace(model, tensors=tensors)
+
 
 def check_models(models: Sequence[Checkpoint]) -> None:
-    """InputError for quantised models and for models of different types."""
+    """InputError for quantised models, for layouts that are not those on disk, and for models of different types."""
     for model in models:
         if model.config.get("quantization_config"):
             raise InputError(f"{model.name}: {model.folder} is quantised: merge the unquantised checkpoint it was made from")
+        _check_layout(model)
     first = models[0]
     for model in models[1:]:
         if model.model_type != first.model_type:
@@ -26,8 +47,33 @@ def check_models(models: Sequence[Checkpoint]) -> None:
             )
 
 
-def check_configs(models: Sequence[Checkpoint], family: Family | None, *, source: str, named: bool) -> list[str]:
+_SPLIT = (
+    "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m = M.from_pretrained({source!r}, dtype='auto'); "
+    "n = M.from_config(m.config, dtype=m.dtype); n.load_state_dict(m.state_dict()); n.save_pretrained({target!r}); "
+    "T.from_pretrained({source!r}).save_pretrained({target!r})"
+)
+"""A model that was loaded is saved as it was found; a new one in the layout that its family has on disk."""
+
+
+def _check_layout(model: Checkpoint) -> None:
+    family = family_of(model.config)
+    fused = next((name for name in model.tensors if family and family.is_fused(name)), None)
+    if fused:
+        command = _SPLIT.format(source=str(model.folder), target=f"{model.folder}-split")
+        raise InputError(
+            f"{model.name}: tensor {fused!r} in {model.folder} holds all experts of a layer, which is "
+            f"{model.model_type}'s layout in transformers' memory and not the one for files (mergekit 0.1.5 writes it): "
+            f'convert the checkpoint with: python -c "{command}"'
+        )
+
+
+def check_configs(
+    models: Sequence[Checkpoint], family: Family | None, *, source: str, named: bool, stacked: bool = False
+) -> list[str]:
     """Warnings about config differences that the user settled by naming the source (`config:` in the recipe).
+
+    Models of which layers are `stacked` may have different numbers of them. Sizes of vocabularies may differ: rows are matched by
+    token.
 
     Raises InputError where a difference changes the tensors' shapes, or changes results and nobody settled it.
     """
@@ -35,7 +81,9 @@ def check_configs(models: Sequence[Checkpoint], family: Family | None, *, source
     for name, config in known.items():
         if not isinstance(config["rope_scaling"], Mapping | None):
             raise InputError(f"{name}: config.json: rope_scaling should be a mapping, not {config['rope_scaling']!r}")
-    differing = differences(known)
+    differing = differences({name: {**config, **_ANY_DEPTH} for name, config in known.items()} if stacked else known)
+    if all(type(size) is int and size > 0 for size in differing.get("vocab_size", {}).values()):
+        differing.pop("vocab_size", None)
     structural = {key: values for key, values in differing.items() if key in STRUCTURAL}
     if structural:
         raise InputError(f"config.json: these models do not have the same shape: {_described(structural)}")
@@ -69,8 +117,10 @@ def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tup
     Raises InputError naming a tensor that is missing somewhere, that some have and others lack, or whose shape is wrong.
     """
     stored = {model.name: _relevant(model, family) for model in models}
-    _check_same_names(models, stored)
     names = stored[models[0].name]
+    apart = [name for name in names if family is not None and family.is_untabled(name) and not _shared(name, stored)]
+    stored = {model: {name: tensor for name, tensor in found.items() if name not in apart} for model, found in stored.items()}
+    _check_same_names(models, stored)
     if family is None:
         found = [Expected("", name, tensor.shape) for name, tensor in names.items()]
         _check_shapes(models, stored, found)
@@ -79,11 +129,22 @@ def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tup
     expected = expected_of(family, models[0].config, models[0].name)
     _check_present(models, stored, expected)
     known = {tensor.name for tensor in expected}
-    extra = [name for name in names if name not in known]
+    extra = [name for name in names if name not in known and name not in apart]
+    strange = [name for name in extra if not family.is_untabled(name)]
     found = expected + [Expected("", name, names[name].shape) for name in extra]
     _check_shapes(models, stored, found)
-    warning = f"{len(extra)} tensors that {family.model_type} does not use are merged by name: {', '.join(extra[:3])}"
-    return found, [warning] if extra else []
+    warnings = []
+    if strange:
+        shown = ", ".join(strange[:3])
+        warnings.append(f"{len(strange)} tensors that {family.model_type} does not use are merged by name: {shown}")
+    if apart:
+        first = models[0].name
+        warnings.append(f"{len(apart)} tensors beside the language model that not all models share are {first}'s: {apart[0]}")
+    return found + [Expected("", name, names[name].shape) for name in apart], warnings
+
+
+def _shared(name: str, stored: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    return len({tensors[name].shape if name in tensors else None for tensors in stored.values()}) == 1
 
 
 def _relevant(model: Checkpoint, family: Family | None) -> dict[str, Tensor]:

@@ -1,0 +1,50 @@
+"""Native token-routed MoEs that dense experts can be assembled into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moerge.architecture.family import Family
+
+_CARRIED_OVER = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+    *("max_position_embeddings", "tie_word_embeddings", "initializer_range", "attention_dropout"),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class MoEFormat:
+    """A native token-routed MoE that dense experts can be assembled into.
+
+    `sources` are the model types that map exactly. `convert(config, experts, top_k)` makes the MoE's config from a dense
+    canonical one; `obstacle(config)` says what of a dense config the format cannot express, or None. `zeros` are the
+    beginnings of roles, without their layer, that no dense model has and that are zero, `drawn` those whose values do not matter
+    but must not be zero. `last_resort` are those of the sources
+    that map to another format as well, which is preferred where it can be. `caution(config)` says which readers of the result
+    get something else than the dense config says, or None.
+    """
+
+    name: str
+    family: Family
+    sources: frozenset[str]
+    convert: Callable[[Mapping[str, Any], int, int], dict[str, Any]]
+    obstacle: Callable[[Mapping[str, Any]], str | None]
+    zeros: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    last_resort: frozenset[str] = frozenset()
+    caution: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+
+
+def native_config(family: Family, config: Mapping[str, Any], **own: Any) -> dict[str, Any]:
+    """config.json of a MoE of this family: what a dense canonical config has in common with it, and its `own` keys.
+
+    Token ids are written even where there are none, since families assume different ones when they are missing.
+    """
+    carried = {key: config[key] for key in _CARRIED_OVER if key in config}
+    tokens = {key: config.get(key) for key in _TOKENS}
+    shared = {"output_router_logits": False, "use_cache": True}
+    return {"architectures": [family.architecture], "model_type": family.model_type, **carried, **tokens, **own, **shared}
