@@ -1,4 +1,7 @@
-"""A Hub on 127.0.0.1, as much of it as huggingface_hub asks for when it downloads models and reads headers."""
+"""A Hub on 127.0.0.1, as much of it as huggingface_hub asks for when it downloads models and reads headers.
+
+`hub_uploads.py` adds what it asks for when it uploads.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,10 @@ class Hub:
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         return 200, headers, content
 
+    def accept(self, method: str, path: str, token: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """The same for what changes something; `token` is the caller's."""
+        return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
+
     def _api(self, repo: str, folder: Path, tree: bool) -> Any:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [str(path.relative_to(folder)) for path in files]
@@ -73,6 +80,29 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._respond(body_wanted=False)
 
+    def do_POST(self) -> None:
+        self._accept()
+
+    def do_PUT(self) -> None:
+        self._accept()
+
+    def _accept(self) -> None:
+        path = urlsplit(self.path).path
+        sent = self._body()
+        self.hub.requests.append((self.command, path))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self._send(*self.hub.accept(self.command, path, token, sent), body_wanted=True)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
     def _respond(self, *, body_wanted: bool) -> None:
         path = urlsplit(self.path).path
         status, headers, body = self.hub.answer(path)
@@ -84,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         if body_wanted:
             self.hub.sent[path] = self.hub.sent.get(path, 0) + len(body)
+        self._send(status, headers, body, body_wanted=body_wanted)
+
+    def _send(self, status: int, headers: Mapping[str, str], body: bytes, *, body_wanted: bool) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from command import moerge
+from moerge.checkpoint import staging
 from moerge.checkpoint.staging import JOURNAL, Staging, staging_folder
 from moerge.pipeline import merge
 from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
@@ -53,14 +54,20 @@ def crashing(after: int) -> Iterator[list[str]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pwrite", "posix_fallocate", "fsync", "rename", "unlink", "mkdir"):
+        for name in ("pwrite", "posix_fallocate", "fsync", "rename", "unlink", "mkdir", "rmdir"):
             patch.setattr(os, name, breaking(name, getattr(os, name)))
+        patch.setattr(staging, "_exchange", breaking("exchange", staging._exchange))
         patch.setattr(Staging, "_append", breaking("journal", Staging._append))
         yield calls
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def begun(out: Path) -> Path:
+    """Where an interrupted run has left its files."""
+    return staging_folder(out) / "checkpoint"
 
 
 def crash(recipe: Path, out: Path, after: int, **options: Any) -> list[str]:
@@ -73,7 +80,11 @@ def crash(recipe: Path, out: Path, after: int, **options: Any) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize(("sections", "step"), [(DENSE, 1), (MOE, 4)], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    ("sections", "step"),
+    [(DENSE, 1), (MOE, 4), ({"merge": {"method": "della"}}, 9), ({"merge": {"method": "tsv_m"}}, 9)],
+    ids=["dense", "moe", "rows", "whole tensors"],
+)
 def test_a_crash_at_every_write(tmp_path: Path, sections: dict[str, Any], step: int) -> None:
     make_models(tmp_path)
     recipe = write_recipe(tmp_path, **sections)
@@ -84,7 +95,9 @@ def test_a_crash_at_every_write(tmp_path: Path, sections: dict[str, Any], step: 
     for after in range(0, len(everything), step):
         crash(recipe, out, after)
         if out.exists():  # the crash came after the folder got its name
+            assert snapshot(out) == expected
             shutil.rmtree(out)
+            shutil.rmtree(staging_folder(out), ignore_errors=True)
             continue
         merge(recipe, out, threads=2, max_shard_bytes=SHARD, resume=True)
         assert snapshot(out) == expected, f"crashed after {after} calls ({everything[: after + 1][-1]})"
@@ -93,28 +106,72 @@ def test_a_crash_at_every_write(tmp_path: Path, sections: dict[str, Any], step: 
     assert {path.name for path in tmp_path.iterdir()} == {"base", "math", "code", "knowledge", "recipe.yaml", "expected"}
 
 
-def test_what_has_the_targets_name_is_complete_at_every_moment(tmp_path: Path) -> None:
-    """Also while --force replaces an older checkpoint."""
+@pytest.mark.parametrize("swaps", [True, False], ids=["swapping", "two renames"])
+def test_what_has_the_targets_name_is_complete_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
+) -> None:
+    """Also while --force replaces an older checkpoint; there is always one where folders can be swapped."""
     make_models(tmp_path)
+    if not swaps:
+        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    elif not can_swap(tmp_path):
+        pytest.skip("this file system cannot swap two folders")
     old, new = write_recipe(tmp_path, "old.yaml"), write_recipe(tmp_path, "new.yaml", **DENSE)
     merge(old, tmp_path / "before", max_shard_bytes=SHARD)
-    everything = crash(new, tmp_path / "after", after=10**9)
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    everything = crash(new, tmp_path / "after", after=10**9, force=True)
     before, after = snapshot(tmp_path / "before"), snapshot(tmp_path / "after")
     out = tmp_path / "out"
-    seen = set()
-    for count in [*range(0, len(everything), 7), *range(len(everything) - 8, len(everything) + 2)]:
+    seen = []
+    for count in [*range(0, len(everything), 7), *range(len(everything) - 30, len(everything) + 2)]:
         shutil.copytree(tmp_path / "before", out)
         crash(new, out, count, force=True)
-        found = {name: content for name, content in snapshot(out).items() if name != JOURNAL} if out.exists() else None
+        found = snapshot(out) if out.exists() else None
         assert found in (None, before, after), f"after {count} calls"
-        seen.add("nothing" if found is None else "before" if found == before else "after")
-        if found != after:
+        seen.append("nothing" if found is None else "before" if found == before else "after")
+        if found != after or count % 2:
             merge(new, out, max_shard_bytes=SHARD, resume=True, force=True)
             assert snapshot(out) == after
+            assert not staging_folder(out).exists()
         shutil.rmtree(out)
-        for path in tmp_path.glob(".out*"):
-            shutil.rmtree(path)
-    assert {"before", "after"} <= seen
+        shutil.rmtree(staging_folder(out), ignore_errors=True)
+    assert list(dict.fromkeys(seen[-32:])) == (["before", "after"] if swaps else ["before", "nothing", "after"])
+
+
+def can_swap(folder: Path) -> bool:
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+    (folder / "one" / "mark").touch()
+    able = staging._exchange(folder / "one", folder / "other")
+    assert (folder / "other" / "mark").exists() == able
+    for name in ("one", "other"):
+        shutil.rmtree(folder / name)
+    return able
+
+
+def test_a_run_killed_after_the_rename_leaves_nothing_in_the_folder(tmp_path: Path) -> None:
+    make_models(tmp_path)
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
+    calls = crash(recipe, tmp_path / "expected", after=10**9)
+    crash(recipe, out, after=calls.index("rename") + 1)
+    assert snapshot(out) == snapshot(tmp_path / "expected")
+    assert [path.name for path in staging_folder(out).iterdir()] == [JOURNAL]
+    assert "already exists" in moerge("merge", recipe, out, "--max-shard-size", f"{SHARD}B").err
+    shutil.rmtree(out)
+    merge(recipe, out, max_shard_bytes=SHARD)  # nothing is left to resume, so it is not asked for
+    assert snapshot(out) == snapshot(tmp_path / "expected")
+    assert not staging_folder(out).exists()
+
+
+def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    make_models(tmp_path)
+    recipe = write_recipe(tmp_path)
+    merge(recipe, tmp_path / "elsewhere")
+    before = snapshot(tmp_path / "elsewhere")
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    merge(write_recipe(tmp_path, **DENSE), tmp_path / "out", force=True)
+    assert snapshot(tmp_path / "elsewhere") == before != snapshot(tmp_path / "out")
+    assert not staging_folder(tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -174,7 +231,7 @@ def test_resume_where_nothing_was_begun_is_an_ordinary_run(tmp_path: Path) -> No
 
 def test_force_starts_over(interrupted: tuple[Path, Path, dict[str, bytes]]) -> None:
     recipe, out, expected = interrupted
-    (staging_folder(out) / "leftover.safetensors").write_bytes(b"x")
+    (begun(out) / "leftover.safetensors").write_bytes(b"x")
     assert moerge("merge", recipe, out, *OPTIONS, "--force").code == 0
     assert snapshot(out) == expected
 
@@ -187,7 +244,7 @@ def test_a_damaged_journal(interrupted: tuple[Path, Path, dict[str, bytes]], dam
     tail = {"half a line": lines[-1][:-20], "garbage": b"{]", "zeros": b"\0" * 64, "half the first line": lines[0][:9]}
     journal.write_bytes(b"".join(lines[:kept]) + tail.get(damage, b""))
     done = {json.loads(line)["tensor"] for line in lines[1:kept]}
-    (journal.parent / "model-00009-of-00009.safetensors").write_bytes(b"from another run")
+    (begun(interrupted[1]) / "model-00009-of-00009.safetensors").write_bytes(b"from another run")
     assert _resume(interrupted) == set(llama_tensors(llama_config())) - done
 
 
@@ -197,20 +254,20 @@ def test_a_damaged_tensor_is_computed_again(interrupted: tuple[Path, Path, dict[
     out = interrupted[1]
     done = _journalled(out)
     victim = done[3]
-    for path in staging_folder(out).glob("*.safetensors"):
+    for path in begun(out).glob("*.safetensors"):
         tensor = read_header(path).get(victim)
         if tensor is not None:
             with open(path, "r+b") as file:
                 file.seek(tensor.offset + 5)
                 file.write(bytes([file.read(1)[0] ^ 1]))
                 file.seek(tensor.offset + 5)
-    with open(next(staging_folder(out).glob("*.safetensors")), "r+b") as file:
+    with open(next(begun(out).glob("*.safetensors")), "r+b") as file:
         file.write(b"\0" * 8)  # a damaged header is simply written again
     assert victim in _resume(interrupted)
 
 
 def test_a_missing_or_short_shard_is_computed_again(interrupted: tuple[Path, Path, dict[str, bytes]]) -> None:
-    first, second, *_ = sorted(staging_folder(interrupted[1]).glob("*.safetensors"))
+    first, second, *_ = sorted(begun(interrupted[1]).glob("*.safetensors"))
     first.unlink()
     os.truncate(second, 100)
     _resume(interrupted)

@@ -160,4 +160,4 @@ def test_tokens_of_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
         if folder is models["code"]:
             tokenizer["model"]["vocab"][10][0] = "other"
         write_json(folder / "tokenizer.json", tokenizer)
-    refuses(write_recipe(tmp_path), tmp_path / "out", 'base and code give different ids to "other", "w10": merge only')
+    refuses(write_recipe(tmp_path), tmp_path / "out", 'base and code differ: only base has "w10"; only code has "other"; say')

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import yaml
 
+from moerge.checkpoint.source_cards import SourceCard, all_of, licence_metadata, source_card
 from moerge.methods.method import MergeMethod
+from moerge.planning.operations import Merge
 from moerge.planning.plan import Plan
 
 _USE = """```python
@@ -35,22 +38,28 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```"""
 
 
+_NO_LICENCE = "The sources' licences differ or are not known, so this card claims none: each source's own terms hold."
+
+
 def model_card(plan: Plan) -> str:
     """Markdown with the Hub's metadata block in front."""
     by_sequence = plan.recipe.moe is not None and plan.recipe.moe.by_sequence
+    cards = [source_card(model) for model in plan.models]
     kind = "sequence-routed mixture of experts" if by_sequence else "mixture of experts" if plan.experts else "dense model"
     parts = [
-        "---\n" + _yaml(_metadata(plan)) + "---",
+        "---\n" + _yaml(_metadata(plan, cards)) + "---",
         f"# A {kind} merged from {len(plan.recipe.experts)} experts",
         f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, "
         f"`{plan.config['dtype']}`, architecture `{_architecture(plan)}`.",
         "## How",
-        "\n\n".join(_method(method) for method in dict.fromkeys(plan.recipe.methods)),
+        "\n\n".join(_methods(plan)),
         *(_moe(plan) if plan.experts else ()),
         "## Sources",
-        _sources(plan),
+        _sources(plan, cards),
+        *([] if licence_metadata(cards) else [_NO_LICENCE]),
         "## Recipe",
         "```yaml\n" + _yaml(plan.recipe.written) + "```",
+        *(["## Tokens", "\n".join(f"- {note}" for note in tokens)] if (tokens := plan.vocabulary.get("notes")) else ()),
         *(["## Warnings", "\n".join(f"- {warning}" for warning in plan.warnings)] if plan.warnings else ()),
         "## Use",
         _BY_SEQUENCE_USE if by_sequence else _USE,
@@ -63,14 +72,36 @@ def _yaml(value: Any) -> str:
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
-def _metadata(plan: Plan) -> dict[str, Any]:
-    on_hub = [model.location.partition("@")[0] for model in plan.models if model.revision]
-    tags = ["merge", "moerge", *(["moe"] if plan.experts else [])]
-    return {"library_name": "transformers", "tags": tags, **({"base_model": on_hub} if on_hub else {})}
+def _metadata(plan: Plan, cards: Sequence[SourceCard]) -> dict[str, Any]:
+    """The Hub's keys; what is not known is left out. Local sources have no name that others could look up."""
+    on_hub = list(dict.fromkeys(model.location.partition("@")[0] for model in plan.models if model.revision))
+    known = {
+        "base_model": on_hub,
+        "base_model_relation": "merge" if on_hub else "",
+        "library_name": "transformers",
+        **licence_metadata(cards),
+        "language": all_of(cards, lambda card: card.languages),
+        "datasets": all_of(cards, lambda card: card.datasets),
+        "tags": ["merge", "moerge", *(["moe"] if plan.experts else [])],
+    }
+    return {key: value for key, value in known.items() if value}
 
 
 def _architecture(plan: Plan) -> str:
     return str((plan.config.get("architectures") or [plan.config.get("model_type")])[0])
+
+
+def _methods(plan: Plan) -> list[str]:
+    """Each method with its settings; those of another program's file may be others for every tensor."""
+    if plan.recipe.settings is None:
+        return [_method(method) for method in dict.fromkeys(plan.recipe.methods)]
+    merges = [output.operation for output in plan.outputs if isinstance(output.operation, Merge)]
+    found: dict[str, dict[MergeMethod, None]] = {}
+    for merge in merges:
+        found.setdefault(merge.method.name, {})[merge.method] = None
+    one = "Tensors are copied from the models that the recipe names for them."
+    vary = " The settings of the first tensor; others have others, see the recipe."
+    return [_method(next(iter(used))) + (vary if len(used) > 1 else "") for used in found.values()] or [one]
 
 
 def _method(method: MergeMethod) -> str:
@@ -105,10 +136,10 @@ def _calibration(plan: Plan) -> list[str]:
     return [f"Calibration texts of the router: {described}. Do not evaluate on them; the manifest has their hashes."]
 
 
-def _sources(plan: Plan) -> str:
-    rows = ["| name | model | revision | weight |", "|---|---|---|---|"]
-    for model in plan.models:
+def _sources(plan: Plan, cards: Sequence[SourceCard]) -> str:
+    rows = ["| name | model | revision | weight | licence |", "|---|---|---|---|---|"]
+    for model, card in zip(plan.models, cards, strict=True):
         expert = plan.recipe.experts.get(model.name)
-        weight = f"{expert.weight:g}" if expert else "base"
-        rows.append(f"| {model.name} | `{model.location}` | {model.revision or 'local'} | {weight} |")
+        weight = "base" if expert is None else f"{expert.weight:g}" if plan.recipe.settings is None else "see the recipe"
+        rows.append(f"| {model.name} | `{model.location}` | {model.revision or 'local'} | {weight} | {card.shown} |")
     return "\n".join(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import xxhash
 
 CHUNK = 1 << 20
@@ -28,6 +29,28 @@ def running_digest() -> Any:
 def tensor_digest(chunks: Iterable[bytes]) -> str:
     """Digest of a tensor from its chunks' digests in order."""
     return xxhash.xxh3_128_hexdigest(b"".join(chunks))
+
+
+class TensorDigest:
+    """Digest of a tensor that is fed piece by piece, in order; the pieces may have any length."""
+
+    def __init__(self) -> None:
+        self._chunk, self._room = running_digest(), CHUNK
+        self._chunks: list[bytes] = []
+
+    def update(self, data_N: np.ndarray) -> None:
+        """The next elements."""
+        while data_N.size:
+            part_N, data_N = data_N[: self._room], data_N[self._room :]
+            self._chunk.update(part_N)
+            self._room -= part_N.size
+            if self._room == 0:
+                self._chunks.append(self._chunk.digest())
+                self._chunk, self._room = running_digest(), CHUNK
+
+    def digest(self) -> str:
+        """As `tensor_digest` of the chunks."""
+        return tensor_digest([*self._chunks, self._chunk.digest()] if self._room < CHUNK else self._chunks)
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

@@ -11,10 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from moerge.checkpoint.header import stored_tensor
-from moerge.checkpoint.reader import INDEX, WEIGHTS, Checkpoint, open_folder, read_index, read_json
+from moerge.checkpoint.reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    open_folder,
+    read_index,
+    read_json,
+)
 from moerge.errors import InputError, MachineError, MoergeError
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "README.md")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -51,7 +60,8 @@ def locate(
     if fetched is None:
         return replace(open_folder(snapshot, name=name, location=location), revision=snapshot.name)
     tensors = {key: stored_tensor(snapshot / file, key, entry, 0) for key, (file, entry) in fetched.items()}
-    config = read_json(snapshot / "config.json")
+    adapter = {file for file, _ in fetched.values()} == {ADAPTER_WEIGHTS}
+    config = read_json(snapshot / (ADAPTER_CONFIG if adapter else "config.json"))
     return Checkpoint(name, location, snapshot, config, tensors, snapshot.name, complete=False)
 
 
@@ -66,12 +76,15 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[s
     import huggingface_hub as hub
 
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else list(SMALL_FILES)
-    with nullcontext() if weights else _without_progress_bars():
+    with nullcontext() if weights else without_progress_bars():
         # other formats' weights lie in subfolders
         snapshot = Path(str(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])))
         if weights or _has_weights(snapshot):
             return snapshot, None
-        files = hub.get_safetensors_metadata(repo, revision=snapshot.name).files_metadata
+        if (snapshot / ADAPTER_CONFIG).exists() and not _has_model(repo, snapshot.name):
+            files = {ADAPTER_WEIGHTS: hub.parse_safetensors_file_metadata(repo, ADAPTER_WEIGHTS, revision=snapshot.name)}
+        else:
+            files = hub.get_safetensors_metadata(repo, revision=snapshot.name).files_metadata
     return snapshot, {
         name: (file, {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)})
         for file, metadata in files.items()
@@ -80,7 +93,8 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[s
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Nothing drawn by huggingface_hub inside the block."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -100,7 +114,14 @@ def _without_progress_bars() -> Iterator[None]:
 def _has_weights(snapshot: Path) -> bool:
     if (snapshot / INDEX).exists():
         return all((snapshot / shard).exists() for shard in set(read_index(snapshot / INDEX).values()))
-    return (snapshot / WEIGHTS).exists()
+    return (snapshot / WEIGHTS).exists() or (snapshot / ADAPTER_WEIGHTS).exists()
+
+
+def _has_model(repo: str, revision: str) -> bool:
+    """Whether a repository with an adapter's settings holds a whole model."""
+    import huggingface_hub as hub
+
+    return any(hub.file_exists(repo, file, revision=revision) for file in (WEIGHTS, INDEX))
 
 
 @contextmanager
@@ -128,6 +149,8 @@ def _explained(model: str, folder: Path) -> Iterator[None]:
             f"{model} is not a folder ({folder}), not in the Hub's cache, and the Hub cannot be reached: "
             "check the connection and HF_HUB_OFFLINE"
         ) from None
+    except errors.EntryNotFoundError:
+        raise InputError(f"{model} has no {ADAPTER_WEIGHTS} on the Hub: convert it and name the local folder") from None
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise MachineError(f"{model} is not a folder ({folder}) and could not be fetched from the Hub: {reason}") from None

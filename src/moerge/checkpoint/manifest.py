@@ -13,6 +13,7 @@ from moerge.checkpoint.digest import combined_digest, file_digest
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST, Staging
 from moerge.errors import InputError
+from moerge.planning.joined import SEPARATOR
 from moerge.planning.plan import Plan
 
 _FORMAT = 1
@@ -23,7 +24,8 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
     by_model: dict[str, dict[str, str]] = {model.name: {} for model in plan.models}
     for label, digest in staging.inputs.items():
         model, _, tensor = label.partition(":")
-        by_model[model][tensor] = digest
+        for name in model.split(SEPARATOR):
+            by_model.setdefault(name, {})[tensor] = digest
     return {
         "format": _FORMAT,
         "versions": {"moerge": version("moerge"), "python": platform.python_version()}
@@ -39,10 +41,21 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
             for model in plan.models
         },
         "experts": list(plan.experts),
+        "operations": list(plan.operations),
         "calibration": {
             texts.expert: {"location": texts.location, "digest": texts.digest, "documents": list(texts.hashes)}
             for texts in plan.calibration
         },
+        "statistics": {
+            used.model: {
+                "file": str(used.statistics.path),
+                "digest": combined_digest(by_model.get(used.label, {})),
+                **used.statistics.facts.model_dump(include={"settings", "sequences", "tokens"}),
+                "documents": list(used.statistics.facts.documents),
+            }
+            for used in plan.statistics
+        },
+        "vocabulary": dict(plan.vocabulary),
         "warnings": list(plan.warnings),
         "nonfinite_inputs": staging.nonfinite,
         "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",

@@ -15,11 +15,18 @@ from moerge.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _CONVERT = (
     "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
     "M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
     "T.from_pretrained({source!r}).save_pretrained({target!r})"
 )
+_CONVERT_ADAPTER = (
+    "import torch, safetensors.torch as s; w = torch.load({source!r}, map_location='cpu', weights_only=True); "
+    "s.save_file({{k: v.contiguous() for k, v in w.items()}}, {target!r})"
+)
+_PICKLED_ADAPTER = "adapter_model.bin"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
@@ -27,7 +34,8 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.0
 class Checkpoint:
     """A source model. `name` is how the recipe calls it, `location` what the recipe wrote, `revision` a Hub commit.
 
-    `complete` is False while a Hub model's weights have not been downloaded: its tensors then have no bytes to open.
+    `complete` is False while a Hub model's weights have not been downloaded: its tensors then have no bytes to open. An adapter
+    (see `is_adapter`) has its own settings as `config` and its own few tensors. `warnings` are what its user should know.
     """
 
     name: str
@@ -37,6 +45,27 @@ class Checkpoint:
     tensors: Mapping[str, Tensor] = field(repr=False)
     revision: str | None = None
     complete: bool = True
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where its files lie."""
+        return (self.folder,)
+
+    @property
+    def stored_as(self) -> str:
+        """Its element types."""
+        return ", ".join(sorted({tensor.dtype.name for tensor in self.tensors.values()}))
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """Its tensors, or those that it changes."""
+        return self.tensors
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory that reading its tensors takes beside the blocks that are read."""
+        return 0
 
     @property
     def model_type(self) -> str:
@@ -58,8 +87,42 @@ def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoi
         raise InputError(f"{_label(name)}{folder} is a file: name the checkpoint's folder instead")
     if not folder.is_dir():
         raise InputError(f"{_label(name)}there is no folder {folder}: check the path")
+    if (folder / ADAPTER_CONFIG).is_file() and not _has_model(folder, name):
+        tensors = _read_adapter(folder, name)
+        return Checkpoint(name, location or str(folder), folder, read_json(folder / ADAPTER_CONFIG), tensors)
     config = read_json(folder / "config.json")
     return Checkpoint(name, location or str(folder), folder, config, _read_tensors(folder, name))
+
+
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether these are the tensors of an adapter, which is no model without its base."""
+    return "peft_type" in checkpoint.config and "model_type" not in checkpoint.config
+
+
+def _has_model(folder: Path, name: str) -> bool:
+    """Whether a folder with an adapter's settings is a model all the same: some keep those of one that was merged into it."""
+    model = next((file for file in (WEIGHTS, INDEX) if (folder / file).exists()), None)
+    if model and (folder / ADAPTER_WEIGHTS).exists():
+        raise InputError(
+            f"{_label(name)}{folder} has both {model} and {ADAPTER_WEIGHTS}, so it is unclear whether it is a model or an "
+            "adapter: move one of them to a folder of its own"
+        )
+    return model is not None
+
+
+def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
+    if (folder / ADAPTER_WEIGHTS).exists():
+        tensors = read_header(folder / ADAPTER_WEIGHTS)
+        if not tensors:
+            raise InputError(f"{_label(name)}{folder / ADAPTER_WEIGHTS} holds no tensors: fetch or copy it again")
+        return tensors
+    if (folder / _PICKLED_ADAPTER).exists():
+        source, target = str(folder / _PICKLED_ADAPTER), str(folder / ADAPTER_WEIGHTS)
+        raise InputError(
+            f"{_label(name)}{folder} holds {_PICKLED_ADAPTER}, a pickle, which moerge does not load; convert it with: "
+            + f'python -c "{_CONVERT_ADAPTER.format(source=source, target=target)}"'
+        )
+    raise InputError(f"{_label(name)}{folder} has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}: fetch or copy it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Writing a checkpoint folder beside its target and renaming it at the end.
 
-What carries the target's name is complete. The staging folder keeps a journal of finished tensors with their digests;
-an interrupted run resumes from it after checking the bytes, so nothing depends on what a crash left in which order.
+What carries the target's name is complete. The staging folder holds the checkpoint and, beside it, a journal of finished
+tensors with their digests; an interrupted run resumes from it after checking the bytes, so nothing depends on what a crash
+left in which order.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -13,6 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -30,12 +33,20 @@ from moerge.planning.operations import Output
 JOURNAL = "journal.jsonl"
 MANIFEST = "moerge.json"
 
+_CHECKPOINT, _REPLACED = "checkpoint", "replaced"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
 Start = Literal["new", "resume", "restart"]
 
 
 def staging_folder(target: Path) -> Path:
     """Where a checkpoint is built before it gets its name: a hidden sibling, so that renaming is atomic."""
     return target.parent / f".{target.name}.moerge-partial"
+
+
+def interrupted(target: Path) -> bool:
+    """Whether a run that did not come to its end has left something to resume from."""
+    return (staging_folder(target) / _CHECKPOINT).exists()
 
 
 def being_written(target: Path) -> bool:
@@ -85,7 +96,8 @@ class Staging:
     """A checkpoint being written; a context manager that closes its files, and a Store for the executor."""
 
     def __init__(self, target: Path, shards: Mapping[str, Sequence[Output]], fingerprint: str, start: Start = "new") -> None:
-        self.target, self.folder = target, staging_folder(target)
+        self.target, self._root = target, staging_folder(target)
+        self.folder = self._root / _CHECKPOINT
         self._shards, self._fingerprint = shards, fingerprint
         self._entries: dict[str, dict[str, Any]] = {}
         self._places: dict[str, _Place] = {}
@@ -93,7 +105,7 @@ class Staging:
         self._journal: FileIO | None = None
         self._lock = threading.Lock()
         try:
-            with machine_errors(self.folder):
+            with machine_errors(self._root):
                 self._open(start)
         except BaseException:
             self._close()
@@ -115,15 +127,16 @@ class Staging:
         return sorted({label for entry in self._entries.values() for label in entry["nonfinite"]})
 
     def _open(self, start: Start) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(parents=True, exist_ok=True)
         # unbuffered: on a full disk, closing a file with something left to write fails once more
-        self._journal = open(self.folder / JOURNAL, "a+b", buffering=0)  # noqa: SIM115
-        if not _locked(self._journal, fcntl.LOCK_EX) or not (self.folder / JOURNAL).exists():  # gone: it has just finished
+        self._journal = open(self._root / JOURNAL, "a+b", buffering=0)  # noqa: SIM115
+        if not _locked(self._journal, fcntl.LOCK_EX) or not (self._root / JOURNAL).exists():  # gone: it has just finished
             raise InputError(busy(self.target))
         if start == "resume":
             self._read_journal()
         else:
-            self._remove_all_but(JOURNAL)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
         self._journal.seek(0)
         self._journal.truncate()
         self._append({"fingerprint": self._fingerprint})
@@ -145,7 +158,7 @@ class Staging:
             return
         if entries[0].get("fingerprint") != self._fingerprint:
             raise InputError(
-                f"the interrupted run in {self.folder} had another recipe, other inputs or options: "
+                f"the interrupted run in {self._root} had another recipe, other inputs or options: "
                 "run it as it was, or start over with --force"
             )
         self._entries = {entry["tensor"]: entry for entry in entries[1:]}
@@ -173,7 +186,7 @@ class Staging:
         """Elements `start` and following of an output, in its storage type."""
         place = self._places[output.name]
         view, offset = data.view(np.uint8).data, place.offset + start * output.dtype.itemsize
-        with machine_errors(self.folder):
+        with machine_errors(self._root):
             while len(view):
                 written = os.pwrite(place.descriptor, view, offset)
                 view, offset = view[written:], offset + written
@@ -181,7 +194,7 @@ class Staging:
     def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
         """Journal a complete output."""
         entry = {"tensor": output.name, "digest": digest, "inputs": inputs, "nonfinite": nonfinite}
-        with machine_errors(self.folder), self._lock:
+        with machine_errors(self._root), self._lock:
             self._entries[output.name] = entry
             self._append(entry)
 
@@ -201,21 +214,40 @@ class Staging:
 
     def add(self, files: Mapping[str, bytes]) -> None:
         """Write other files now, so that the folder can be loaded before it is published; `publish` writes its own."""
-        with machine_errors(self.folder):
+        with machine_errors(self._root):
             for name, content in self._with_index(files).items():
                 (self.folder / name).write_bytes(content)
 
     def publish(self, files: Mapping[str, bytes], *, replace: bool) -> None:
         """Add the other files, make everything durable, and give the folder the target's name."""
-        with machine_errors(self.folder):
+        with machine_errors(self._root):
             files = self._with_index(files)
             for name, content in files.items():
                 _write_durably(self.folder / name, content)
             for descriptor in self._files.values():
                 os.fsync(descriptor)
-            self._remove_all_but(JOURNAL, *files, *self._shards)
+            for path in self.folder.iterdir():
+                if path.name not in files and path.name not in self._shards:
+                    path.unlink()
             _sync_folder(self.folder)
-            _rename(self.folder, self.target, replace)
+            self._rename(replace)
+
+    def _rename(self, replace: bool) -> None:
+        """The target's name goes from one complete folder to the other; where the system can, there is no moment without."""
+        if not replace or not self.target.exists():
+            os.rename(self.folder, self.target)
+        elif not _exchange(self.folder, self.target):
+            shutil.rmtree(self._root / _REPLACED, ignore_errors=True)
+            os.rename(self.target, self._root / _REPLACED)
+            os.rename(self.folder, self.target)
+        _sync_folder(self.target.parent)
+        for old in (self.folder, self._root / _REPLACED):
+            if old.is_symlink():
+                old.unlink()
+            shutil.rmtree(old, ignore_errors=True)
+        (self._root / JOURNAL).unlink()  # last: its lock keeps others away from this folder
+        with suppress(OSError):  # another run may have begun
+            self._root.rmdir()
 
     def _with_index(self, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
         if len(self._shards) == 1:
@@ -225,14 +257,9 @@ class Staging:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return {**files, INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
 
-    def _remove_all_but(self, *names: str) -> None:
-        for path in self.folder.iterdir():
-            if path.name not in names:
-                path.unlink()
-
     def discard(self) -> None:
         """Remove the staging folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._root, ignore_errors=True)
 
     def __enter__(self) -> Staging:
         return self
@@ -291,12 +318,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _rename(source: Path, target: Path, replace: bool) -> None:
-    aside = target.parent / f".{target.name}.moerge-old"
-    if replace and target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
-    os.rename(source, target)
-    (target / JOURNAL).unlink()  # only now: its lock tells others that this folder is being written
-    _sync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders' names in one step; False where the system or its file system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

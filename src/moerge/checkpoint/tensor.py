@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -54,3 +55,36 @@ class Elements(Protocol):
     def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
         """Elements `start` and following in storage type, as many as `out_N` has; in `out_N`, or a view of what is in memory."""
         ...
+
+
+@dataclass(frozen=True)
+class ArrayTensor:
+    """A Tensor whose elements are in memory, in storage type and without their shape."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    flat: np.ndarray = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.flat.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.flat.nbytes
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """None."""
+        return ()
+
+    def open(self) -> ArrayTensor:
+        """Access to its elements."""
+        return self
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        """Elements `start` and following, as many as `out_N` has."""
+        return self.flat[start : start + out_N.size]

@@ -1,0 +1,281 @@
+"""PEFT LoRA adapters as models: a base whose changed tensors are computed while they are read; none is ever stored.
+
+The format is peft's (adapter_config.json beside adapter_model.safetensors), and so are the rules: what a merged tensor is worth
+follows `LoraLayer.merge` of peft 0.21, in float32. Differences: factors stored in float16 or bfloat16 are not rounded again after
+multiplying, and what peft merges wrongly (LoRA on a head or embedding that the base ties, of which it changes both) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moerge.architecture import family_of
+from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
+from moerge.checkpoint.lowrank import LowRankTensor, RecentFactors
+from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
+from moerge.checkpoint.tensor import Tensor
+from moerge.checkpoint.tokenizer import VOCABULARY_FILES
+from moerge.errors import InputError
+
+_PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.[^.]+$)")
+_VOCABULARY = re.compile(r"(^|\.)(embed_tokens|embed_in|embed_out|lm_head|wte|word_embeddings|output)\.weight$")
+"""What embeddings and heads are called."""
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Types whose `c_*` modules are transformers' Conv1D, which stores [in, out]."""
+
+
+@dataclass(frozen=True)
+class AdaptedCheckpoint(Checkpoint):
+    """A base with an adapter: the base's own tensors where the adapter has none, low-rank or whole ones where it has.
+
+    `folder` has the tokenizer: the adapter's own, if it came with one, else the base's.
+    """
+
+    base: Checkpoint = field(kw_only=True)
+    adapter: Checkpoint = field(kw_only=True)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where its files lie."""
+        return (self.adapter.folder, *self.base.folders)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the adapter."""
+        return self.adapter.nbytes
+
+    @property
+    def stored_as(self) -> str:
+        """The adapter's element types."""
+        return f"LoRA {self.adapter.stored_as}"
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The base's tensors."""
+        return self.base.stored
+
+    @cached_property
+    def working_bytes(self) -> int:
+        """Memory for the factors of the few tensors that are read at a time."""
+        sizes = sorted(tensor.working_bytes for tensor in self.tensors.values() if isinstance(tensor, LowRankTensor))
+        return sum(sizes[-RecentFactors.capacity :])
+
+
+def apply_adapter(adapter: Checkpoint, base: Checkpoint) -> AdaptedCheckpoint:
+    """The base with this adapter (a checkpoint for which `is_adapter` holds); no tensor is read.
+
+    Raises InputError where the adapter is of a kind that does not amount to changed weights of this base.
+    """
+    config = read_adapter_config(adapter)
+    tensors = _Application(adapter, base, config).tensors()
+    has_tokenizer = any((adapter.folder / name).is_file() for name in VOCABULARY_FILES)
+    return AdaptedCheckpoint(
+        adapter.name,
+        adapter.location,
+        adapter.folder if has_tokenizer else base.folder,
+        _resized(base, tensors),
+        tensors,
+        adapter.revision,
+        adapter.complete,
+        warnings=(*config.remarks(adapter.name), *_other_base(adapter, base, config)),
+        base=base,
+        adapter=adapter,
+    )
+
+
+def stores_inputs_first(model_type: str, module: str, *, fan_in_fan_out: bool = False) -> bool:
+    """Whether a module's weight is [in, out]; `fan_in_fan_out` decides for types of which nothing is known."""
+    if model_type in _CONV1D:
+        return bool(re.fullmatch(r"c_\w+|q_attn", module.rpartition(".")[2]))
+    return fan_in_fan_out
+
+
+def holds_vocabulary(name: str) -> bool:
+    """Whether a tensor is an embedding or a head, by its name."""
+    return bool(_VOCABULARY.search(name))
+
+
+def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """The base's config, with the vocabulary of the adapter where that comes with an embedding of another size."""
+    rows = {tensors[name].shape[0] for name, tensor in base.tensors.items() if tensors[name].shape != tensor.shape}
+    return {**base.config, "vocab_size": rows.pop()} if len(rows) == 1 else base.config
+
+
+def _other_base(adapter: Checkpoint, base: Checkpoint, config: AdapterConfig) -> list[str]:
+    """A warning if the adapter says that it was trained on another model; copies are known by their folder's name."""
+    trained_on = config.base.rstrip("/")
+    known = {base.location.partition("@")[0], str(base.folder), str(base.config.get("_name_or_path", ""))}
+    names = {name.rstrip("/").rpartition("/")[2].lower() for name in (*known, str(base.folder.resolve()))}
+    if not trained_on or trained_on in known or trained_on.rpartition("/")[2].lower() in names:
+        return []
+    return [f"{adapter.name}: the adapter was trained on {trained_on!r}; is {base.location!r} the same model?"]
+
+
+class _Application:
+    """An adapter being put on a base."""
+
+    def __init__(self, adapter: Checkpoint, base: Checkpoint, config: AdapterConfig) -> None:
+        self.adapter, self.base, self.config = adapter, base, config
+        self.label = f"{adapter.name}: " if adapter.name else ""
+        self.recent = RecentFactors()
+        self.family = family_of(base.config)
+        self.spelled = {self.family.spelled(name): name for name in base.tensors} if self.family else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the adapted model, in the base's order."""
+        modules, whole = self._parsed()
+        self._check_tied(set(modules), whole)
+        replaced = {name: self._whole(name, tensor) for name, tensor in whole.items()}
+        found: dict[str, Tensor] = {**self.base.tensors, **replaced}
+        for module, parts in modules.items():
+            found |= self._low_rank(module, parts, found)
+        return found
+
+    def _parsed(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Parts of low-rank tensors by module, and whole tensors by their name in the base."""
+        modules: dict[str, dict[str, Tensor]] = {}
+        whole: dict[str, Tensor] = {}
+        for key, tensor in self.adapter.tensors.items():
+            plain = key.removeprefix(_PREFIX)
+            match = _KEY.fullmatch(plain)
+            if match:
+                modules.setdefault(match["module"], {})[_PARTS[match["part"]]] = tensor
+                continue
+            name = _WRAPPED.sub("", plain)
+            whole[self._stored_name(name) or name] = tensor
+        return modules, whole
+
+    def _stored_name(self, name: str) -> str | None:
+        """What the base calls a tensor. Families spell names in several ways; others may lack a prefix that modules have."""
+        if name in self.base.tensors:
+            return name
+        if self.family and self.family.spelled(name) in self.spelled:
+            return self.spelled[self.family.spelled(name)]
+        shorter = name.partition(".")[2]
+        if shorter in self.base.tensors:
+            return shorter
+        longer = [known for known in self.base.tensors if known.endswith(f".{name}")]
+        return longer[0] if len(longer) == 1 else None
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that the adapter stores completely (modules_to_save, trained biases, a resized embedding)."""
+        if name not in self.base.tensors:
+            raise self._error(f"tensor {tensor.name!r} of the adapter has no place in the base {self.base.location}")
+        expected = self.base.tensors[name].shape
+        vocabulary = len(expected) == 2 and expected[0] == self.base.config.get("vocab_size")
+        if tensor.shape != expected and not (vocabulary and tensor.shape[1:] == expected[1:]):
+            raise self._error(
+                f"tensor {tensor.name!r} of the adapter has shape {list(tensor.shape)}, the base's is {list(expected)}: "
+                "was the adapter trained on this base?"
+            )
+        return replace(tensor, name=name)  # type: ignore[type-var]
+
+    def _low_rank(self, module: str, parts: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The changed tensors of one module."""
+        name = self._stored_name(f"{module}.weight")
+        if name is None:
+            raise self._error(
+                f"the adapter changes the module {module!r}, of which the base {self.base.location} has no tensor "
+                f"'{module}.weight': was it trained on this base?"
+            )
+        a, b, embedding = self._pair(module, parts)
+        base = found[name]
+        rank = a.shape[0]
+        for tensor in (a, b, base, *parts.values()):
+            if not tensor.dtype.is_float:
+                raise self._error(f"tensor {tensor.name!r} is of type {tensor.dtype.name}: only float tensors can be adapted")
+        magnitude = parts.get("magnitude")
+        if self.config.use_dora != (magnitude is not None):
+            state = "lacks" if self.config.use_dora else "has"
+            raise self._error(f"the adapter {state} a DoRA magnitude for {module!r}, unlike its {ADAPTER_CONFIG} says")
+        if rank != self.config.rank(module):
+            raise self._error(
+                f"{module!r} has rank {rank}, but {ADAPTER_CONFIG} gives it {self.config.rank(module)}: "
+                "the two files do not belong together"
+            )
+        transposed = self._transposed(module, base, a, b, embedding)
+        outputs = base.shape[1 if transposed else 0]
+        if magnitude is not None and magnitude.size != outputs:
+            raise self._error(f"tensor {magnitude.name!r} has {magnitude.size} elements, expected {outputs}")
+        changed: dict[str, Tensor] = {name: self._tensor(base, a, b, module, transposed, magnitude)}
+        if "bias" in parts:
+            changed |= self._bias(module, parts["bias"], found)
+        return changed
+
+    def _pair(self, module: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
+        embedding = "embedding_a" in parts or "embedding_b" in parts
+        names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+        missing = next((part for part in names if part not in parts), None)
+        if missing:
+            spelled = next(suffix for suffix, part in _PARTS.items() if part == missing)
+            raise self._error(f"the adapter has no {module}.{spelled}: fetch or copy it again")
+        a, b = (parts[part] for part in names)
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+            raise self._error(
+                f"the factors of {module!r} have shapes {list(a.shape)} and {list(b.shape)}, which do not multiply: "
+                "save the adapter again (sharded training has to gather its weights first)"
+            )
+        return a, b, embedding
+
+    def _transposed(self, module: str, base: Tensor, a: Tensor, b: Tensor, embedding: bool) -> bool:
+        """Whether the base stores [in, out]: embeddings do, Conv1D does; the shapes tell, unless the matrix is square."""
+        normal, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
+        if base.shape not in (normal, turned) or (embedding and base.shape != turned):
+            raise self._error(
+                f"the adapter changes {module!r} by a matrix of {list(turned if embedding else normal)}, but the base's has "
+                f"shape {list(base.shape)}: was it trained on this base?"
+            )
+        if normal != turned:
+            return base.shape == turned
+        return embedding or stores_inputs_first(self.base.model_type, module, fan_in_fan_out=self.config.fan_in_fan_out)
+
+    def _bias(self, module: str, bias: Tensor, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name = self._stored_name(f"{module}.bias")
+        if name is None:
+            raise self._error(f"lora_bias adds a bias to {module!r}, which has none in the base, so it cannot be merged")
+        if found[name].shape != bias.shape:
+            raise self._error(f"tensor {bias.name!r} has shape {list(bias.shape)}, the base's is {list(found[name].shape)}")
+        return {name: self._tensor(found[name], None, bias, module, False, None)}
+
+    def _tensor(
+        self, base: Tensor, a: Tensor | None, b: Tensor, module: str, transposed: bool, magnitude: Tensor | None
+    ) -> LowRankTensor:
+        settings = self.adapter.folder / ADAPTER_CONFIG
+        return LowRankTensor(base, a, b, self.config.scale(module), transposed, magnitude, settings, self.recent)
+
+    def _check_tied(self, modules: set[str], whole: dict[str, Tensor]) -> None:
+        """Where the base ties its head to the embedding, changing one of the two would untie them; drops the head's copy."""
+        if not self.base.config.get("tie_word_embeddings"):
+            return
+        names = {f"{module}.weight" for module in modules} | set(whole)
+        tied = sorted(name for name in names if holds_vocabulary(name))
+        untied = [name for name in tied if name.removesuffix(".weight") in modules]
+        if not self.config.ensure_weight_tying:
+            untied += [name for name in tied if self.config.saves(name.removesuffix(".weight"))]
+        if untied:
+            raise self._error(
+                f"the adapter changes {untied[0]!r}, which the base ties (embedding and head are one tensor), and so would untie "
+                "them: untie base and experts first, by saving them with tie_word_embeddings=False"
+            )
+        for name in tied:
+            if name not in self.base.tensors:
+                del whole[name]
+
+    def _error(self, problem: str) -> InputError:
+        return InputError(f"{self.label}{self.adapter.folder}: {problem}")

@@ -1,0 +1,67 @@
+"""Tiny Llamas whose vocabularies differ: the rows of embedding and head depend on the model and the token's text alone.
+
+write_model(tmp_path / "base", ["w3", "w4"])                        # ids follow the order; three special tokens come first
+write_model(tmp_path / "chat", ["w4", "w3"], added=["<|im_end|>"], rows=64)
+row(tmp_path / "out", "lm_head.weight", "<|im_end|>")               # a merged checkpoint's row by text
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import DTYPES
+from moerge.checkpoint.tokenizer import token_ids
+from tiny import decode, encode, llama_config, llama_tensors, read_values, write_checkpoint, write_json, write_tokenizer
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WIDTH = 16
+
+
+def value(model: str, tensor: str, text: str, dtype: str = "BF16") -> np.ndarray:
+    """What a model stores for a token, as float32."""
+    rng = np.random.default_rng([zlib.crc32(part.encode("utf-8", "surrogatepass")) for part in (model, tensor, text)])
+    drawn = rng.standard_normal(WIDTH, dtype=np.float32)
+    return decode(encode(drawn, DTYPES[dtype]), DTYPES[dtype])
+
+
+def write_model(
+    folder: Path,
+    tokens: Sequence[str],
+    *,
+    added: Sequence[str] = (),
+    rows: int | None = None,
+    tied: bool = False,
+    dtype: str = "BF16",
+    expert: int | None = None,
+    **config: Any,
+) -> Path:
+    """A Llama whose tokens are SPECIAL, `tokens` and `added` ones, in this order, with `rows` in its embedding."""
+    everything = [*SPECIAL, *tokens, *added]
+    rows = rows or len(everything)
+    whole = llama_config(vocab_size=rows, tie_word_embeddings=tied, **config)
+    tensors = llama_tensors(whole, expert=expert)
+    for name in (EMBEDDING, HEAD):
+        if name in tensors:
+            texts = [*everything, *(f"padding {index}" for index in range(rows))][:rows]
+            tensors[name] = np.stack([value(folder.name, name, text, dtype) for text in texts])
+    write_checkpoint(folder, tensors, whole, dtype=dtype, tokenizer=False)
+    write_tokenizer(folder, [*SPECIAL, *tokens])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for number, text in enumerate(added, len(SPECIAL) + len(tokens)):
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": number, "content": text})
+    write_json(folder / "tokenizer.json", tokenizer)
+    return folder
+
+
+def row(folder: Path, tensor: str, text: str) -> np.ndarray:
+    """The row of a token in a checkpoint, as float32."""
+    ids = token_ids(folder)
+    assert ids is not None
+    return read_values(folder)[tensor][ids[text]]
