@@ -9,7 +9,7 @@ Shapes: K experts, N elements. tau_KN are task vectors, theta_expert - theta_bas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
@@ -161,3 +161,112 @@ def dare_mask(key: int, size: int, density: float) -> np.ndarray:
     """Element i keeps if its half of output i // 2 (low half first) lies below density * 2**32."""
     halves = [half for word in splitmix64(key, (size + 1) // 2) for half in (word & 0xFFFFFFFF, word >> 32)]
     return np.array(halves[:size], np.uint64) < round(density * 2**32)
+
+
+def merged_sum(tau_KN: np.ndarray, weights: Sequence[float], elect: str = "none", aggregate: Aggregate = "sum") -> np.ndarray:
+    """All task vectors added up or averaged, or only what agrees with the elected sign."""
+    if elect == "sign":
+        return disjoint_merge(tau_KN, weights, aggregate)
+    return linear(tau_KN, weights, normalize=aggregate == "mean")
+
+
+def keep_ranks(tau_N: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Entries from the first to the last rank by magnitude (1 is the largest) stay, and all that equal one of those."""
+    descending_N = np.sort(np.abs(tau_N))[::-1]
+    highest, lowest = descending_N[first - 1], descending_N[last - 1]
+    return np.where((np.abs(tau_N) >= lowest) & (np.abs(tau_N) <= highest), tau_N, tau_N.dtype.type(0))
+
+
+def by_rows(tau_N: np.ndarray, columns: int, sparsify: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.concatenate([sparsify(row_C) for row_C in tau_N.reshape(-1, columns)])
+
+
+def pruned(tau_N: np.ndarray, density: float) -> np.ndarray:
+    """Magnitude pruning: the largest entries stay."""
+    return keep_ranks(tau_N, 1, kept_count(density, tau_N.size))
+
+
+def breadcrumbs(tau_N: np.ndarray, density: float, gamma: float) -> np.ndarray:
+    """Davari and Belilovsky 2024, section 3: without the largest and the smallest entries."""
+    kept = kept_count(density, tau_N.size)
+    outliers = min(int(Decimal(str(gamma)) * tau_N.size), tau_N.size - kept)
+    return keep_ranks(tau_N, outliers + 1, outliers + kept)
+
+
+def della_probabilities(row_C: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+    """Deep et al. 2024, section 3.1: rising with the rank by magnitude; equal entries by position."""
+    if density == 1 or row_C.size == 1:
+        return np.full(row_C.size, density)
+    kept_C = np.empty(row_C.size)
+    for rank, place in enumerate(np.argsort(np.abs(row_C), kind="stable")):
+        kept_C[place] = density - epsilon + 2 * epsilon * rank / (row_C.size - 1)
+    return kept_C
+
+
+def della(tau_N: np.ndarray, columns: int, key: int, density: float, epsilon: float, *, rescale: bool = True) -> np.ndarray:
+    """MagPrune with our generator: entry i takes its half of output i // 2, low half first."""
+    kept_N = np.concatenate([della_probabilities(row_C, density, epsilon) for row_C in tau_N.reshape(-1, columns)])
+    halves = [half for word in splitmix64(key, (tau_N.size + 1) // 2) for half in (word & 0xFFFFFFFF, word >> 32)]
+    chosen_N = np.array(halves[: tau_N.size], np.float64) < np.rint(kept_N * 2**32)
+    rescaled_N = (tau_N / kept_N).astype(tau_N.dtype) if rescale and density < 1 else tau_N
+    return np.where(chosen_N | (density == 1), rescaled_N, tau_N.dtype.type(0))
+
+
+def model_stock(base_N: np.ndarray, theta_KN: np.ndarray) -> np.ndarray:
+    """Jang et al. 2024, section 4.2: from the base towards the average, by a ratio from the angle; never to the other side."""
+    tau_KN, experts = theta_KN - base_N, len(theta_KN)
+    pairs = [(j, k) for j in range(experts) for k in range(j + 1, experts)]
+    norms = [math.sqrt(math.fsum(tau_N * tau_N)) for tau_N in tau_KN]
+    cosines = [math.fsum(tau_KN[j] * tau_KN[k]) / (norms[j] * norms[k]) if norms[j] * norms[k] else 0.0 for j, k in pairs]
+    cosine = max(0.0, sum(cosines) / len(cosines)) if pairs else 1.0
+    ratio = experts * cosine / (1 + (experts - 1) * cosine)
+    return (1 - ratio) * base_N + ratio * in_order(list(theta_KN)) / experts
+
+
+def sce(tau_KN: np.ndarray, select_topk: float) -> np.ndarray:
+    """Wan et al. 2024, section 3.3: select by variance, weigh by energy, erase the minority."""
+    if select_topk < 1:
+        mean_N = in_order(list(tau_KN)) / tau_KN.dtype.type(len(tau_KN))
+        variance_N = in_order([(tau_N - mean_N) * (tau_N - mean_N) for tau_N in tau_KN]) / tau_KN.dtype.type(len(tau_KN))
+        selected = int(Decimal(str(select_topk)) * int(np.count_nonzero(variance_N)))
+        smallest = np.sort(variance_N)[::-1][selected - 1] if selected else np.inf
+        tau_KN = np.where(variance_N >= smallest, tau_KN, tau_KN.dtype.type(0))
+    energies = [math.fsum(tau_N.astype(np.float64) ** 2) for tau_N in tau_KN]
+    eta_K = np.array(energies) / sum(energies) if sum(energies) else np.zeros(len(tau_KN))
+    left_KN = np.where(np.sign(tau_KN) == elected_signs(tau_KN), tau_KN, 0)
+    mass_N = (eta_K[:, None] * (left_KN != 0)).sum(axis=0)
+    return np.divide((eta_K[:, None] * left_KN).sum(axis=0), mass_N, out=np.zeros(tau_KN.shape[1]), where=mass_N != 0)
+
+
+def procrustes(matrix: np.ndarray) -> np.ndarray:
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def tsv_m(tau_KOI: np.ndarray) -> np.ndarray:
+    """Gargiulo et al. 2025, algorithm 1, for matrices of full rank."""
+    rank = min(tau_KOI.shape[1:]) // len(tau_KOI)
+    parts = [np.linalg.svd(tau_OI, full_matrices=False) for tau_OI in tau_KOI]
+    left = np.concatenate([u[:, :rank] for u, _, _ in parts], axis=1)
+    values = np.concatenate([s[:rank] for _, s, _ in parts])
+    right = np.concatenate([v[:rank] for _, _, v in parts])
+    return procrustes(left) * values @ procrustes(right)
+
+
+def iso_c(tau_KOI: np.ndarray) -> np.ndarray:
+    """Marczak et al. 2025, section 4.1: one singular value for all."""
+    left, values, right = np.linalg.svd(tau_KOI.sum(axis=0), full_matrices=False)
+    return values.mean() * left @ right
+
+
+def iso_cts(tau_KOI: np.ndarray, fraction: float) -> np.ndarray:
+    """Marczak et al. 2025, section 4.2, for matrices of full rank."""
+    experts, smaller = len(tau_KOI), min(tau_KOI.shape[1:])
+    own = round((smaller - int(smaller * fraction)) / experts)
+    left, values, right = np.linalg.svd(tau_KOI.sum(axis=0), full_matrices=False)
+    common = left[:, : smaller - experts * own]
+    rests = [np.linalg.svd(tau_OI - common @ common.T @ tau_OI, full_matrices=False) for tau_OI in tau_KOI]
+    left = np.concatenate([common, *(u[:, :own] for u, _, _ in rests)], axis=1)
+    right = np.concatenate([right[: common.shape[1]], *(v[:own] for _, _, v in rests)])
+    mean = (values[: common.shape[1]].sum() + sum(s[:own].sum() for _, s, _ in rests)) / smaller
+    return mean * procrustes(left) @ procrustes(right)

@@ -73,3 +73,8 @@ def weights(count: int) -> st.SearchStrategy[list[float]]:
     """Of both signs; their sum is not near zero."""
     one = st.one_of(st.sampled_from([1.0, 0.5, 2.0, 0.0, -0.25]), st.floats(-1, 2, width=32))
     return st.lists(one, min_size=count, max_size=count).filter(lambda w: abs(sum(w)) > 0.05)
+
+
+def columns(size: int) -> st.SearchStrategy[int]:
+    """Row lengths that cut so many entries into complete rows."""
+    return st.sampled_from([count for count in range(1, size + 1) if size % count == 0])

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import BF16, FLOATS, DType
+from moerge.checkpoint.dtypes import BF16, FLOATS
+from moerge.checkpoint.tensor import ArrayTensor
 from moerge.errors import InputError
 from moerge.methods.method import MergeMethod, merge_method
+from moerge.methods.statistical import StatisticsMethod
 from moerge.pipeline import default_threads
 from moerge.planning.execute import Execution
 from moerge.planning.operations import Merge, Output, Source
 from moerge.recipe.document import Document
+from moerge.statistics.arrays import bind_arrays, from_arrays
+from moerge.statistics.files import Used
 
 
 def merge_state_dicts(
@@ -26,6 +28,7 @@ def merge_state_dicts(
     *,
     method: str,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,
     **parameters: Any,
@@ -34,18 +37,23 @@ def merge_state_dicts(
 
     Values are NumPy arrays (float32, float16, or ml_dtypes' bfloat16) or torch tensors on the CPU; the result has the kind
     and element types of `base`, or of the first expert where the method needs no base. Experts are called "expert0", ...
-    unless given by name, which is what seeded methods draw by. The inputs are not changed.
+    unless given by name, which is what seeded methods draw by. The inputs are not changed. `statistics` are for methods that
+    need them, one dict an expert: fisher's have the mean squared gradient of each tensor under its name, regmean's the mean of
+    x^T x over the inputs x of each linear layer [out, in] under that of its weight; other tensors are averaged.
     Raises InputError for differing names or shapes, and for unknown methods or parameters.
     """
     chosen = Document({}, f"merge_state_dicts(method={method!r})").build(merge_method(method), parameters)
     named = dict(experts) if isinstance(experts, Mapping) else {f"expert{i}": expert for i, expert in enumerate(experts)}
     if not named:
         raise InputError("merge_state_dicts needs at least one expert")
+    chosen.check_experts(list(named))
+    chosen = chosen.for_experts(list(named))
     if chosen.uses_task_vectors and base is None:
         raise InputError(f"{method} works on task vectors (expert minus base), so it needs a base")
     if chosen.exact_experts not in (None, len(named)):
         raise InputError(f"{method} merges exactly {chosen.exact_experts} state dicts, not {len(named)}")
     factors = _factors(chosen, weights, list(named))
+    used = _statistics(chosen, list(named), statistics)
     used_base = base if chosen.uses_task_vectors else None
     like = used_base if used_base is not None else next(iter(named.values()))
     _check_names(like, named)
@@ -55,38 +63,11 @@ def merge_state_dicts(
         base_source = Source("base", _tensor("base", name, used_base[name])) if used_base is not None else None
         target = (base_source or sources[0]).tensor
         _check_shapes(target.shape, sources)
-        outputs.append(Output(name, "", target.dtype, target.shape, Merge(chosen, sources, factors, base_source)))
+        operation = Merge(chosen, sources, factors, base_source)
+        outputs.append(Output(name, "", target.dtype, target.shape, bind_arrays(operation, used) if used else operation))
     store = _Memory(outputs)
     Execution(store, allow_nonfinite).run(outputs, threads or default_threads())
     return {output.name: _like(like[output.name], store.arrays[output.name], output) for output in outputs}
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """A Tensor whose bytes are in memory."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    flat: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return self.flat.size
-
-    @property
-    def nbytes(self) -> int:
-        return self.flat.nbytes
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return ()
-
-    def open(self) -> _InMemory:
-        return self
-
-    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
-        return self.flat[start : start + out_N.size]
 
 
 class _Memory:
@@ -121,6 +102,22 @@ def _factors(method: MergeMethod, weights: Sequence[float] | None, experts: Sequ
     return factors
 
 
+def _statistics(
+    method: MergeMethod, experts: Sequence[str], statistics: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None
+) -> list[Used]:
+    if not isinstance(method, StatisticsMethod):
+        if statistics is not None:
+            raise InputError(f"{method.name} uses no statistics: leave them out")
+        return []
+    if method.statistics is not None:
+        raise InputError(f"{method.name}: state dicts are merged with statistics in memory, not with those in a folder")
+    if isinstance(statistics, Mapping):
+        statistics = [statistics[name] for name in experts if name in statistics]
+    if statistics is None or len(statistics) != len(experts):
+        raise InputError(f"{method.name} needs 'statistics': one dict for each of {len(experts)} experts")
+    return [from_arrays(method, expert, arrays) for expert, arrays in zip(experts, statistics, strict=True)]
+
+
 def _check_names(like: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> None:
     for expert, tensors in named.items():
         odd = sorted(like.keys() ^ tensors.keys())
@@ -138,7 +135,7 @@ def _is_torch(value: Any) -> bool:
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
-def _tensor(model: str, name: str, value: Any) -> _InMemory:
+def _tensor(model: str, name: str, value: Any) -> ArrayTensor:
     kind = getattr(value, "dtype", type(value).__name__)
     dtype = FLOATS.get(str(kind).removeprefix("torch."))
     if dtype is None:
@@ -147,7 +144,7 @@ def _tensor(model: str, name: str, value: Any) -> _InMemory:
     if _is_torch(value):
         value = value.detach().cpu().contiguous()
         value = (value.view(sys.modules["torch"].uint16) if dtype is BF16 else value).numpy()
-    return _InMemory(name, dtype, shape, np.ascontiguousarray(value).reshape(-1).view(dtype.storage))
+    return ArrayTensor(name, dtype, shape, np.ascontiguousarray(value).reshape(-1).view(dtype.storage))
 
 
 def _like(value: Any, flat: np.ndarray, output: Output) -> Any:

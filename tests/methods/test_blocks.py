@@ -15,7 +15,7 @@ import moerge
 import reference
 from moerge.checkpoint.digest import CHUNK
 from moerge.methods.random import stream_key
-from moerge.planning.execute import BLOCK
+from moerge.planning.reading import BLOCK
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {},

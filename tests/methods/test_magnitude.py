@@ -19,7 +19,8 @@ from moerge.methods.method import Statistic
 def thresholds(tau_KN: np.ndarray, density: float, cuts: list[int]) -> np.ndarray:
     """The measurement driven as the executor does, over blocks that end at `cuts`."""
     bounds = [0, *sorted(cuts), tau_KN.shape[1]]
-    steps = magnitude_thresholds(density, *tau_KN.shape)
+    experts, size = tau_KN.shape
+    steps = magnitude_thresholds([kept_count(density, size)] * experts, size)
     total = None
     while True:
         try:

@@ -55,6 +55,10 @@ def _tokens(code: Path) -> None:
 
 
 def _other_order(code: Path) -> None:
+    write_tokenizer(code, ["<unk>", "<s>", "</s>", "w4", "w3", *(f"w{i}" for i in range(5, 64))])
+
+
+def _other_roles(code: Path) -> None:
     write_tokenizer(code, ["<unk>", "</s>", "<s>", *(f"w{i}" for i in range(3, 64))])
 
 
@@ -66,7 +70,8 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "heads": (_config(num_attention_heads=2), [SHAPE, "num_attention_heads (base: 4, math: 4, code: 2, knowledge: 4)"]),
     "kv heads": (_config(num_key_value_heads=4), [SHAPE + "num_key_value_heads (base: 2, math: 2, code: 4, knowledge: 2)"]),
     "layers": (_deeper, [SHAPE + "num_hidden_layers (base: 2, math: 2, code: 3, knowledge: 2)"]),
-    "vocabulary size": (_config(vocab_size=65), [SHAPE + "vocab_size (base: 64, math: 64, code: 65, knowledge: 64)"]),
+    "vocabulary size": (_config(vocab_size=65), ["code: tensor 'lm_head.weight' has shape [64, 16], expected [65, 16]"]),
+    "vocabulary size garbled": (_config(vocab_size="65"), [SHAPE + "vocab_size (base: 64, math: 64, code: '65', knowledge: 64)"]),
     "tied": (_config(tie_word_embeddings=True), [SHAPE + "tie_word_embeddings (base: False", "code: True"]),
     "bias in the config": (_bias_and_config, [SHAPE + "attention_bias (base: False, math: False, code: True"]),
     "rope theta": (
@@ -85,8 +90,12 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "epsilon": (_config(rms_norm_eps=1e-5), ["rms_norm_eps (base: 1e-06, math: 1e-06, code: 1e-05"]),
     "rope scaling garbled": (_config(rope_scaling="x"), ["code: config.json: rope_scaling should be a mapping, not 'x'"]),
     "a size as text": (_config(hidden_size="16"), [SHAPE, "hidden_size (base: 16, math: 16, code: '16'"]),
-    "tokens": (_tokens, ['the tokenizers of base and code give different ids to "new", "w3": merge only models that share']),
-    "token order": (_other_order, ['the tokenizers of base and code give different ids to "</s>", "<s>":']),
+    "tokens": (_tokens, ['the vocabularies of base and code differ: only base has "w3"; only code has "new"; say whose tokens']),
+    "token order": (_other_order, ['the vocabularies of base and code differ: "w3", "w4" have other ids; say whose tokens']),
+    "token roles": (
+        _other_roles,
+        ["'</s>' is the eos_token of base and the bos_token of code: name the model whose special tokens the result has"],
+    ),
     "tokenizer garbled": (lambda code: (code / "tokenizer.json").write_text('{"model": null}'), ["tokenizer.json is damaged"]),
     "shape": (
         _tensors(lm_head__weight=np.zeros((63, 16), np.float32)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moerge import plan
-from moerge.planning.match import matches
+from moerge.recipe.rules import matches
 from tiny import make_models, write_recipe
 
 LAYER = "model.layers.{}.{}.weight"

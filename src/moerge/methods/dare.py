@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from moerge.methods.formulas import elected_sum, weighted_sum
-from moerge.methods.method import Block, Density, TaskVectorMethod
+from moerge.methods.method import Block
 from moerge.methods.random import drop
+from moerge.methods.sparse import ElectiveMethod
+from moerge.methods.values import each
 
 
-class Dare(TaskVectorMethod):
+class Dare(ElectiveMethod):
     """Drop entries of each task vector at random, rescale the rest (Yu et al. 2024; MergeME, section 3.1.2 and appendix A).
 
     An entry is kept with probability `density` and divided by it, so that the expected task vector is unchanged
@@ -24,10 +25,7 @@ class Dare(TaskVectorMethod):
     """
 
     name: ClassVar[str] = "dare"
-    density: Density = 0.8
     rescale: bool = True
-    elect: Literal["none", "sign"] = "none"
-    aggregate: Literal["sum", "mean"] = "sum"
     seed: int = 0
 
     @property
@@ -35,17 +33,8 @@ class Dare(TaskVectorMethod):
         """The seed of the masks."""
         return self.seed
 
-    @property
-    def divides_by_weights(self) -> bool:
-        """True for the mean of all task vectors; an elected mean divides by the weights of those that agree."""
-        return self.aggregate == "mean" and self.elect == "none"
-
-    def combine(self, block: Block) -> None:
-        """Drop, rescale, then sum."""
-        factor = np.float32(1 / self.density if self.rescale else 1)
-        drop(block.theta_KN, block.keys_K, block.start, self.density, factor)
-        if self.elect == "sign":
-            elected_sum(block.theta_KN, block.weights_K, self.aggregate == "mean", block.out_N)
-            return
-        divisor = block.weights_K.sum(dtype=np.float64) if self.aggregate == "mean" else 1
-        weighted_sum(block.theta_KN, block.weights_K, np.float32(divisor), block.out_N)
+    def sparsify(self, block: Block) -> None:
+        """Drop, and rescale what is kept."""
+        for k, density in enumerate(each(self.density, len(block.theta_KN))):
+            factor = np.float32(1 / density if self.rescale else 1)
+            drop(block.theta_KN[k : k + 1], block.keys_K[k : k + 1], block.start, density, factor)

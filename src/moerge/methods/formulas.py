@@ -50,6 +50,24 @@ def elected_sum(tau_KN: np.ndarray, weights_K: np.ndarray, mean: bool, out_N: np
 
 
 @kernel
+def keep_elected(tau_KN: np.ndarray, weights_K: np.ndarray) -> None:
+    """Zero what disagrees with the elected sign, in place; the sum of w_k tau_k is then `elected_sum`'s."""
+    mass = np.empty(STRIP, np.float32)
+    for start in range(0, tau_KN.shape[1], STRIP):
+        count = min(STRIP, tau_KN.shape[1] - start)
+        mass[:] = np.float32(0)
+        for k in range(len(weights_K)):
+            tau_S, weight = tau_KN[k, start : start + count], weights_K[k]
+            for i in range(count):
+                mass[i] += weight * tau_S[i]
+        for k in range(len(weights_K)):
+            tau_S, weight = tau_KN[k, start : start + count], weights_K[k]
+            for i in range(count):
+                if (weight * tau_S[i] >= np.float32(0)) != (mass[i] >= np.float32(0)):
+                    tau_S[i] = np.float32(0)
+
+
+@kernel
 def _divide_by_agreement(tau_KN: np.ndarray, start: int, weights_K: np.ndarray, elected: np.ndarray, out_S: np.ndarray) -> None:
     mass = np.zeros(STRIP, np.float32)
     for k in range(len(weights_K)):

@@ -4,12 +4,15 @@
 pass counts the upper 15 bits, which gives its bin, a second the lower 16 inside that bin. Of a large tensor a sample gives a
 bracket; then one pass counts what lies above it and collects the little that lies inside, which settles it, or shows that the
 sample misled. Either way the result is exact.
+
+Shapes: K experts, T targets: an expert and a rank each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -37,39 +40,63 @@ def kept_count(density: float, size: int) -> int:
     return math.ceil(Fraction(str(density)) * size)
 
 
-def magnitude_thresholds(density: float, experts: int, size: int) -> Measurement:
-    """Passes that find, for each expert, the magnitude of its `kept_count`-th largest entry, as float32 [K].
+def magnitude_thresholds(kept: Sequence[int], size: int) -> Measurement:
+    """Passes that find, for each expert, the magnitude of its `kept`-th largest entry, as float32 [K].
 
-    Entries that equal the threshold are all kept, as in the original TIES, so that which ones does not depend on order.
+    Entries that equal the threshold are all kept, as in the original TIES, so that which ones does not depend on order. Where
+    all are kept, the threshold is zero.
     """
-    kept = kept_count(density, size)
-    if kept == size:
-        return np.zeros(experts, np.float32)
-    thresholds = None
+    trimmed = [k for k, count in enumerate(kept) if count < size]
+    thresholds_K = np.zeros(len(kept), np.float32)
+    thresholds_K[trimmed] = yield from magnitudes_at([(k, kept[k]) for k in trimmed], len(kept), size)
+    return thresholds_K
+
+
+def magnitudes_at(targets: Sequence[tuple[int, int]], experts: int, size: int) -> Measurement:
+    """Passes that find magnitudes by expert and rank (1 is the largest of `size` entries), as float32 [T]."""
+    if not targets:
+        return np.zeros(0, np.float32)
+    wanted = _Targets(np.array([k for k, _ in targets]), np.array([rank for _, rank in targets]))
+    bits_T = None
     if _LARGE <= size <= _HUGE:
-        thresholds = yield from _from_bracket(kept, experts, size)
-    if thresholds is None:
-        thresholds = yield from _from_histograms(kept, experts)
-    return thresholds.astype(np.uint32).view(np.float32)
+        bits_T = yield from _from_bracket(wanted, experts, size)
+    if bits_T is None:
+        bits_T = yield from _from_histograms(wanted, experts)
+    return bits_T.astype(np.uint32).view(np.float32)
 
 
-def _from_bracket(kept: int, experts: int, size: int) -> Generator[Statistic, Any, np.ndarray | None]:
-    """Thresholds as bits [K]; None where a sample misjudged them."""
+@dataclass(frozen=True)
+class _Targets:
+    """Whose magnitudes are sought, and their ranks."""
+
+    experts_T: np.ndarray
+    ranks_T: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ranks_T)
+
+
+def _from_bracket(wanted: _Targets, experts: int, size: int) -> Generator[Statistic, Any, np.ndarray | None]:
+    """Magnitudes as bits [T]; None where a sample misjudged them."""
     sample: _Collected = yield Statistic(partial(_Collected, experts), _collect_all, runs=_RUNS)
-    brackets_K2 = np.array([_bracket(values, kept / size) for values in sample.values()], np.uint32)
-    found: _Collected = yield Statistic(partial(_Collected, experts), partial(_collect_inside, brackets_K2))
-    bits_K = np.empty(experts, np.int64)
-    for k, inside in enumerate(found.values()):
-        above, from_high, from_low = (int(count) for count in found.counts_K3[k])
-        if above < kept <= from_high:
-            bits_K[k] = brackets_K2[k, 1]
-        elif from_high < kept <= from_high + len(inside):
-            bits_K[k] = _select(inside, kept - from_high)
-        elif from_high + len(inside) < kept <= from_low:
-            bits_K[k] = brackets_K2[k, 0]
+    values = sample.values()
+    brackets = [_bracket(values[k], rank / size) for k, rank in zip(wanted.experts_T, wanted.ranks_T, strict=True)]
+    brackets_T2 = np.array(brackets, np.uint32)
+    add = partial(_collect_inside, wanted.experts_T, brackets_T2)
+    found: _Collected = yield Statistic(partial(_Collected, len(wanted)), add)
+    bits_T = np.empty(len(wanted), np.int64)
+    for t, inside in enumerate(found.values()):
+        rank = wanted.ranks_T[t]
+        above, from_high, from_low = (int(count) for count in found.counts_T3[t])
+        if above < rank <= from_high:
+            bits_T[t] = brackets_T2[t, 1]
+        elif from_high < rank <= from_high + len(inside):
+            bits_T[t] = _select(inside, rank - from_high)
+        elif from_high + len(inside) < rank <= from_low:
+            bits_T[t] = brackets_T2[t, 0]
         else:
             return None
-    return bits_K
+    return bits_T
 
 
 def _bracket(sample_N: np.ndarray, density: float) -> tuple[int, int]:
@@ -80,45 +107,46 @@ def _bracket(sample_N: np.ndarray, density: float) -> tuple[int, int]:
 
 def _select(bits_N: np.ndarray, rank: int) -> int:
     """The rank-th largest of magnitudes' bits; like the two passes, on what is in memory."""
-    coarse_KB, fine_KB = np.zeros((1, 1 << 15), np.int64), np.zeros((1, 1 << 16), np.int64)
+    coarse_KB, fine_TB = np.zeros((1, 1 << 15), np.int64), np.zeros((1, 1 << 16), np.int64)
     values_KN = bits_N.view(np.float32)[None]
     _count_high(values_KN, coarse_KB)
-    bin_K, rank_K = _locate(coarse_KB, np.array([rank]))
-    _count_low(values_KN, bin_K.astype(np.uint32), fine_KB)
-    return int(bin_K[0]) << 16 | int(_locate(fine_KB, rank_K)[0][0])
+    bin_T, rank_T = _locate(coarse_KB, np.array([rank]))
+    _count_low(values_KN, np.array([0]), bin_T.astype(np.uint32), fine_TB)
+    return int(bin_T[0]) << 16 | int(_locate(fine_TB, rank_T)[0][0])
 
 
-def _from_histograms(kept: int, experts: int) -> Generator[Statistic, Any, np.ndarray]:
-    """Thresholds as bits [K]."""
+def _from_histograms(wanted: _Targets, experts: int) -> Generator[Statistic, Any, np.ndarray]:
+    """Magnitudes as bits [T]."""
     coarse_KB = yield Statistic(partial(np.zeros, (experts, 1 << 15), np.int64), _count_high)
-    bins_K, ranks_K = _locate(coarse_KB, np.full(experts, kept))
-    fine_KB = yield Statistic(partial(np.zeros, (experts, 1 << 16), np.int64), partial(_count_low_in, bins_K.astype(np.uint32)))
-    low_K, _ = _locate(fine_KB, ranks_K)
-    bits_K: np.ndarray = (bins_K << 16) | low_K
-    return bits_K
+    bins_T, ranks_T = _locate(coarse_KB[wanted.experts_T], wanted.ranks_T)
+    add = partial(_count_low_in, wanted.experts_T, bins_T.astype(np.uint32))
+    fine_TB = yield Statistic(partial(np.zeros, (len(wanted), 1 << 16), np.int64), add)
+    low_T, _ = _locate(fine_TB, ranks_T)
+    bits_T: np.ndarray = (bins_T << 16) | low_T
+    return bits_T
 
 
 class _Collected:
-    """Bits of magnitudes by expert, and the number [K, 3] of those above `high`, from `high` and from `low` of a bracket."""
+    """Bits of magnitudes by target, and the number [T, 3] of those above `high`, from `high` and from `low` of a bracket."""
 
-    def __init__(self, experts: int) -> None:
-        self.counts_K3 = np.zeros((experts, 3), np.int64)
-        self.pieces: list[list[np.ndarray]] = [[] for _ in range(experts)]
+    def __init__(self, targets: int) -> None:
+        self.counts_T3 = np.zeros((targets, 3), np.int64)
+        self.pieces: list[list[np.ndarray]] = [[] for _ in range(targets)]
         self.room = np.empty(16 * STRIP, np.uint32)
 
     def __iadd__(self, other: _Collected) -> _Collected:
-        self.counts_K3 += other.counts_K3
+        self.counts_T3 += other.counts_T3
         for mine, theirs in zip(self.pieces, other.pieces, strict=True):
             mine.extend(theirs)
         return self
 
     def clear(self) -> None:
         """Back to nothing collected."""
-        self.counts_K3.fill(0)
+        self.counts_T3.fill(0)
         self.pieces = [[] for _ in self.pieces]
 
     def values(self) -> list[np.ndarray]:
-        """All that was collected of each expert."""
+        """All that was collected for each target."""
         return [np.concatenate(pieces) if pieces else np.empty(0, np.uint32) for pieces in self.pieces]
 
 
@@ -127,22 +155,22 @@ def _collect_all(tau_KN: np.ndarray, total: _Collected) -> None:
         pieces.append(tau_N.view(np.uint32) & _MAGNITUDE)
 
 
-def _collect_inside(brackets_K2: np.ndarray, tau_KN: np.ndarray, total: _Collected) -> None:
-    for k, (low, high) in enumerate(brackets_K2):
-        bits_N = tau_KN[k].view(np.uint32)
+def _collect_inside(experts_T: np.ndarray, brackets_T2: np.ndarray, tau_KN: np.ndarray, total: _Collected) -> None:
+    for t, (low, high) in enumerate(brackets_T2):
+        bits_N = tau_KN[experts_T[t]].view(np.uint32)
         for start in range(0, bits_N.size, len(total.room)):
-            count = _split(bits_N[start : start + len(total.room)], low, high, total.counts_K3[k], total.room)
+            count = _split(bits_N[start : start + len(total.room)], low, high, total.counts_T3[t], total.room)
             if count:
-                total.pieces[k].append(total.room[:count].copy())
+                total.pieces[t].append(total.room[:count].copy())
 
 
-def _locate(counts_KB: np.ndarray, ranks_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _locate(counts_TB: np.ndarray, ranks_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bin of the rank-th largest entry (1 = largest) of each row, and that entry's rank inside its bin."""
-    from_top_KB = np.cumsum(counts_KB[:, ::-1], axis=1)
-    reached_K = np.array([np.searchsorted(row, rank) for row, rank in zip(from_top_KB, ranks_K, strict=True)])
-    rows_K = np.arange(len(ranks_K))
-    above_K = from_top_KB[rows_K, reached_K] - counts_KB[:, ::-1][rows_K, reached_K]
-    return counts_KB.shape[1] - 1 - reached_K, ranks_K - above_K
+    from_top_TB = np.cumsum(counts_TB[:, ::-1], axis=1)
+    reached_T = np.array([np.searchsorted(row, rank) for row, rank in zip(from_top_TB, ranks_T, strict=True)])
+    rows_T = np.arange(len(ranks_T))
+    above_T = from_top_TB[rows_T, reached_T] - counts_TB[:, ::-1][rows_T, reached_T]
+    return counts_TB.shape[1] - 1 - reached_T, ranks_T - above_T
 
 
 @kernel
@@ -153,20 +181,20 @@ def _count_high(tau_KN: np.ndarray, total_KB: np.ndarray) -> None:
             total_KB[k, (bits_N[i] & _MAGNITUDE) >> _LOW_BITS] += 1
 
 
-def _count_low_in(bins_K: np.ndarray, tau_KN: np.ndarray, total_KB: np.ndarray) -> None:
-    _count_low(tau_KN, bins_K, total_KB)
+def _count_low_in(experts_T: np.ndarray, bins_T: np.ndarray, tau_KN: np.ndarray, total_TB: np.ndarray) -> None:
+    _count_low(tau_KN, experts_T, bins_T, total_TB)
 
 
 @kernel
-def _count_low(tau_KN: np.ndarray, bins_K: np.ndarray, total_KB: np.ndarray) -> None:
+def _count_low(tau_KN: np.ndarray, experts_T: np.ndarray, bins_T: np.ndarray, total_TB: np.ndarray) -> None:
     found = np.empty(STRIP, np.uint32)
-    for k in range(tau_KN.shape[0]):
-        bits_N = tau_KN[k].view(np.uint32)
-        first = bins_K[k] << _LOW_BITS
+    for t in range(len(bins_T)):
+        bits_N = tau_KN[experts_T[t]].view(np.uint32)
+        first = bins_T[t] << _LOW_BITS
         for start in range(0, bits_N.size, STRIP):
             count = _gather(bits_N[start : start + STRIP], first, _LOW_MASK, found)
             for i in range(count):
-                total_KB[k, found[i] & _LOW_MASK] += 1
+                total_TB[t, found[i] & _LOW_MASK] += 1
 
 
 @kernel

@@ -6,29 +6,34 @@ know of a whole tensor, or of the whole model, it measures in passes over blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from moerge.errors import InputError, suggest
 from moerge.methods.jit import kernel
+from moerge.methods.values import ByExpert, InOrder
 from moerge.registry import Registry
 
-Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
-"""A fraction kept, in (0, 1]."""
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Scope = Literal["tensor", "model"]
+Unit = Literal["block", "rows", "tensor"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of elements of one tensor, from every expert.
+    """What a method is given of one tensor, from every expert: a run of elements, complete rows or all (see `unit`).
 
     `theta_KN` holds the experts' values, for task-vector methods their differences to the base; a method may overwrite it.
     `keys_K` are 64-bit random keys, one an expert, that depend on the seed, the expert and the tensor alone; `start` is the
-    index of the block's first element in its tensor.
+    index of the block's first element in its tensor. Arrays are flat; `shape` is what they hold: (N,) for a run, (rows, columns)
+    for rows, the tensor's own for a whole tensor. `extras` are statistics that some operations bring, one for each expert, as
+    float32: the same elements as an array KN (zeros where an expert has none), or for whole tensors a list of arrays in their
+    own shapes (None where an expert has none).
     """
 
     theta_KN: np.ndarray
@@ -38,6 +43,8 @@ class Block:
     statistic: Any
     keys_K: np.ndarray
     start: int
+    shape: tuple[int, ...] = ()
+    extras: Any = None
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,14 @@ class Statistic:
     That is an array, or an object with `+=` and a `clear()` that makes it zero again.
 
     Shares are added up in the order of the blocks, so a floating-point total does not depend on threads either. With `runs`
-    the pass looks at that many short runs of elements, evenly spaced, instead of at all: a sample.
+    the pass looks at that many short runs of elements, evenly spaced, instead of at all: a sample. With `uses_base`, `add` is
+    also given base_N, which holds nothing where the operation has no base.
     """
 
     zeros: Callable[[], Any]
-    add: Callable[[np.ndarray, Any], None]
+    add: Callable[..., None]
     runs: int = 0
+    uses_base: bool = False
 
 
 Measurement = Generator[Statistic, Any, Any]
@@ -70,9 +79,26 @@ class MergeMethod(BaseModel):
     name: ClassVar[str]
     uses_task_vectors: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
-    measures: ClassVar[int] = 0
-    """How many passes `measure` makes, for the progress bar; 0 skips it."""
     exact_experts: ClassVar[int | None] = None
+    scratch: ClassVar[float] = 0
+    """`scratch_bytes` as float32 copies of the tensor, for methods that need the same for every shape."""
+
+    @property
+    def unit(self) -> Unit:
+        """What a block holds: any run of elements, complete rows (of the last axis; a vector is one row), or the whole tensor.
+
+        Memory is bounded by blocks, by the longest row, or by the largest tensor: K + 2 float32 copies of it.
+        """
+        return "block"
+
+    def scratch_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """What `merge` allocates beside its block, where that is a whole tensor of this shape, for the estimate of memory."""
+        return math.ceil(self.scratch * math.prod(shape) * 4)
+
+    @property
+    def measures(self) -> int:
+        """How many passes `measure` makes, for the progress bar; 0 skips it."""
+        return 0
 
     @property
     def spans_model(self) -> bool:
@@ -88,6 +114,21 @@ class MergeMethod(BaseModel):
     def divides_by_weights(self) -> bool:
         """Whether the sum of all weights is a divisor, so that it must not be zero."""
         return False
+
+    def for_experts(self, names: Sequence[str]) -> Self:
+        """With each value that is given by name in the order of `names`; InputError if one is missing."""
+        changes = {key: value.ordered(f"{self.name}: {key!r}", names) for key, value in self if isinstance(value, ByExpert)}
+        return self.model_copy(update=changes) if changes else self
+
+    def check_experts(self, names: Sequence[str]) -> None:
+        """InputError if a value is given for an expert that there is not, or not for all that there are."""
+        for key, value in self:
+            unknown = next((name for name in value if name not in names), None) if isinstance(value, ByExpert) else None
+            if unknown is not None:
+                raise InputError(f"{self.name}: {key!r} names {unknown!r}, which is not an expert: {suggest(unknown, names)}")
+            if isinstance(value, InOrder) and len(value) != len(names):
+                raise InputError(f"{self.name}: {key!r} has {len(value)} values for {len(names)} experts")
+        self.for_experts(names)
 
     def measure(self, experts: int, size: int) -> Measurement:
         """Passes over `size` elements (of the tensor, or of the model where `scope` says so) before merging."""
@@ -109,6 +150,13 @@ class TaskVectorMethod(MergeMethod):
 
     def combine(self, block: Block) -> None:
         """Write tau_merged to `block.out_N`; `block.theta_KN` holds the task vectors."""
+        raise NotImplementedError
+
+    def direct(self, block: Block) -> None:
+        """Make `block.theta_KN` the trimmed task vectors, one an expert, whose sum `combine` takes.
+
+        Learned coefficients weigh these. Methods that are no such sum leave it as it is, and cannot be learned with.
+        """
         raise NotImplementedError
 
     def merge(self, block: Block) -> None:

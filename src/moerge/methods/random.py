@@ -34,6 +34,14 @@ def drop(tau_KN: np.ndarray, keys_K: np.ndarray, start: int, density: float, fac
     _drop(tau_KN, keys_K, np.uint64(start // 2), np.uint64(round(density * 2**32)), factor)
 
 
+def drop_each(tau_N: np.ndarray, key: np.uint64, start: int, kept_N: np.ndarray, rescale: bool) -> None:
+    """Keep each entry with its own probability `kept_N`, divided by it if `rescale`; set the others to zero, in place.
+
+    `start` is the index of the first entry in its tensor. The same entry draws the same number as in `drop`.
+    """
+    _drop_each(tau_N, np.uint64(key), start, kept_N, rescale)
+
+
 def uniform(key: np.uint64, start: int, count: int) -> np.ndarray:
     """Elements start .. start + count of a stream as float32 in [-1, 1)."""
     assert start % 2 == 0
@@ -64,6 +72,17 @@ def _drop(tau_KN: np.ndarray, keys_K: np.ndarray, first: np.uint64, threshold: n
             for i in range(strip.size):
                 kept = np.uint64(halves[i]) < threshold
                 strip[i] = strip[i] * factor if kept else np.float32(0)
+
+
+@kernel
+def _drop_each(tau_N: np.ndarray, key: np.uint64, start: int, kept_N: np.ndarray, rescale: bool) -> None:
+    for i in range(tau_N.size):
+        bits = splitmix64(key, np.uint64((start + i) // 2))
+        half = (bits >> _S32) if (start + i) % 2 else (bits & _LOW)
+        if np.float64(half) < np.rint(kept_N[i] * 4294967296.0):
+            tau_N[i] = np.float32(tau_N[i] / kept_N[i]) if rescale else tau_N[i]
+        else:
+            tau_N[i] = np.float32(0)
 
 
 @kernel

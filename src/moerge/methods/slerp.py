@@ -27,10 +27,14 @@ class Slerp(MergeMethod):
 
     name: ClassVar[str] = "slerp"
     uses_weights: ClassVar[bool] = False
-    measures: ClassVar[int] = 1
     exact_experts: ClassVar[int | None] = 2
     t: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     dot_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9995
+
+    @property
+    def measures(self) -> int:
+        """One pass."""
+        return 1
 
     def measure(self, experts: int, size: int) -> Measurement:
         """The two coefficients, float32 [2], from the tensors' norms and dot product in float64."""

@@ -29,3 +29,6 @@ class TaskArithmetic(TaskVectorMethod):
         """sum_k w_k tau_k."""
         divisor = np.float32(block.weights_K.sum(dtype=np.float64)) if self.normalize else np.float32(1)
         weighted_sum(block.theta_KN, block.weights_K, divisor, block.out_N)
+
+    def direct(self, block: Block) -> None:
+        """The task vectors as they are."""

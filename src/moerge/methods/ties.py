@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from moerge.methods.formulas import elected_sum
-from moerge.methods.jit import kernel
 from moerge.methods.magnitude import magnitude_thresholds
-from moerge.methods.method import Block, Density, Measurement, Scope, TaskVectorMethod
+from moerge.methods.method import Block, Measurement, Scope
+from moerge.methods.sparse import SparseMethod, keep_between
+from moerge.methods.values import numbers
 
 
-class Ties(TaskVectorMethod):
+class Ties(SparseMethod):
     """Trim, elect a sign, merge what agrees (Yadav et al. 2023; MergeME, section 3.1.2 and appendix A).
 
     Each task vector keeps its `density` largest entries; the sign of their weighted sum is elected for each parameter; the
@@ -25,30 +25,28 @@ class Ties(TaskVectorMethod):
     """
 
     name: ClassVar[str] = "ties"
-    measures: ClassVar[int] = 2
-    density: Density = 0.8
     scope: Scope = "tensor"
-    aggregate: Literal["sum", "mean"] = "sum"
+
+    @property
+    def elects(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def measures(self) -> int:
+        """Two passes, none where nothing is trimmed."""
+        return 2 if min(numbers(self.density)) < 1 else 0
 
     @property
     def spans_model(self) -> bool:
         """True with `scope: model`."""
-        return self.scope == "model"
+        return self.scope == "model" and self.measures > 0
 
     def measure(self, experts: int, size: int) -> Measurement:
         """The threshold of each expert."""
-        return (yield from magnitude_thresholds(self.density, experts, size))
+        return (yield from magnitude_thresholds(self.kept(experts, size), size))
 
-    def combine(self, block: Block) -> None:
-        """Trim, then sum what agrees with the elected sign."""
-        _trim(block.theta_KN, block.statistic)
-        elected_sum(block.theta_KN, block.weights_K, self.aggregate == "mean", block.out_N)
-
-
-@kernel
-def _trim(tau_KN: np.ndarray, thresholds_K: np.ndarray) -> None:
-    for k in range(len(thresholds_K)):
-        threshold = thresholds_K[k]
-        for i in range(tau_KN.shape[1]):
-            tau = tau_KN[k, i]
-            tau_KN[k, i] = np.float32(0) if abs(tau) < threshold else tau
+    def sparsify(self, block: Block) -> None:
+        """Trim."""
+        if self.measures:
+            keep_between(block.theta_KN, block.statistic, np.full_like(block.statistic, np.inf))

@@ -5,48 +5,61 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moerge.architecture import family_of
 from moerge.calibration import Texts
 from moerge.checkpoint.dtypes import DTYPES, FLOATS, DType
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tokenizer import VOCABULARY_FILES, check_same_vocabulary, companion_files
+from moerge.checkpoint.tokenizer import VOCABULARY_FILES
+from moerge.checkpoint.tokenizer.portable import portable_tokenizer
 from moerge.errors import InputError
+from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
 from moerge.moe.router import FittedRouter
 from moerge.planning.assembly import Assembled, Assembly
-from moerge.planning.checks import check_configs, check_models, merge_candidates
-from moerge.planning.dense import assemble_dense
+from moerge.planning.checks import check_configs, check_models, merge_candidates, respelled
+from moerge.planning.dense import assemble_dense, check_alone
 from moerge.planning.models import locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.sequence_routed import assemble_sequence_routed
 from moerge.planning.token_routed import assemble_token_routed
+from moerge.planning.vocabulary import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
+from moerge.statistics.binding import Binder
 
 
-def build_plan(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> Plan:
+def build_plan(
+    recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None, bind: bool = True
+) -> Plan:
     """What the recipe amounts to, with every check that needs no tensor data.
 
     `weights` downloads Hub models completely, at the `commits` given by model name; without it only their configs and
-    headers are fetched.
+    headers are fetched. Without `bind` methods do not get the statistics that they need: such a plan cannot be carried out.
     Raises InputError if the models cannot be merged as asked.
     """
-    models = locate_models(recipe, weights=weights, commits=commits or {})
+    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
     check_models(models)
     family = family_of(models[0].config)
     source = recipe.config or models[0].name
-    warnings = check_configs(models, family, source=source, named=recipe.config is not None)
-    tokenizer_source = recipe.tokenizer or source
-    warnings += check_same_vocabulary(models)
-    candidates, more = merge_candidates(models, family)
+    named, stacked = recipe.config is not None, bool(recipe.slices)
+    warnings = check_configs(models, family, source=source, named=named, stacked=stacked)
+    vocabulary = one_vocabulary(models, family, recipe, source)
+    warnings += vocabulary.warnings
+    alike = vocabulary.models
+    candidates, more = ([], check_alone(alike, family, recipe)) if stacked else merge_candidates(alike, family)
     by_name = {model.name: model for model in models}
-    made = _assemble(Assembly(recipe, by_name, family, _dtype(recipe, by_name[source]), candidates, source))
+    binder = Binder(recipe, by_name) if bind else None
+    dtype = _dtype(recipe, by_name[source])
+    named_alike = {model.name: model for model in alike}
+    made = _assemble(Assembly(recipe, named_alike, family, dtype, candidates, source, binder, vocabulary.alignment))
     calibration = recipe.moe.router.inputs(recipe, made.experts) if recipe.moe else ()
-    files = companion_files(by_name[tokenizer_source].folder)
+    files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
-        raise InputError(f"calibration needs a tokenizer, and {tokenizer_source} has none: name another with 'tokenizer'")
+        raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")
+    files |= recipe.learned.files if recipe.learned else {}
     if recipe.moe and recipe.moe.by_sequence:
-        files |= code_files()
+        files |= {name: path.read_bytes() for name, path in code_files().items()}
     planned = Plan(
         recipe=recipe,
         models=models,
@@ -54,11 +67,29 @@ def build_plan(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, s
         config=made.config,
         files=files,
         experts=made.experts,
+        vocabulary=_vocabulary_facts(vocabulary),
         calibration=calibration,
-        warnings=(*warnings, *more, *_router_warnings(recipe), *_calibration_warnings(recipe, calibration)),
-        notes=(f"config from {source}, tokenizer and generation config from {tokenizer_source}",),
+        statistics=tuple(binder.used.values()) if binder else (),
+        warnings=(
+            *_model_warnings(recipe, models),
+            *warnings,
+            *more,
+            *made.warnings,
+            *_router_warnings(recipe),
+            *_calibration_warnings(recipe, calibration),
+            *(binder.remarks() if binder else ()),
+        ),
+        notes=(
+            *recipe.notes,
+            f"config from {source}, tokenizer and generation config from {vocabulary.source}",
+            *vocabulary.notes,
+        ),
     )
     return replace(planned, notes=(*planned.notes, *_router_notes(planned)))
+
+
+def _vocabulary_facts(vocabulary: OneVocabulary) -> dict[str, Any]:
+    return {**vocabulary.facts, **({"digest": vocabulary.alignment.digest} if vocabulary.alignment else {})}
 
 
 def _assemble(assembly: Assembly) -> Assembled:
@@ -68,13 +99,17 @@ def _assemble(assembly: Assembly) -> Assembled:
     return assemble_sequence_routed(assembly) if moe.by_sequence else assemble_token_routed(assembly)
 
 
+def _model_warnings(recipe: Recipe, models: Sequence[Checkpoint]) -> list[str]:
+    return [*recipe.warnings, *(text for model in models for text in model.warnings)]
+
+
 def _router_notes(plan: Plan) -> list[str]:
     router = plan.recipe.moe.router if plan.recipe.moe else None
     if not isinstance(router, FittedRouter):
         return []
     holds = "with the whole merged model" if router.runs_model else "with a few tensors"
     text = f", from {sum(len(texts.documents) for texts in plan.calibration)} texts" if plan.calibration else ""
-    gigabytes = plan.router_bytes / 1e9
+    gigabytes = plan.router_bytes() / 1e9
     return [f"the {router.kind} router is computed after merging {holds} in memory, about {gigabytes:.1f} GB{text}"]
 
 
@@ -85,7 +120,10 @@ def _router_warnings(recipe: Recipe) -> list[str]:
 
 
 def _calibration_warnings(recipe: Recipe, calibration: Sequence[Texts]) -> list[str]:
-    if recipe.calibration and not calibration:
+    if recipe.learn:
+        return ["'learn' is for `moerge learn`, which finds the coefficients; a plain merge does not use it"]
+    unused = recipe.calibration and not calibration and not recipe.learned
+    if unused and not any(isinstance(method, StatisticsMethod) for method in recipe.methods):
         return ["'calibration' is not used: nothing in this recipe is fitted to text"]
     owners: dict[str, set[str]] = {}
     for texts in calibration:
@@ -102,7 +140,7 @@ def _dtype(recipe: Recipe, model: Checkpoint) -> DType:
     if recipe.dtype:
         return FLOATS[recipe.dtype]
     counts = Counter({dtype.name: 0 for dtype in FLOATS.values()})
-    for tensor in model.tensors.values():
+    for tensor in model.stored.values():
         if tensor.dtype.is_float:
             counts[tensor.dtype.name] += tensor.nbytes
     return DTYPES[counts.most_common(1)[0][0]]

@@ -7,7 +7,8 @@ what: results are functions of the inputs alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,17 +19,18 @@ from moerge.checkpoint.digest import CHUNK, running_digest, tensor_digest
 from moerge.checkpoint.dtypes import DType
 from moerge.errors import InputError
 from moerge.methods.codec import all_finite, decode, encode
-from moerge.methods.method import Block, MergeMethod
+from moerge.methods.method import Block, Measurement, MergeMethod
 from moerge.methods.random import stream_key, uniform
+from moerge.moe.crew import one_thread_each
+from moerge.planning.joined import culprit
 from moerge.planning.measuring import OrderedSum, Piece, chunked, sampled
 from moerge.planning.operations import Copy, Draw, Fit, Merge, Output, Source
-from moerge.planning.schedule import Job, run_jobs
+from moerge.planning.reading import BLOCK, WINDOW, Reader
+from moerge.planning.schedule import Job, Task, run_jobs
+from moerge.planning.whole import Budget, largest, merge_whole
 
-BLOCK = 1 << 17
-"""Elements a block: its float32 copies stay in the shared cache, and calling kernels costs little beside running them."""
-WINDOW = 1 << 18
-"""Elements read or written by one system call."""
-assert CHUNK % WINDOW == WINDOW % BLOCK == BLOCK % 2 == 0
+Steps = Generator[Sequence[Task], list[Any], Any]
+"""A part of a job that returns something."""
 
 
 class Store(Protocol):
@@ -59,17 +61,22 @@ class Execution:
     advance: Callable[[int], None] = lambda nbytes: None
     nonfinite: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._local = threading.local()
+
     def run(self, outputs: Sequence[Output], threads: int) -> None:
         """Compute and store all outputs but those that are fitted to the others."""
         outputs = [output for output in outputs if not isinstance(output.operation, Fit)]
         self._measured: dict[MergeMethod, Any] = {}
-        self._local = threading.local()
+        self._budget = Budget(largest(outputs))
         finished: set[str] = set()
         run_jobs((self._check(output, finished) for output in outputs), threads)
         pending = [output for output in outputs if output.name not in finished]
         # A threshold that spans the model spans all of it, also what an interrupted run has already written.
         run_jobs(self._model_measurements(outputs, bool(pending)), threads)
-        run_jobs((self._produce(output) for output in pending), threads)
+        # What decomposes whole tensors adds up in an order that depends on the threads BLAS may use.
+        with one_thread_each() if largest(pending) else nullcontext():
+            run_jobs((self._produce(output) for output in pending), threads)
 
     def _check(self, output: Output, finished: set[str]) -> Job:
         (is_finished,) = yield [partial(self.store.finished, output)]
@@ -97,11 +104,18 @@ class Execution:
                 statistic = self._measured[operation.method]
             else:
                 statistic = yield from self._measure(operation.method, [operation])
+        if isinstance(operation, Merge) and operation.method.unit != "block":
+            yield [partial(merge_whole, self, self._budget, output, statistic)]
+            return
         results = yield [partial(self._produce_chunk, output, statistic, start) for start in range(0, output.size, CHUNK)]
         digest = tensor_digest(result[0] for result in results)
         labels = [source.label for source in operation.sources]
         inputs = {label: tensor_digest(result[1 + i] for result in results) for i, label in enumerate(labels)}
-        self.store.done(output, digest, inputs, [label for label in labels if label in self.nonfinite])
+        self.done(output, digest, inputs)
+
+    def done(self, output: Output, digest: str, inputs: dict[str, str]) -> None:
+        """An output is complete."""
+        self.store.done(output, digest, inputs, [label for label in inputs if label in self.nonfinite])
 
     def _produce_chunk(self, output: Output, statistic: Any, start: int) -> list[bytes]:
         """Store one chunk of an output; its digest and those of the same chunk of every source."""
@@ -122,11 +136,14 @@ class Execution:
             self.advance(data.nbytes + sum(reader.bytes_of(end - begin) for reader in readers))
         return [produced.digest(), *(reader.digest() for reader in readers)]
 
-    def _measure(self, method: MergeMethod, operations: Sequence[Merge]) -> Any:
+    def _measure(self, method: MergeMethod, operations: Sequence[Merge]) -> Steps:
         """Drive a method's measurement over some operations; its tasks go to the scheduler."""
         size = sum(operation.experts[0].tensor.size for operation in operations)
-        unread = method.measures * sum(source.tensor.nbytes for operation in operations for source in operation.sources)
-        steps = method.measure(len(operations[0].experts), size)
+        return self.measure(method.measure(len(operations[0].experts), size), method.measures, operations)
+
+    def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> Steps:
+        """Drive a measurement, which makes at most so many `passes`, over some operations; part of a job."""
+        unread = passes * sum(source.tensor.nbytes for operation in operations for source in operation.values)
         total: Any = None
         try:
             while True:
@@ -142,74 +159,96 @@ class Execution:
 
     def _measure_piece(self, sums: OrderedSum, index: int, piece: Piece) -> int:
         """Add a piece's share to a statistic; the bytes that were read."""
-        readers = self._readers(piece.operation.sources, piece.start, piece.stop)
+        readers = self._readers(piece.operation.values, piece.start, piece.stop)
         share = sums.share()
         for begin in range(piece.start, piece.stop, BLOCK):
             work = self._load(piece.operation, readers, begin, min(begin + BLOCK, piece.stop))
-            sums.statistic.add(work.theta_KN, share)
+            with_base = (work.base_N,) if sums.statistic.uses_base else ()
+            sums.statistic.add(work.theta_KN, share, *with_base)
         sums.add(index, share)
         nbytes = sum(reader.bytes_of(piece.stop - piece.start) for reader in readers)
         self.advance(nbytes)
         return nbytes
 
-    def _copied(self, output: Output, reader: _Reader, start: int, stop: int) -> np.ndarray:
+    def _copied(self, output: Output, reader: Reader, start: int, stop: int) -> np.ndarray:
         data = reader.take(start, stop)
         if not all_finite(data, output.dtype):
-            self._report_nonfinite(reader)
+            self.report_nonfinite(reader.source)
         return data
 
     def _drawn(self, output: Output, draw: Draw, start: int, stop: int) -> np.ndarray:
         values = uniform(stream_key(draw.seed, output.name), start, stop - start) * np.float32(draw.bound)
-        encoded = self._buffer(-1, stop - start, output.dtype)
+        values += np.float32(0)  # no -0
+        encoded = self.buffer(-1, stop - start, output.dtype)
         encode(values, output.dtype, encoded)
         return encoded
 
     def _merged(
-        self, output: Output, operation: Merge, readers: list[_Reader], statistic: Any, start: int, stop: int
+        self, output: Output, operation: Merge, readers: list[Reader], statistic: Any, start: int, stop: int
     ) -> np.ndarray:
-        method, weights_K = operation.method, np.array(operation.weights, np.float32)
-        seed = method.random_seed
-        keys = [stream_key(seed, s.model, s.tensor.name) for s in operation.experts] if seed is not None else []
-        keys_K = np.array(keys, np.uint64)
-        encoded = self._buffer(-1, stop - start, output.dtype)
+        weights_K, keys_K = operation.weights_K, operation.keys_K
+        encoded = self.buffer(-1, stop - start, output.dtype)
         for begin in range(start, stop, BLOCK):
             end = min(begin + BLOCK, stop)
             work = self._load(operation, readers, begin, end)
-            method.merge(Block(work.theta_KN, weights_K, work.base_N, work.out_N, statistic, keys_K, begin))
+            extras_KN = self._extras(operation, readers, begin, end)
+            shape = (end - begin,)
+            operation.method.merge(
+                Block(work.theta_KN, weights_K, work.base_N, work.out_N, statistic, keys_K, begin, shape=shape, extras=extras_KN)
+            )
             encode(work.out_N, output.dtype, encoded[begin - start : end - start])
+        self.finish(output, start, encoded)
+        return encoded
+
+    def finish(self, output: Output, start: int, encoded: np.ndarray) -> None:
+        """Put in rows that are copied as they are; InputError if values overflowed the output's type, unless that is allowed."""
+        if isinstance(output.operation, Merge) and output.operation.exact is not None:
+            output.operation.exact.put(start, encoded, output.dtype)
         if not self.allow_nonfinite and not all_finite(encoded, output.dtype):
             raise InputError(
                 f"tensor {output.name!r}: merged values are too large for {output.dtype.torch_name}: choose another 'dtype', "
                 "a smaller 'scale' or smaller weights, or merge anyway with --allow-nonfinite"
             )
-        return encoded
 
-    def _load(self, operation: Merge, readers: list[_Reader], start: int, stop: int) -> _Workspace:
-        """Elements start .. stop of all sources as float32: experts' values, or their differences to the base."""
+    def _extras(self, operation: Merge, readers: list[Reader], start: int, stop: int) -> np.ndarray | None:
+        """Elements start .. stop of the experts' statistics as float32, zeros where an expert has none."""
+        if not operation.extras:
+            return None
+        remaining = iter(readers[len(operation.values) :])
+        extras_KN = np.zeros((len(operation.extras), stop - start), np.float32)
+        for extra, extra_N in zip(operation.extras, extras_KN, strict=True):
+            if extra is not None:
+                self._decode(next(remaining), start, stop, extra_N)
+        return extras_KN
+
+    def _load(self, operation: Merge, readers: list[Reader], start: int, stop: int) -> _Workspace:
+        """Elements start .. stop of all experts as float32: their values, or their differences to the base."""
         work = self._workspace(len(operation.experts)).first(stop - start)
-        experts = readers
+        experts = readers[: len(operation.values)]
         if operation.base is not None:
-            base, *experts = readers
+            base, *experts = experts
             self._decode(base, start, stop, work.base_N)
         for expert, theta_N in zip(experts, work.theta_KN, strict=True):
             self._decode(expert, start, stop, theta_N, work.base_N if operation.base is not None else None)
         return work
 
-    def _decode(self, reader: _Reader, start: int, stop: int, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
+    def _decode(self, reader: Reader, start: int, stop: int, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
         if not decode(reader.take(start, stop), reader.dtype, out_N, base_N):
-            self._report_nonfinite(reader)
+            self.report_nonfinite(reader.source)
 
-    def _report_nonfinite(self, reader: _Reader) -> None:
-        self.nonfinite.add(reader.source.label)
+    def report_nonfinite(self, source: Source) -> None:
+        """Note that a source holds NaN or infinity; InputError unless that is allowed."""
+        self.nonfinite.add(source.label)
         if not self.allow_nonfinite:
+            source = culprit(source)
             raise InputError(
-                f"{reader.source.model}: tensor {reader.source.tensor.name!r} holds NaN or infinity: "
+                f"{source.model}: tensor {source.tensor.name!r} holds NaN or infinity: "
                 "repair or drop this expert, or merge anyway with --allow-nonfinite"
             )
 
-    def _readers(self, sources: Sequence[Source], start: int, stop: int) -> list[_Reader]:
-        buffers = [self._buffer(i, WINDOW, source.tensor.dtype) for i, source in enumerate(sources)]
-        return [_Reader(source, start, stop, buffer) for source, buffer in zip(sources, buffers, strict=True)]
+    def _readers(self, sources: Sequence[Source], start: int, stop: int) -> list[Reader]:
+        buffers = [self.buffer(i, WINDOW, source.tensor.dtype) for i, source in enumerate(sources)]
+        return [Reader(source, start, stop, buffer) for source, buffer in zip(sources, buffers, strict=True)]
 
     def _workspace(self, experts: int) -> _Workspace:
         spaces: dict[int, _Workspace] = self._local.__dict__.setdefault("spaces", {})
@@ -218,7 +257,7 @@ class Execution:
             spaces[experts] = _Workspace(flat, experts, BLOCK)
         return spaces[experts]
 
-    def _buffer(self, key: int, count: int, dtype: DType) -> np.ndarray:
+    def buffer(self, key: int, count: int, dtype: DType) -> np.ndarray:
         """This thread's reusable memory for `count` elements; one for each source, and -1 for the output."""
         buffers: dict[int, np.ndarray] = self._local.__dict__.setdefault("buffers", {})
         if key not in buffers:
@@ -237,31 +276,3 @@ class _Workspace:
     def first(self, count: int) -> _Workspace:
         """The same memory for a shorter block."""
         return self if count == self.out_N.size else _Workspace(self._flat, self._experts, count)
-
-
-class _Reader:
-    """Elements start .. stop of a source, taken in order: read a window at a time, and digested on the way."""
-
-    def __init__(self, source: Source, start: int, stop: int, buffer_N: np.ndarray) -> None:
-        self.source, self.dtype = source, source.tensor.dtype
-        self._elements, self._buffer_N = source.tensor.open(), buffer_N
-        self._window_N, self._start, self._end, self._stop = buffer_N[:0], start, start, stop
-        self._digest = running_digest()
-
-    def take(self, start: int, stop: int) -> np.ndarray:
-        """Elements start .. stop, valid until the next call; the range lies within one window."""
-        if not self._start <= start <= stop <= self._end:
-            count = min(WINDOW, self._stop - start)
-            self._window_N = self._elements.read(start, self._buffer_N[:count])
-            self._start, self._end = start, start + count
-            self._digest.update(self._window_N)
-        return self._window_N[start - self._start : stop - self._start]
-
-    def digest(self) -> bytes:
-        """The digest of everything taken."""
-        digest: bytes = self._digest.digest()
-        return digest
-
-    def bytes_of(self, elements: int) -> int:
-        """Bytes that so many elements occupy."""
-        return elements * self.dtype.itemsize

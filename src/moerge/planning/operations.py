@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
+from moerge.checkpoint.rows import ExactRows
 from moerge.checkpoint.tensor import Tensor
 from moerge.methods.method import MergeMethod
+from moerge.methods.random import stream_key
 
 if TYPE_CHECKING:
     from moerge.moe.router import FittedRouter
@@ -42,17 +44,40 @@ class Copy:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge method over experts in the recipe's order; `base` where the method works on task vectors."""
+    """A merge method over experts in the recipe's order; `base` where the method works on task vectors.
+
+    `extras` are statistics for methods that want them, one for each expert or None where an expert has none: of the experts'
+    shape, or of any shape for methods that are given whole tensors. Rows in `exact` are copied instead of merged.
+    """
 
     method: MergeMethod
     experts: tuple[Source, ...]
     weights: tuple[float, ...]
     base: Source | None = None
+    extras: tuple[Source | None, ...] = ()
+    exact: ExactRows | None = None
+
+    @property
+    def values(self) -> tuple[Source, ...]:
+        """The tensors that are merged, with the base first where there is one."""
+        return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """What is read."""
-        return self.experts if self.base is None else (self.base, *self.experts)
+        return (*self.values, *(extra for extra in self.extras if extra is not None))
+
+    @property
+    def weights_K(self) -> np.ndarray:
+        """The weights as a method sees them."""
+        return np.array(self.weights, np.float32)
+
+    @property
+    def keys_K(self) -> np.ndarray:
+        """Random keys that depend on the seed, the expert and the tensor alone; empty for methods that draw nothing."""
+        seed = self.method.random_seed
+        keys = [stream_key(seed, s.model, s.tensor.name) for s in self.experts] if seed is not None else []
+        return np.array(keys, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -106,31 +131,40 @@ class Output:
     @property
     def work_bytes(self) -> int:
         """Bytes read and written on the way to this output, by all passes."""
-        passes = 1 + self.operation.method.measures if isinstance(self.operation, Merge) else 1
-        return self.nbytes + passes * sum(source.tensor.nbytes for source in self.operation.sources)
+        operation = self.operation
+        measured = 0
+        if isinstance(operation, Merge):
+            measured = operation.method.measures * sum(source.tensor.nbytes for source in operation.values)
+        return self.nbytes + measured + sum(source.tensor.nbytes for source in operation.sources)
 
     @property
     def action(self) -> str:
-        """The operation in a word: a method's name, `copy`, `convert` (to another element type), `draw` or `fit`."""
+        """The operation in a word: a method's name, `copy`, `convert` (to another element type), `draw`, `zeros`, `fit`."""
         operation = self.operation
         if isinstance(operation, Fit):
             return "fit"
         if isinstance(operation, Merge):
-            return "convert" if len(operation.sources) == 1 else operation.method.name
-        return "copy" if isinstance(operation, Copy) else "draw"
+            alone = len(operation.sources) == 1 and set(operation.weights) == {1.0}
+            return "convert" if alone else operation.method.name
+        if isinstance(operation, Draw):
+            return "draw" if operation.bound else "zeros"
+        return "copy"
 
     @property
     def hyperparameters(self) -> str:
         """The operation's settings in a line."""
         operation = self.operation
         if isinstance(operation, Draw):
-            return f"seed {operation.seed}, uniform within {operation.bound:.4g}"
+            return f"seed {operation.seed}, uniform within {operation.bound:.4g}" if operation.bound else ""
         if isinstance(operation, Copy) or self.action == "convert":
             return ""
         if isinstance(operation, Fit):
             return ", ".join([operation.router.kind, *(f"{key} {value}" for key, value in operation.router)])
         weights = "" if set(operation.weights) == {1.0} else f", weights {', '.join(f'{w:g}' for w in operation.weights)}"
-        settings = ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in operation.method
-        )
-        return settings + weights
+        return ", ".join(f"{key} {_short(value)}" for key, value in operation.method) + weights
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

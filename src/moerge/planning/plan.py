@@ -6,23 +6,31 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moerge.calibration import Texts
+from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
-from moerge.planning.execute import BLOCK, WINDOW
+from moerge.moe.router import MODULE, MoESize
 from moerge.planning.operations import Copy, Draw, Fit, Operation, Output
+from moerge.planning.reading import BLOCK, WINDOW
+from moerge.planning.whole import whole_memory
 from moerge.recipe.schema import Recipe
+from moerge.statistics.files import Used
 
 _INTERPRETER_BYTES = 150_000_000
-_TORCH_BYTES = 500_000_000
+_TORCH_BYTES, _TORCH_SECONDS = 500_000_000, 5.0
+"""What torch and transformers take before they do anything."""
 _BYTES_READ_PER_SECOND = 2e9
 _BYTES_WRITTEN_PER_SECOND = 0.5e9
 """What an ordinary SSD does, for the estimate of time; a cold or busy disk is slower."""
+_OPERATIONS_PER_SECOND, _OPERATIONS_PER_SECOND_ON_A_DEVICE = 2e11, 2e13
+"""What a desktop's cores compute together in float32, and what a GPU does. Four cores do half of it, bfloat16 on a processor
+without instructions for it a sixth."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +38,18 @@ class Plan:
     """Outputs in order, with the config and files that go beside them.
 
     `models` holds the base first, where there is one; `experts` names the MoE's experts in the order of their indices, and
-    is empty for a dense merge.
+    is empty for a dense merge. `vocabulary` says where the tokens come from.
     """
 
     recipe: Recipe
     models: tuple[Checkpoint, ...]
     outputs: tuple[Output, ...]
     config: Mapping[str, Any]
-    files: Mapping[str, Path]
+    files: Mapping[str, bytes]
     experts: tuple[str, ...] = ()
+    vocabulary: Mapping[str, Any] = field(default_factory=dict)
     calibration: tuple[Texts, ...] = ()
+    statistics: tuple[Used, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -69,25 +79,56 @@ class Plan:
         return sum(output.work_bytes for output in self.outputs)
 
     def memory_bytes(self, threads: int) -> int:
-        """An upper estimate of the working memory in bytes: blocks for each thread, and Python itself."""
+        """An upper estimate of the working memory in bytes: blocks for each thread, whole tensors, and Python itself."""
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
-        return max(_INTERPRETER_BYTES + threads * (buffers + histograms), self.router_bytes)
+        merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
+        merging += sum(model.working_bytes for model in self.models)
+        return max(_INTERPRETER_BYTES + merging, self.router_bytes(threads))
+
+    @cached_property
+    def operations(self) -> tuple[dict[str, Any], ...]:
+        """Outputs that come about alike, counted: `action`, `hyperparameters`, `tensors`, and `bytes` written."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for output in self.outputs:
+            groups.setdefault((output.action, output.hyperparameters), []).append(output.nbytes)
+        keys = ("action", "hyperparameters", "tensors", "bytes")
+        return tuple(dict(zip(keys, (*group, len(sizes), sum(sizes)), strict=True)) for group, sizes in groups.items())
+
+    @cached_property
+    def fitted(self) -> MoESize | None:
+        """The size of a model whose gates are computed once the rest is merged, else None."""
+        gates = [output for output in self.outputs if isinstance(output.operation, Fit)]
+        if not gates:
+            return None
+        experts, hidden = gates[0].shape
+        separate = sum(output.size for output in self.outputs if MODULE.search(output.role))
+        vocabulary = int(self.config.get("vocab_size") or 0)
+        shared = self.parameters - separate
+        return MoESize(self.output_bytes, len(gates), hidden, vocabulary, experts, shared, separate // experts)
+
+    def router_bytes(self, threads: int = 1) -> int:
+        """Memory that computing the router takes, once the rest is merged; 0 if nothing is computed."""
+        if self.fitted is None or self.recipe.moe is None:
+            return 0
+        return self.recipe.moe.router.memory_bytes(self.fitted, threads) + _INTERPRETER_BYTES + _TORCH_BYTES
 
     @property
-    def router_bytes(self) -> int:
-        """Memory that computing the router takes, once the rest is merged; 0 if nothing is computed."""
-        gates = [output for output in self.outputs if isinstance(output.operation, Fit)]
-        if not gates or self.recipe.moe is None:
-            return 0
-        used = self.recipe.moe.router.memory_bytes(self.output_bytes, len(gates), gates[0].shape[1])
-        return used + _INTERPRETER_BYTES + _TORCH_BYTES
+    def router_seconds(self) -> float:
+        """A very rough estimate of the time that computing the router takes, in seconds."""
+        if self.fitted is None or self.recipe.moe is None:
+            return 0.0
+        router = self.recipe.moe.router
+        speed = _OPERATIONS_PER_SECOND if getattr(router, "device", "cpu") == "cpu" else _OPERATIONS_PER_SECOND_ON_A_DEVICE
+        loading = _TORCH_SECONDS + self.output_bytes / _BYTES_READ_PER_SECOND if router.runs_model else 0.0
+        return loading + router.operations(self.fitted, self.calibration) / speed
 
     @property
     def seconds(self) -> float:
-        """A rough estimate of the time a merge takes on an ordinary disk, in seconds."""
-        return self.input_bytes / _BYTES_READ_PER_SECOND + self.output_bytes / _BYTES_WRITTEN_PER_SECOND
+        """A rough estimate of the time a merge takes on an ordinary disk, computing the router included, in seconds."""
+        merging = self.input_bytes / _BYTES_READ_PER_SECOND + self.output_bytes / _BYTES_WRITTEN_PER_SECOND
+        return merging + self.router_seconds
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,7 +136,10 @@ class Plan:
         inputs = [(model.name, model.location, model.revision, _stamps(model)) for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
-        return hashlib.sha256(json.dumps([inputs, operations, self.config, texts], default=str).encode()).hexdigest()
+        statistics = [(used.model, *_stamp(used.statistics.path)) for used in self.statistics]
+        files = {name: file_digest(content) for name, content in self.files.items()}
+        whole = [inputs, operations, self.config, texts, statistics, files, self.vocabulary]
+        return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
 
     def summary(self, threads: int) -> dict[str, Any]:
         """The plan's figures for `--json`."""
@@ -107,9 +151,11 @@ class Plan:
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes(threads),
             "seconds_estimated": round(self.seconds, 1),
+            "router_seconds_estimated": round(self.router_seconds, 1),
             "operations": dict(Counter(output.action for output in self.outputs)),
             "models": {model.name: model.location for model in self.models},
             "experts": list(self.experts),
+            "vocabulary": dict(self.vocabulary),
             "calibration": {texts.expert: len(texts.hashes) for texts in self.calibration},
             "to_download": [model.location for model in self.models if not model.complete],
             "notes": list(self.notes),
@@ -130,4 +176,8 @@ def _describe(operation: Operation) -> Any:
 
 def _stamps(model: Checkpoint) -> list[tuple[str, int, int]]:
     files = sorted({file for tensor in model.tensors.values() for file in tensor.files})
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return [_stamp(file) for file in files if file.exists()]
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns

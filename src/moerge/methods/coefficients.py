@@ -1,0 +1,73 @@
+"""Coefficients that were learned before, instead of a scale."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import InstanceOf
+
+from moerge.methods.jit import kernel
+from moerge.methods.method import Block, Finite, Measurement, TaskVectorMethod
+
+
+class Coefficients(TaskVectorMethod):
+    """theta = theta_base + scale * sum_k c_k tau_k with learned c_k (Expert Merging and ++, arXiv 2509.25712).
+
+    `file` is what `moerge learn` wrote, relative to the recipe: coefficients for each tensor, expert and, with ++, contiguous
+    chunk of the flattened tensor, and which method's task vectors (trimmed or not) the tau_k are. Tensors that did not learn
+    have the file's fixed coefficient.
+
+    Not for other experts or another base than those that it was learned with.
+    """
+
+    name: ClassVar[str] = "coefficients"
+    uses_weights: ClassVar[bool] = False
+    file: str
+    scale: Finite = 1.0
+
+
+class Weighed(TaskVectorMethod):
+    """What `coefficients` means for one tensor: `c_KC` holds a row an expert, and chunk i is the elements from i * `chunk`."""
+
+    name: ClassVar[str] = "coefficients"
+    scale: Finite = 1.0
+    directions: InstanceOf[TaskVectorMethod]
+    c_KC: tuple[tuple[float, ...], ...]
+    chunk: int
+
+    @property
+    def measures(self) -> int:
+        """As many passes as the directions need."""
+        return self.directions.measures
+
+    @property
+    def spans_model(self) -> bool:
+        """As the directions."""
+        return self.directions.spans_model
+
+    @property
+    def random_seed(self) -> int | None:
+        """As the directions."""
+        return self.directions.random_seed
+
+    def measure(self, experts: int, size: int) -> Measurement:
+        """As the directions."""
+        return (yield from self.directions.measure(experts, size))
+
+    def combine(self, block: Block) -> None:
+        """sum_k c_k tau_k."""
+        self.directions.direct(block)
+        _weigh(block.theta_KN, np.array(self.c_KC, np.float32), self.chunk, block.start, block.out_N)
+
+
+@kernel
+def _weigh(tau_KN: np.ndarray, c_KC: np.ndarray, chunk: int, start: int, out_N: np.ndarray) -> None:
+    out_N[:] = np.float32(0)
+    for piece in range(start // chunk, (start + out_N.size - 1) // chunk + 1):
+        begin, end = max(0, piece * chunk - start), min(out_N.size, (piece + 1) * chunk - start)
+        out_M = out_N[begin:end]
+        for k in range(len(c_KC)):
+            c, tau_M = c_KC[k, piece], tau_KN[k, begin:end]
+            for i in range(out_M.size):
+                out_M[i] += c * tau_M[i]

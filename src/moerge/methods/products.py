@@ -1,0 +1,25 @@
+"""Inner products of task vectors in float64, in one order of additions. Shapes: K experts, N elements."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moerge.methods.jit import kernel
+
+LANES = 16
+"""Running sums side by side, so that the order of additions is fixed and loops still vectorise."""
+
+
+@kernel
+def add_products(tau_KN: np.ndarray, total_KKL: np.ndarray) -> None:
+    """Add the products of each pair of rows j <= k to `total_KKL[j, k]`, whose lanes add up to them."""
+    size = tau_KN.shape[1]
+    whole = size - size % LANES
+    for j in range(tau_KN.shape[0]):
+        for k in range(j, tau_KN.shape[0]):
+            first_N, second_N, total_L = tau_KN[j], tau_KN[k], total_KKL[j, k]
+            for start in range(0, whole, LANES):
+                for lane in range(LANES):
+                    total_L[lane] += np.float64(first_N[start + lane]) * np.float64(second_N[start + lane])
+            for i in range(whole, size):
+                total_L[0] += np.float64(first_N[i]) * np.float64(second_N[i])

@@ -1,0 +1,96 @@
+"""What methods share that set a part of each task vector to zero before they add them up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from moerge.methods.formulas import elected_sum, keep_elected, weighted_sum
+from moerge.methods.jit import kernel
+from moerge.methods.magnitude import kept_count
+from moerge.methods.method import Block, TaskVectorMethod
+from moerge.methods.values import Density, each
+
+RowScope = Literal["row", "tensor", "model"]
+
+
+class SparseMethod(TaskVectorMethod):
+    """theta = theta_base + scale * sum_k w_k sparse(tau_k), where a subclass says what sparse(tau_k) is.
+
+    `density` is the fraction kept: one number, or one for each expert (a mapping of names, or a list in their order).
+    `aggregate: mean` divides by the sum of the weights, after an election by the weights of those that agree and are not zero.
+    """
+
+    density: Density = 0.8
+    aggregate: Literal["sum", "mean"] = "sum"
+
+    @property
+    def elects(self) -> bool:
+        """Whether TIES' election chooses among what is left."""
+        return False
+
+    @property
+    def divides_by_weights(self) -> bool:
+        """True for the mean of all task vectors; an elected mean divides by the weights of those that agree."""
+        return self.aggregate == "mean" and not self.elects
+
+    def sparsify(self, block: Block) -> None:
+        """Set what is dropped of `block.theta_KN` to zero, and rescale the rest where the method does."""
+        raise NotImplementedError
+
+    def combine(self, block: Block) -> None:
+        """Drop, then sum what agrees, or everything."""
+        self.sparsify(block)
+        if self.elects:
+            elected_sum(block.theta_KN, block.weights_K, self.aggregate == "mean", block.out_N)
+            return
+        divisor = block.weights_K.sum(dtype=np.float64) if self.aggregate == "mean" else 1
+        weighted_sum(block.theta_KN, block.weights_K, np.float32(divisor), block.out_N)
+
+    def direct(self, block: Block) -> None:
+        """What is left of each task vector; with an election, zero where the sign was not elected."""
+        self.sparsify(block)
+        if self.elects:
+            keep_elected(block.theta_KN, block.weights_K)
+
+    def kept(self, experts: int, size: int) -> list[int]:
+        """How many of `size` entries each expert keeps."""
+        return [kept_count(density, size) for density in each(self.density, experts)]
+
+
+class ElectiveMethod(SparseMethod):
+    """A sparse method that adds up all that is left, or, with `elect: sign`, what TIES' election chooses among it.
+
+    mergekit calls the latter by the method's name with `_ties` at its end.
+    """
+
+    elect: Literal["none", "sign"] = "none"
+
+    @property
+    def elects(self) -> bool:
+        """True with `elect: sign`."""
+        return self.elect == "sign"
+
+
+@kernel
+def keep_between(tau_KN: np.ndarray, lowest_K: np.ndarray, highest_K: np.ndarray) -> None:
+    """Set entries whose magnitude is below `lowest` or above `highest` to zero."""
+    for k in range(len(lowest_K)):
+        lowest, highest = lowest_K[k], highest_K[k]
+        for i in range(tau_KN.shape[1]):
+            tau = tau_KN[k, i]
+            tau_KN[k, i] = np.float32(0) if (abs(tau) < lowest) | (abs(tau) > highest) else tau
+
+
+def keep_ranks(tau_KN: np.ndarray, columns: int, ranks: Sequence[tuple[int, int]]) -> None:
+    """Of each row keep the first to the last rank by magnitude (1 is the largest) and what equals them, for each expert."""
+    for tau_N, (first, last) in zip(tau_KN, ranks, strict=True):
+        if (first, last) == (1, columns):
+            continue
+        tau_RC = tau_N.reshape(-1, columns)
+        places = columns - np.array([last, first])
+        sorted_RC = np.partition(np.abs(tau_RC), np.unique(places), axis=1)
+        for row_C, lowest, highest in zip(tau_RC, sorted_RC[:, places[0]], sorted_RC[:, places[1]], strict=True):
+            keep_between(row_C[None], np.array([lowest]), np.array([highest]))

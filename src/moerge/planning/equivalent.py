@@ -1,0 +1,142 @@
+"""A recipe of ours that says the same as a plan's, whatever format that was in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moerge.errors import InputError
+from moerge.methods.average import Average
+from moerge.planning.operations import Copy, Merge, Output
+from moerge.planning.plan import Plan
+from moerge.recipe.mergekit import is_mergekit
+from moerge.recipe.rules import matches
+from moerge.recipe.schema import MoE
+
+Section = dict[str, Any]
+
+
+def equivalent_recipe(plan: Plan) -> dict[str, Any]:
+    """The recipe as a dict, in the form of a YAML file; as it was written, if it is one of ours already.
+
+    Paths of local models become absolute, since mergekit's start elsewhere than ours.
+    Raises InputError where there is none: layers that stand elsewhere than in their models.
+    """
+    recipe = plan.recipe
+    if not is_mergekit(recipe.written):
+        return recipe.written
+    if recipe.slices and not _in_place(plan):
+        raise InputError(f"{recipe.source}: moerge's own recipes cannot move layers as these slices do: keep this file as it is")
+    places = {model.name: _place(model.location, recipe.folder) for model in plan.models}
+    sections = {output.name: _section(output) for output in plan.outputs if _is_float(output)} if recipe.moe is None else {}
+    weights, merge = _usual(sections.values()) if sections else ({}, {"method": recipe.method.name, **dict(recipe.method)})
+    overrides = _overrides(plan.outputs, sections, weights, merge)
+    experts = {name: _expert(places[name], weights.get(name, 1.0)) for name in recipe.experts}
+    return {
+        **({"base": places["base"]} if recipe.base else {}),
+        "experts": experts,
+        "merge": {**merge, **({"overrides": overrides} if overrides else {})},
+        **({"moe": _moe(recipe.moe)} if recipe.moe else {}),
+        **{key: value for key in ("dtype", "tokenizer", "config") if (value := getattr(recipe, key)) is not None},
+    }
+
+
+def _in_place(plan: Plan) -> bool:
+    """Whether every layer stands where it stood, and none is left out."""
+    model = next(model for model in plan.models if model.name == plan.recipe.config)
+    made = max(_number(output.name) for output in plan.outputs)
+    moved = any(source.tensor.name != output.name for output in plan.outputs for source in output.operation.sources)
+    return not moved and made == max(map(_number, model.tensors))
+
+
+def _number(name: str) -> int:
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _expert(place: str, weight: float) -> Any:
+    return place if weight == 1 else {"model": place, "weight": weight}
+
+
+def _place(location: str, folder: Path) -> str:
+    path = folder / Path(location).expanduser()
+    return os.path.abspath(path) if path.exists() else location
+
+
+def _is_float(output: Output) -> bool:
+    """Whether a tensor is merged: others are copied from the `config` model anyway."""
+    return output.dtype.is_float
+
+
+def _section(output: Output) -> Section:
+    """How a tensor is merged, as the keys of a `merge` section, with all weights."""
+    operation = output.operation
+    if isinstance(operation, Copy):
+        return {"method": "passthrough", "model": operation.source.model}
+    assert isinstance(operation, Merge)
+    names = [source.model for source in operation.experts]
+    if output.action == "convert" and isinstance(operation.method, Average):
+        return {"method": "passthrough", "model": names[0]}
+    settings = {
+        key: dict(zip(names, value, strict=True)) if isinstance(value, tuple) else value for key, value in operation.method
+    }
+    weighed = {"weights": dict(zip(names, operation.weights, strict=True))} if operation.method.uses_weights else {}
+    return {"method": operation.method.name, **settings, **weighed}
+
+
+def _usual(sections: Collection[Section]) -> tuple[Mapping[str, float], Section]:
+    """The weights and the settings that most tensors have."""
+    found = {repr(section): section for section in sections}
+    usual = dict(found[Counter(map(repr, sections)).most_common(1)[0][0]])
+    return usual.pop("weights", {}), usual
+
+
+def _overrides(
+    outputs: Sequence[Output], sections: Mapping[str, Section], weights: Mapping[str, float], merge: Section
+) -> list[Section]:
+    usual = repr(merge | ({"weights": dict(weights)} if weights else {}))
+    groups: dict[str, list[Output]] = {}
+    for output in outputs:
+        if output.name in sections and repr(sections[output.name]) != usual:
+            groups.setdefault(repr(sections[output.name]), []).append(output)
+    found = []
+    for group in groups.values():
+        section = sections[group[0].name]
+        own = {key: value for key, value in section.items() if section["method"] != merge["method"] or merge.get(key) != value}
+        if section.get("weights") == dict(weights):
+            own.pop("weights", None)
+        found += [{"match": pattern, **own} for pattern in _patterns(group, outputs)]
+    return found
+
+
+def _patterns(group: Sequence[Output], outputs: Sequence[Output]) -> list[str]:
+    """Few patterns that mean these tensors and no others: beginnings of roles where possible, else names."""
+    wanted = {output.name for output in group}
+    candidates: dict[str, None] = {}
+    for output in group:
+        parts = output.role.split(".") if output.role else []
+        layer, inner = (parts[:2], parts[2:]) if parts[:1] == ["layers"] else ([], parts)
+        candidates |= {".".join([*stem, *inner[:n]]): None for stem in ([], layer) for n in range(len(inner) + 1)}
+    means = {c: {output.name for output in outputs if matches(c, output.role, output.name)} for c in candidates if c}
+    chosen = []
+    for candidate, names in sorted(means.items(), key=lambda item: -len(item[1])):
+        if names and names <= wanted:
+            chosen.append(candidate)
+            wanted -= names
+    return chosen + sorted(wanted)
+
+
+def _moe(moe: MoE) -> Section:
+    router = {"kind": moe.router.kind, **_plain(moe.router.model_dump(exclude_defaults=True))}
+    return {**_plain(moe.model_dump(exclude={"router"}, exclude_unset=True)), "router": router}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
