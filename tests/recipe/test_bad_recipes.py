@@ -28,7 +28,7 @@ BAD = {
     "merge: {<<: {method: ties}, densty: 1}\n" + MODELS: ["line 1: merge.densty: unknown key for ties"],
     # unknown names
     MODELS + "merge: {method: tiess}\n": ["line 3: merge.method: unknown merge method 'tiess': did you mean 'ties'?"],
-    MODELS + "merge: {method: quux}\n": ["unknown merge method 'quux': known: average, dare, linear"],
+    MODELS + "merge: {method: quux}\n": ["unknown merge method 'quux': known: average, breadcrumbs, "],
     MODELS + "merge: {method: [ties]}\n": ["line 3: merge.method: unknown merge method"],
     MODELS + "moe: {router: {kind: randm}}\n": ["line 3: moe.router.kind: unknown router kind 'randm': did you mean 'random'?"],
     MODELS + "moe: {format: mixtrl}\n": ["line 3: moe.format: unknown MoE format 'mixtrl': did you mean 'mixtral'?"],
@@ -36,7 +36,10 @@ BAD = {
     MODELS + "dtype: bf16\n": ["line 3: dtype should be 'float32', 'float16' or 'bfloat16', not 'bf16'"],
     MODELS + "tokenizer: mth\n": ["line 3: tokenizer: 'mth' is not a model of this recipe, did you mean 'math'?"],
     MODELS + "config: cod\n": ["line 3: config: 'cod' is not a model of this recipe, did you mean 'code'?"],
-    MODELS + "tokenizer: union\n": ["line 3: tokenizer: 'union' is not a model of this recipe, known: base, code, math"],
+    "experts: {math: math, union: code}\ntokenizer: union\n": [
+        "line 1: experts.union: 'tokenizer: union' means the tokens of all models; call this expert something else"
+    ],
+    MODELS + "config: union\n": ["line 3: config: 'union' is not a model of this recipe, known: base, code, math"],
     # duplicate keys
     MODELS + "base: code\n": ["line 3: base appears twice (first in line 1): remove one"],
     "base: base\nexperts:\n  math: math\n  math: code\n": ["line 4: experts.math appears twice (first in line 3)"],
@@ -117,14 +120,16 @@ BAD = {
         "slerp merges exactly 2 models, not 3 (math, code, more)"
     ],
     MODELS + "merge: {overrides: [{match: attn, method: ties}]}\n": [
-        "merge.overrides: 'attn' matches no tensor that is merged, known: attention.k, attention.o"
+        "line 3: merge.overrides: 'attn' matches no tensor that is merged, known: attention.k, attention.o"
     ],
     MODELS + "merge: {overrides: [{match: ffn.dwn, method: ties}]}\n": [
         "'ffn.dwn' matches no tensor",
         "did you mean 'ffn.down'?",
     ],
     MODELS + "merge: {overrides: [{match: layers.2-9, method: ties}]}\n": ["'layers.2-9' matches no tensor that is merged"],
-    MODELS + "moe: {}\nmerge: {overrides: [{match: ffn, method: ties}]}\n": ["'ffn' matches no tensor that is merged"],
+    MODELS + "moe: {}\nmerge:\n  overrides:\n  - match: attention\n    method: ties\n  - match: ffn\n    method: ties\n": [
+        "line 8: merge.overrides: 'ffn' matches no tensor that is merged"
+    ],
     # models that are not there
     "base: bass\nexperts: {math: math}\n": ["base: there is no folder", "bass: did you mean 'base'?"],
     "base: ./zzz\nexperts: {math: math}\n": ["base: there is no folder", "zzz: check the path"],

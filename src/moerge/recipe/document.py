@@ -43,9 +43,13 @@ class Document:
 
     def error(self, path: Key, message: str) -> InputError:
         """An InputError that says where in the document the trouble is."""
-        known = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+        known = self.line(path)
         line = f", line {known}" if known else ""
         return InputError(f"{self.source}{line}: {dotted(path)}{message}")
+
+    def line(self, path: Key) -> int | None:
+        """The line of a key, or of the nearest one above it that has a line."""
+        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
 
     def build(self, model: type[Model], data: Mapping[str, Any], path: Key = ()) -> Model:
         """`model` validated from `data`, which stands at `path` in this document."""
@@ -72,16 +76,16 @@ def dotted(path: Key) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
-def read_document(path: Path) -> Document:
-    """Parse a YAML file; InputError if it is missing, not YAML, or not a mapping, or if a key appears twice."""
+def read_document(path: Path, what: str = "recipe") -> Document:
+    """Parse a YAML file, which messages call `what`; InputError if it is missing, no YAML, no mapping, or has a key twice."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"there is no recipe {path}: check the path") from None
+        raise InputError(f"there is no {what} {path}: check the path") from None
     except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot read the {what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise InputError(f"the recipe {path} is not UTF-8 text: save it as such") from None
+        raise InputError(f"the {what} {path} is not UTF-8 text: save it as such") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -93,6 +97,8 @@ def read_document(path: Path) -> Document:
         raise InputError(f"{path} is nested too deeply, or an alias in it contains itself") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        if "another document" in (error.problem or ""):
+            raise InputError(f"{path}{line}: a second document starts here: put each into a file of its own") from None
         raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, InputError):

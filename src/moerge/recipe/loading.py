@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
+from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, merge_method
+from moerge.methods.passthrough import Passthrough
 from moerge.moe.router import Router, router, routers
 from moerge.moe.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 from moerge.recipe.document import Document, Key, read_document, short
-from moerge.recipe.schema import MoE, Override, Recipe
+from moerge.recipe.learned import read_rule
+from moerge.recipe.mergekit import is_mergekit, read_mergekit
+from moerge.recipe.schema import UNION, MoE, Override, Recipe
 
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "learn")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
-    """A Recipe from a YAML file's path or from the same structure as a dict.
+    """A Recipe from a YAML file's path or from the same structure as a dict; mergekit's files are recipes too.
 
     `seed` replaces every seed in it. Raises InputError that names the line and key at fault.
     """
     if isinstance(recipe, Recipe):
+        if seed is None:
+            return recipe
         document, folder = Document(deepcopy(recipe.written), recipe.source), recipe.folder
     elif isinstance(recipe, Mapping):
         document, folder = Document(deepcopy(dict(recipe))), Path()
     else:
         document, folder = read_document(Path(recipe)), Path(recipe).parent
+    if is_mergekit(document.data):
+        return read_mergekit(document, seed=seed)
     if seed is not None:
         _set_seed(document.data, seed)
     return _build(document, folder)
@@ -60,6 +68,8 @@ def _build(document: Document, folder: Path) -> Recipe:
         fields["moe"] = _moe_section(document)
     whole = {**fields, "method": method, "overrides": overrides, "folder": folder, "source": document.source, "written": data}
     recipe = document.build(Recipe, whole)
+    if isinstance(method, Coefficients):
+        recipe = recipe.model_copy(update={"learned": read_rule(method, folder, tuple(recipe.experts))})
     _check(recipe, document)
     return recipe
 
@@ -88,8 +98,15 @@ def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...
         match = own.pop("match", None)
         if not isinstance(match, str) or not match:
             raise document.error(path, " needs a 'match': a role such as 'attention' or a tensor name with '*'")
+        weights = own.pop("weights", None) or {}
         merged = own if "method" in own else {**section, **own}
-        overrides.append(Override(match=match, method=_method(document, path, merged, seed)))
+        method_here = _method(document, path, merged, seed)
+        if isinstance(method_here, Coefficients):
+            raise document.error(
+                (*path, "method"), ": learned coefficients say themselves which tensors they are for: make them the main method"
+            )
+        fields = {"match": match, "method": method_here, "weights": weights, "line": document.line((*path, "match"))}
+        overrides.append(document.build(Override, fields, path))
     return method, tuple(overrides)
 
 
@@ -102,7 +119,7 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
         raise document.error((*path, "method"), f": {error}") from None
     unknown = next((key for key in parameters if key not in kind.model_fields), None)
     if unknown:
-        own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method"]
+        own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights"]
         raise document.error((*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}")
     if "seed" in kind.model_fields:
         parameters.setdefault("seed", seed)
@@ -149,15 +166,33 @@ def _check(recipe: Recipe, document: Document) -> None:
     if "base" in recipe.experts:
         raise document.error(("experts", "base"), ": 'base' is the name of the common ancestor; call this expert something else")
     names = ["base", *recipe.experts] if recipe.base else list(recipe.experts)
-    for key in ("tokenizer", "config"):
+    for key, choices in (("tokenizer", [*names, UNION]), ("config", names)):
         named = getattr(recipe, key)
-        if named is not None and named not in names:
-            raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, names)}")
+        if named is not None and named not in choices:
+            raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, choices)}")
+    if UNION in recipe.experts and recipe.tokenizer == UNION:
+        raise document.error(
+            ("experts", UNION), f": 'tokenizer: {UNION}' means the tokens of all models; call this expert something else"
+        )
     for name in recipe.calibration:
         if name not in names:
             raise document.error(("calibration", name), f" is not a model of this recipe, {suggest(name, names)}")
+    for name in recipe.learn.task_weights if recipe.learn else ():
+        if name not in names:
+            raise document.error(("learn", "task_weights", name), f" is not a model of this recipe, {suggest(name, names)}")
     for method in recipe.methods:
         _check_method(method, recipe, document)
+    _check_named(recipe.method, ("merge",), names, document)
+    for index, override in enumerate(recipe.overrides):
+        path: Key = ("merge", "overrides", index)
+        _check_named(override.method, path, names, document)
+        for name in override.weights:
+            if name not in recipe.experts:
+                raise document.error((*path, "weights", name), f" is not an expert, {suggest(name, recipe.experts)}")
+        if override.weights and not override.method.uses_weights:
+            raise document.error(
+                (*path, "weights"), f" have no effect on {override.method.name}, which ignores them: remove them"
+            )
     weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]
     if weighted and not any(method.uses_weights for method in recipe.methods):
         ignoring = recipe.method.name
@@ -166,7 +201,18 @@ def _check(recipe: Recipe, document: Document) -> None:
         _check_moe(recipe, document)
 
 
+def _check_named(method: MergeMethod, path: Key, names: Sequence[str], document: Document) -> None:
+    if isinstance(method, Passthrough) and method.model not in names:
+        raise document.error(
+            (*path, "model"), f": {method.model!r} is not a model of this recipe, {suggest(method.model, names)}"
+        )
+
+
 def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> None:
+    try:
+        method.check_experts(list(recipe.experts))
+    except InputError as error:
+        raise document.error(("merge",), f": {error}") from None
     if method.uses_task_vectors and recipe.base is None:
         raise document.error(
             ("merge",), f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'"

@@ -7,9 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
+from moerge.learn.settings import Learning
 from moerge.methods.method import Finite, MergeMethod
 from moerge.moe.router import Router
 from moerge.moe.sequence import FORMAT
+from moerge.recipe.rules import Choice, Matching, Rule
+
+UNION = "union"
+"""The value of `tokenizer` that asks for the tokens of all models."""
 
 
 class _Strict(BaseModel):
@@ -48,14 +53,43 @@ class MoE(_Strict):
 
 
 class Override(_Strict):
-    """Another method for the tensors that `match`: a role (`attention`, `layers.0-3.ffn.down`) or a tensor name with `*`."""
+    """Another method for the tensors that `match`: a role (`attention`, `layers.0-3.ffn.down`) or a tensor name with `*`.
+
+    `weights` replace the weights of the experts that it names. `line` is where the recipe's file has it.
+    """
 
     match: str
     method: InstanceOf[MergeMethod]
+    weights: dict[str, Finite] = Field(default_factory=dict)
+    line: int | None = None
+
+
+class Span(_Strict):
+    """The layers `start` to `stop` (not included) of a model, by its name in the recipe."""
+
+    model: str
+    start: int = Field(ge=0)
+    stop: int
+
+
+class Slice(_Strict):
+    """Layers of the result, merged from as many layers of each source; `base` names the one that is the common ancestor."""
+
+    sources: tuple[Span, ...] = Field(min_length=1)
+    base: str | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+        return self.sources[0].stop - self.sources[0].start
 
 
 class Recipe(_Strict):
-    """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it."""
+    """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it.
+
+    A file of another program's gives `settings`, which decide instead of `method` and `overrides`; `slices`, of which a dense
+    model is stacked; and, in `notes` and `warnings`, what its reader should know.
+    """
 
     base: str | None = Field(default=None, min_length=1)
     experts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")], Annotated[Expert, BeforeValidator(_expert)]] = Field(
@@ -71,6 +105,12 @@ class Recipe(_Strict):
     folder: Path = Path()
     source: str = "recipe"
     written: dict[str, Any] = Field(default_factory=dict)
+    learn: Learning | None = None
+    learned: InstanceOf[Rule] | None = None
+    settings: InstanceOf[Rule] | None = None
+    slices: tuple[Slice, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def includes_base(self) -> bool:
@@ -87,4 +127,13 @@ class Recipe(_Strict):
     @property
     def methods(self) -> tuple[MergeMethod, ...]:
         """The main method and those of the overrides."""
-        return (self.method, *(override.method for override in self.overrides))
+        *special, general = self.rules
+        return tuple(method for rule in (general, *special) for method in rule.methods)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What decides about each tensor, in the order it is asked."""
+        if self.settings is not None:
+            return (self.settings,)
+        overrides = (Matching(override.match, Choice(override.method, override.weights)) for override in self.overrides)
+        return (*overrides, self.learned or Matching("", Choice(self.method)))

@@ -1,0 +1,99 @@
+"""What files for `mergekit-yaml` and `mergekit-moe` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moerge.errors import suggest
+from moerge.recipe.document import Document, Key, short
+from moerge.recipe.mergekit.models import Reference, Roster, read_reference
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def check_keys(document: Document, path: Key, section: Mapping[str, Any], known: Sequence[str]) -> None:
+    """InputError for a key that mergekit would silently ignore."""
+    for key in section:
+        if key not in known:
+            raise document.error((*path, str(key)), f": unknown key in a mergekit file, {suggest(str(key), known)}")
+
+
+def mapping(document: Document, path: Key, value: Any) -> dict[str, Any]:
+    """A section with text for keys; empty where there is none."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise document.error(path, f" should be a mapping, not {short(value)}")
+    return {str(key): item for key, item in value.items()}
+
+
+def listed(document: Document, path: Key, value: Any = None) -> list[Any]:
+    """A list that is not empty; without `value` the one at the top level."""
+    value = document.data.get(str(path[0])) if len(path) == 1 else value
+    if not isinstance(value, list) or not value:
+        raise document.error(path, f" should be a list of models, not {short(value)}")
+    return value
+
+
+def read_dtype(document: Document) -> str | None:
+    """The result's element type: `out_dtype`, else `dtype`."""
+    used = None
+    for key in ("dtype", "out_dtype"):
+        written = document.data.get(key)
+        if written is not None:
+            used = str(written).removeprefix("torch.")
+            if used not in _DTYPES:
+                raise document.error((key,), f" should be one of {', '.join(_DTYPES)}, not {short(written)}")
+    return used
+
+
+def read_seed(document: Document) -> int:
+    """`random_seed`, which mergekit takes from its command line instead."""
+    seed = document.data.get("random_seed", 0)
+    if type(seed) is not int:
+        raise document.error(("random_seed",), f" should be a whole number, not {short(seed)}")
+    return seed
+
+
+def read_tokenizer(document: Document, names: Mapping[str, str], warnings: list[str]) -> str | None:
+    """Our `tokenizer` from `tokenizer_source` or `tokenizer`, by the models' names here; a chat template is left to the user."""
+    data = document.data
+    if data.get("chat_template") is not None:
+        source = data.get("tokenizer_source") or "the tokenizer's model"
+        warnings.append(f"'chat_template' is not applied: the chat template is that of {source}; write your own into the result")
+    if data.get("tokenizer_source") is not None and data.get("tokenizer") is not None:
+        raise document.error(("tokenizer",), ": there is a 'tokenizer_source' already: remove one")
+    path: Key = ("tokenizer_source",)
+    written = data.get("tokenizer_source")
+    if isinstance(data.get("tokenizer"), str):  # as in our recipes, whose messages suggest it
+        path, written = ("tokenizer",), data["tokenizer"]
+    elif data.get("tokenizer") is not None:
+        section = mapping(document, ("tokenizer",), data["tokenizer"])
+        check_keys(document, ("tokenizer",), section, ("source", "tokens", "pad_to_multiple_of"))
+        for key in ("tokens", "pad_to_multiple_of"):
+            if section.get(key):
+                raise document.error(("tokenizer", key), " is not supported: moerge matches rows by token and keeps their number")
+        path, written = ("tokenizer", "source"), section.get("source", "union")
+    if written in (None, "union"):
+        return written
+    reference = "base" if written == "base" else str(read_reference(document, path, written))
+    if reference not in names:
+        raise document.error(path, f": {reference!r} is not a model of this file, {suggest(reference, [*names, 'union'])}")
+    return names[reference]
+
+
+def roster_experts(
+    document: Document, roster: Roster, base: Reference | None, *, named_base: str | None
+) -> tuple[dict[str, Any], str | None]:
+    """Our `experts` and `base`: a base that is merged like the others is only an expert, unless adapters lie on it."""
+    experts = {}
+    for reference, name in roster.names.items():
+        if reference.adapter and (base is None or base.adapter or reference.model != base.model):
+            message = f": the adapter {reference.adapter} lies on {reference.model}: only adapters on the base can be merged"
+            raise document.error(("base_model",), message)
+        experts[name] = {"model": reference.adapter or reference.model}
+    if base is not None and base.adapter:
+        raise document.error(("base_model",), f": the base should be a whole model, not the adapter {base.adapter} on one")
+    apart = named_base == "base" or any(reference.adapter for reference in roster.names)
+    return experts, base.model if base is not None and apart else None

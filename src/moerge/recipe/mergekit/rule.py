@@ -1,0 +1,88 @@
+"""What decides about each tensor of a mergekit file: the parameters of its models, its slices and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moerge.methods.method import MergeMethod, merge_method
+from moerge.recipe.document import Document, Key
+from moerge.recipe.mergekit.methods import REQUIRED, Foreign, Values
+from moerge.recipe.mergekit.parameters import Settings, Value, resolve
+from moerge.recipe.rules import Choice, Place, Rule
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in a slice: its name, its layers, its own parameters, and where it stands in the file."""
+
+    model: str
+    layers: tuple[int, int] | None
+    settings: Settings
+    path: Key
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice, or all models of a file without slices; `base` is the model that the others are compared with."""
+
+    sources: tuple[Source, ...]
+    settings: Settings
+    base: str | None
+
+    @property
+    def merged(self) -> tuple[Source, ...]:
+        """The models that have weights."""
+        return tuple(source for source in self.sources if source.model != self.base)
+
+
+@dataclass(frozen=True)
+class MergekitRule(Rule):
+    """Decides about every tensor, by the filters and gradients of a mergekit file."""
+
+    name: str
+    foreign: Foreign
+    parts: tuple[Part, ...]
+    settings: Settings
+    seed: int
+    document: Document
+
+    @property
+    def methods(self) -> tuple[MergeMethod, ...]:
+        """Our method, with its own defaults: what it is set to depends on the tensor."""
+        nominal = {key: 1.0 if p.default in (REQUIRED, None) else p.default for key, p in self.foreign.parameters.items()}
+        target = self.foreign.target(nominal, [nominal])
+        return (merge_method(target.method)(),)
+
+    def choose(self, place: Place) -> Choice:
+        """The method with the settings for this tensor, and the weights of its models."""
+        part = self.parts[place.slice_index]
+        wide = (part.settings, self.settings)
+        shared_keys = [key for key, parameter in self.foreign.parameters.items() if not parameter.each]
+        shared = {key: self._value(key, wide, place.name, place.depth) for key in shared_keys}
+        each = [self._values_of(source, wide, place) for source in part.merged]
+        target = self.foreign.target(shared, each)
+        kind, settings = merge_method(target.method), dict(target.settings)
+        if "seed" in kind.model_fields:
+            settings["seed"] = self.seed
+        if target.method == "passthrough":
+            settings["model"] = part.sources[0].model
+        names = [source.model for source in part.merged]
+        by_name = {key: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for key, v in settings.items()}
+        method = self.document.build(kind, by_name, ("parameters",))
+        return Choice(method, dict(zip(names, target.weights, strict=True)))
+
+    def _values_of(self, source: Source, wide: Sequence[Settings], place: Place) -> Values:
+        scopes, name = (source.settings, *wide), place.inputs[source.model]
+        own = [key for key, parameter in self.foreign.parameters.items() if parameter.each]
+        return {key: self._value(key, scopes, name, place.depth, source) for key in own}
+
+    def _value(self, key: str, scopes: Sequence[Settings], name: str, depth: float, source: Source | None = None) -> Value | None:
+        found = resolve(key, scopes, name, depth)
+        default = self.foreign.parameters[key].default
+        if found is None and default is REQUIRED:
+            path: Key = ("parameters",) if source is None else source.path
+            owner = f" in {source.model}" if source else ""
+            raise self.document.error(path, f": {self.name} needs a {key!r}, and there is none for {name!r}{owner}: add one")
+        value: Value | None = default if found is None else found
+        return value
