@@ -16,3 +16,7 @@ Threads = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint comes with.")]
+For = Annotated[
+    list[str],
+    typer.Option("--for", metavar="CLIENT", help="A program that is to run the result; may be repeated.", show_default=False),
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 
 from moerge.cli.console import as_count, as_size, as_time, new_table, print_json, print_warnings
+from moerge.cli.show_adapters import adapter_rows
 from moerge.inspection import Inspection, Verification
 from moerge.pipeline import MergeResult
 from moerge.planning.plan import Plan
@@ -27,28 +28,34 @@ def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
     )
     table = new_table("model", "location", "type", "size", "dtype")
     for model in planned.models:
-        dtypes = ", ".join(sorted({tensor.dtype.name for tensor in model.tensors.values()}))
-        table.add_row(model.name, model.location, model.model_type, as_size(model.nbytes), dtypes)
+        table.add_row(model.name, model.location, model.model_type, as_size(model.nbytes), model.stored_as)
     console.print(table)
     table = new_table("operation", "tensors", "output", "hyperparameters")
-    for row in _operations(planned):
-        table.add_row(*row)
+    for row in planned.operations:
+        table.add_row(row["action"], str(row["tensors"]), as_size(row["bytes"]), row["hyperparameters"])
     console.print(table)
+    time = as_time(planned.seconds)
+    if planned.fitted:
+        time += f" (the router very roughly {as_time(planned.router_seconds)} of it)"
     console.print(
         f"reads {as_size(planned.input_bytes)}, writes {as_size(planned.output_bytes)}, "
-        f"memory below {as_size(planned.memory_bytes(threads))} with {threads} threads, roughly {as_time(planned.seconds)}",
+        f"memory below {as_size(planned.memory_bytes(threads))} with {threads} threads, roughly {time}",
         highlight=False,
     )
     for note in planned.notes:
-        console.print(note, highlight=False)
+        console.print(escape(note), highlight=False)
     print_warnings(planned.warnings)
 
 
-def _operations(planned: Plan) -> Sequence[tuple[str, str, str, str]]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for output in planned.outputs:
-        groups.setdefault((output.action, output.hyperparameters), []).append(output.nbytes)
-    return [(action, str(len(sizes)), as_size(sum(sizes)), parameters) for (action, parameters), sizes in groups.items()]
+def recipe(planned: Plan) -> None:
+    """Print a plan's recipe in moerge's own format, as YAML."""
+    import yaml
+
+    from moerge.planning.equivalent import equivalent_recipe
+
+    plain = json.loads(json.dumps(equivalent_recipe(planned)))  # without anchors
+    sys.stdout.write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    print_warnings(planned.warnings)
 
 
 def merge(result: MergeResult, *, quiet: bool, as_json: bool) -> None:
@@ -93,16 +100,22 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
     console.print(f"[bold]{escape(str(found.checkpoint.folder))}[/bold]", highlight=False)
     table = new_table("", "")
     table.show_header = False
-    table.add_row("family", family)
+    if found.adapter:
+        adapter_rows(table, found.adapter)
+    else:
+        table.add_row("family", family)
     table.add_row("parameters", f"{found.parameters:,} ({as_size(found.checkpoint.nbytes)})")
     table.add_row("stored as", ", ".join(f"{name} {as_count(size)}" for name, size in found.dtypes.items()))
-    table.add_row("layers, width", f"{facts['layers']}, {facts['hidden_size']}")
-    table.add_row("embeddings", "tied" if facts["tied_embeddings"] else "untied")
-    tokens = f"{found.vocabulary:,} tokens" if found.vocabulary else "not readable as a table" if found.files else "none"
+    if not found.adapter:
+        table.add_row("layers, width", f"{facts['layers']}, {facts['hidden_size']}")
+        table.add_row("embeddings", "tied" if facts["tied_embeddings"] else "untied")
+    rows = f", {facts['vocab_size']:,} rows" if isinstance(facts["vocab_size"], int) else ""
+    tokens = f"{found.vocabulary:,} tokens{rows}" if found.vocabulary else "not readable as a table" if found.files else "none"
     table.add_row("tokenizer", tokens)
     if found.manifest:
         made = found.manifest
-        method = (made["recipe"].get("merge") or {}).get("method", "average")
+        recipe = made["recipe"]
+        method = recipe.get("merge_method") or (recipe.get("merge") or {}).get("method", "average")
         table.add_row("made by", f"moerge {made['versions']['moerge']}, {method} of {', '.join(made['models'])}")
         if made["experts"]:
             table.add_row("experts", ", ".join(f"{index} {name}" for index, name in enumerate(made["experts"])))

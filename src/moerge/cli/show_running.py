@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from moerge.cli.console import as_percent, new_table, print_json
+from moerge.cli.console import as_percent, new_table, print_json, print_warnings
 from moerge.inference.generation import Generation
 from moerge.inference.routes import Routes
 
@@ -22,18 +22,27 @@ def routes(found: Routes, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
         return
+    print_warnings(found.warnings)
     console = Console()
-    table = new_table("text", "documents", *found.experts, "entropy", "accuracy")
+    judged = ["oracle"] if found.oracle_accuracy is not None else []
+    table = new_table("text", "docs", *found.experts, "entropy", "accuracy", *judged)
     for column in table.columns[1:]:
         column.justify = "right"
     for text in found.texts:
-        shares = [f"{100 * alpha:.1f} ({100 * first:.0f})" for alpha, first in zip(text.alpha_E, text.first_E, strict=True)]
-        table.add_row(text.name, str(text.documents), *shares, f"{text.entropy:.2f}", as_percent(text.accuracy))
-    table.add_row("mean", "", *(f"{100 * alpha:.1f}" for alpha in found.load_E), "", as_percent(found.accuracy))
+        shares = [f"{100 * alpha:.0f} ({100 * first:.0f})" for alpha, first in zip(text.alpha_E, text.first_E, strict=True)]
+        oracle = [as_percent(text.oracle_accuracy)] if judged else []
+        table.add_row(text.name, str(text.documents), *shares, f"{text.entropy:.2f}", as_percent(text.accuracy), *oracle)
+    oracle = [as_percent(found.oracle_accuracy)] if judged else []
+    table.add_row("mean", "", *(f"{100 * alpha:.0f}" for alpha in found.load_E), "", as_percent(found.accuracy), *oracle)
     console.print(table)
+    console.print(_legend(found), highlight=False)
+
+
+def _legend(found: Routes) -> str:
     per = "sequences" if found.level == "sequence" else "tokens and layers"
-    console.print(
-        f"mean weight in %, in brackets the share of {per} for which an expert is first; load balance {found.balance:.2f} "
-        f"(1: even, {len(found.experts)}: all to one)",
-        highlight=False,
+    oracle = "; oracle: it is the one with the lowest loss on the document" if found.oracle_accuracy is not None else ""
+    return (
+        f"mean weight in %, in brackets the share of {per} for which an expert is first; "
+        f"accuracy: the first expert is the text's own{oracle}; "
+        f"load balance {found.balance:.2f} (1: even, {len(found.experts)}: all to one)"
     )

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moerge.cli.options import AsJson, CheckpointName, Quiet, RecipeFile, Seed, Threads
+from moerge.cli.options import AsJson, CheckpointName, For, Quiet, RecipeFile, Seed, Threads
 
 
-def plan(recipe: RecipeFile, seed: Seed = None, threads: Threads = None, json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    clients: For = [],  # noqa: B006
+    seed: Seed = None,
+    threads: Threads = None,
+    json: AsJson = False,
+    as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a mergekit file as a recipe of moerge's own.")] = False,
+) -> None:
     """Print what a recipe amounts to; no tensor is read."""
     from moerge.cli import show
     from moerge.pipeline import default_threads
     from moerge.pipeline import plan as make_plan
 
-    planned = make_plan(recipe, seed=seed)
+    planned = make_plan(recipe, seed=seed, clients=clients)
+    if as_recipe:
+        show.recipe(planned)
+        return
     show.plan(planned, threads or default_threads(), as_json=json)
 
 
 def merge(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    clients: For = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge into OUT.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that moerge made in OUT.")] = False,
     seed: Seed = None,
@@ -45,10 +57,17 @@ def merge(
         "threads": threads,
         "max_shard_bytes": parse_size(max_shard_size),
         "allow_nonfinite": allow_nonfinite,
+        "clients": clients,
     }
     loaded = load_recipe(recipe, seed=seed)
-    with Progress("merging", quiet=quiet) as progress:
-        result = run_merge(loaded, out, progress=lambda planned: progress.start(planned.work_bytes), **options)
+    with Progress("merging", quiet=quiet) as merging, Progress("calibrating", quiet=quiet, unit="texts") as texts:
+
+        def calibrating(count: int) -> Callable[[int], None]:
+            merging.finish()
+            return texts.start(count)
+
+        options |= {"progress": lambda planned: merging.start(planned.work_bytes), "calibrating": calibrating}
+        result = run_merge(loaded, out, **options)
     show.merge(result, quiet=quiet, as_json=json)
 
 

@@ -37,15 +37,30 @@ def route(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write route.json and route.csv here.", show_default=False)
     ] = None,
+    oracle: Annotated[
+        bool,
+        typer.Option("--oracle/--no-oracle", help="Also run each expert alone, to see which has the lowest loss."),
+    ] = True,
+    allow_calibration_text: Annotated[
+        bool, typer.Option("--allow-calibration-text", help="Go on where a text was used to calibrate the checkpoint.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Show how a MoE routes texts: the share of each expert, accuracy, entropy, and balance."""
+    """Show how a MoE routes texts: the share of each expert, accuracy against domain and oracle, entropy, and balance."""
     from moerge.cli import show_running
     from moerge.inference.routes import parse_texts
     from moerge.inference.routes import route as run_route
 
-    found = run_route(checkpoint, parse_texts(text), limit=limit, tokens=tokens, trust_remote_code=trust_remote_code)
+    found = run_route(
+        checkpoint,
+        parse_texts(text),
+        limit=limit,
+        tokens=tokens,
+        oracle=oracle,
+        allow_calibration_text=allow_calibration_text,
+        trust_remote_code=trust_remote_code,
+    )
     if out is not None:
         found.write(out)
     show_running.routes(found, as_json=json)

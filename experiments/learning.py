@@ -1,0 +1,244 @@
+"""Expert Merging's table in small: learned coefficients against tuned and untuned merges of the demo's experts.
+
+    python experiments/learning.py --seeds 0 1 2 --work DIR --results experiments/results/learning.json
+
+For each seed: train the demo's base and experts, merge them in every way, and measure each result on held-out text of every
+expert's domain: perplexity, and KL(expert || merged) in nats a token. What is tuned or learned sees N texts of each expert's
+training text, N = 5, 10, 50; nothing sees the held-out text, but for the row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import moerge
+from moerge.demo.progress import counting
+from moerge.demo.runtime import import_models_extra, load, settled
+from moerge.demo.text import Corpus, make_corpora, write_corpora
+from moerge.demo.train import pack, total_steps, train_models
+from moerge.learn.run import learn
+from moerge.recipe import load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+EXPERTS = ("math", "code", "knowledge")
+TEXTS = (5, 10, 50)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ROW, ROWS = 128, 40
+"""Tokens of a row of held-out text, and rows of each domain."""
+PUBLISHED = {"tokens": ROW, "heldout": 0.0, "gamma": 0.8}
+LONGER = {"tokens": ROW, "heldout": 0.2, "gamma": 0.05, "epochs": 20, "learning_rate": 0.1, "patience": 10}
+"""Published settings: one epoch, learning rate 0.5. Longer: many small steps, stopped by held-out calibration text."""
+Measured = dict[str, float]
+
+
+def main() -> None:
+    """Run the seeds, print the table, write JSON and Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies text and training steps")
+    parser.add_argument("--work", type=Path, required=True, help="where models and merges are kept")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learning.json")
+    options = parser.parse_args()
+    import_models_extra()
+    found: dict[str, dict[int, Measured]] = {}
+    for seed in options.seeds:
+        begun = time.perf_counter()
+        for name, measured in run_seed(seed, options.scale, options.work / f"seed-{seed}-scale-{options.scale:g}").items():
+            found.setdefault(name, {})[seed] = measured
+        report(found, options, Console(width=130))
+        print(f"seed {seed}: {time.perf_counter() - begun:.0f} s")
+
+
+def run_seed(seed: int, scale: float, folder: Path) -> dict[str, Measured]:
+    """Train unless `folder` holds the models, merge, learn, measure."""
+    corpora = make_corpora(seed, scale=scale)
+    if not (folder / "trained").exists():
+        write_corpora(corpora, folder / "text")
+        with counting(total_steps(scale)) as advance:
+            train_models(corpora, folder / "models", seed=seed, scale=scale, on_step=lambda name, loss: advance(name))
+        (folder / "trained").touch()
+    with settled(seed):
+        heldout = {expert: _rows(folder, corpora[expert].heldout) for expert in EXPERTS}
+        experts = {expert: _logits(folder / "models" / expert, heldout[expert]) for expert in EXPERTS}
+
+        def measure(name: str) -> Measured:
+            return _measure(folder / name, heldout, experts)
+
+        found = {"base": measure("models/base")}
+        found["each expert on its own text"] = {"perplexity": _own(heldout, experts), "kl": 0.0}
+        found |= _training_free(folder, seed, measure)
+        for texts in TEXTS:
+            found |= _tuned(folder, corpora, texts, measure)
+            found |= _learned(folder, seed, texts, measure)
+        return found
+
+
+def _recipe(folder: Path, merge: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
+    models, text = (folder / "models").resolve(), (folder / "text").resolve()
+    return {
+        "base": str(models / "base"),
+        "experts": {expert: str(models / expert) for expert in EXPERTS},
+        "merge": dict(merge),
+        "calibration": {expert: str(text / expert / "train.jsonl") for expert in EXPERTS},
+        "dtype": "float32",
+        **sections,
+    }
+
+
+def _training_free(folder: Path, seed: int, measure: Callable[[str], Measured]) -> dict[str, Measured]:
+    recipes: dict[str, Mapping[str, Any]] = {
+        "average": {"method": "average"},
+        "TIES, density 0.8, scale 1/3": {"method": "ties", "density": 0.8, "scale": 1 / 3},
+        "TIES, density 0.2, scale 1": {"method": "ties", "density": 0.2, "scale": 1.0, "aggregate": "mean"},
+        "DARE, density 0.8, scale 1/3": {"method": "dare", "density": 0.8, "scale": 1 / 3, "seed": seed},
+    }
+    recipes |= {f"task arithmetic, scale {scale:g}": {"method": "task_arithmetic", "scale": scale} for scale in SCALES}
+    found = {}
+    for name, merge in recipes.items():
+        moerge.merge(_recipe(folder, merge), folder / "merged" / _slug(name), force=True)
+        found[name] = measure(f"merged/{_slug(name)}")
+    best = min(SCALES, key=lambda scale: found[f"task arithmetic, scale {scale:g}"]["perplexity"])
+    found["task arithmetic, best scale on the held-out text itself"] = {
+        **found[f"task arithmetic, scale {best:g}"],
+        "scale": best,
+    }
+    return found
+
+
+def _tuned(folder: Path, corpora: Mapping[str, Corpus], texts: int, measure: Callable[[str], Measured]) -> dict[str, Measured]:
+    """Task arithmetic with the scale that is best on the texts that learning gets."""
+    seen = {expert: _documents(folder, corpora[expert].train[:texts]) for expert in EXPERTS}
+    losses = {}
+    for scale in SCALES:
+        model = load(folder / "merged" / _slug(f"task arithmetic, scale {scale:g}")).eval()
+        losses[scale] = statistics.fmean(_nats(model, seen[expert]) for expert in EXPERTS)
+    best = min(SCALES, key=lambda scale: losses[scale])
+    found = measure(f"merged/{_slug(f'task arithmetic, scale {best:g}')}")
+    return {f"task arithmetic, tuned on {texts} texts": {**found, "scale": best}}
+
+
+def _learned(folder: Path, seed: int, texts: int, measure: Callable[[str], Measured]) -> dict[str, Measured]:
+    start = {"method": "task_arithmetic", "scale": 0.3}
+    settings: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+        "Expert Merging, published settings": ({**start, "scale": 0.1}, PUBLISHED),
+        "AdaMerging": (start, {**LONGER, "objective": "entropy", "gamma": 0.0}),
+        "Expert Merging": (start, LONGER),
+        "Expert Merging++": (start, {**LONGER, "extra": 1.0}),
+        "Expert Merging, layers": (start, {**LONGER, "granularity": "layer"}),
+        "Expert Merging, TIES directions": ({"method": "ties", "density": 0.8, "scale": 0.3}, LONGER),
+        "Expert Merging, DARE directions": ({"method": "dare", "density": 0.8, "scale": 0.3, "seed": seed}, LONGER),
+    }
+    found = {}
+    for name, (merge, learning) in settings.items():
+        full, out = f"{name}, {texts} texts", folder / "learned" / _slug(f"{name} {texts}")
+        recipe = load_recipe(_recipe(folder, merge, learn={**learning, "texts": texts, "seed": seed}))
+        begun = time.perf_counter()
+        result = learn(recipe, out, force=True)
+        seconds = time.perf_counter() - begun
+        found[full] = {**measure(f"learned/{out.name}"), "seconds": seconds, **result.coefficients.means()}
+    return found
+
+
+def _slug(name: str) -> str:
+    name = name.replace("++", " plus plus")
+    return "-".join("".join(character if character.isalnum() or character == "." else " " for character in name).split())
+
+
+def _rows(folder: Path, documents: list[str]) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    stream = pack(AutoTokenizer.from_pretrained(folder / "models" / "base"), documents)
+    return stream[: len(stream) // ROW * ROW].view(-1, ROW)[:ROWS]
+
+
+def _documents(folder: Path, documents: list[str]) -> list[torch.Tensor]:
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "models" / "base")
+    rows = [tokenizer(document, truncation=True, max_length=ROW)["input_ids"] for document in documents]
+    return [torch.tensor([ids]) for ids in rows if len(ids) > 1]
+
+
+def _logits(checkpoint: Path, rows_RT: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        logits: torch.Tensor = load(checkpoint).eval()(input_ids=rows_RT, use_cache=False).logits.float()
+    return logits[:, :-1]
+
+
+def _nats(model: Any, documents: list[torch.Tensor]) -> float:
+    import torch
+    import torch.nn.functional as F
+
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids_1T in documents:
+            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+            total += F.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum").item()
+            tokens += ids_1T.shape[1] - 1
+    return total / tokens
+
+
+def _measure(checkpoint: Path, heldout: Mapping[str, torch.Tensor], experts: Mapping[str, torch.Tensor]) -> Measured:
+    """Geometric mean perplexity and mean KL over the experts' domains."""
+    import torch.nn.functional as F
+
+    nats, kl = [], []
+    for expert, rows_RT in heldout.items():
+        log_NV = _logits(checkpoint, rows_RT).flatten(0, 1).log_softmax(-1)
+        nats.append(F.nll_loss(log_NV, rows_RT[:, 1:].flatten()).item())
+        theirs_NV = experts[expert].flatten(0, 1).log_softmax(-1)
+        kl.append((theirs_NV.exp() * (theirs_NV - log_NV)).sum(-1).mean().item())
+    return {"perplexity": math.exp(statistics.fmean(nats)), "kl": statistics.fmean(kl)}
+
+
+def _own(heldout: Mapping[str, torch.Tensor], experts: Mapping[str, torch.Tensor]) -> float:
+    import torch.nn.functional as F
+
+    pairs = [(experts[expert].flatten(0, 1), rows_RT[:, 1:].flatten()) for expert, rows_RT in heldout.items()]
+    return math.exp(statistics.fmean(F.cross_entropy(logits, ids).item() for logits, ids in pairs))
+
+
+def report(found: Mapping[str, Mapping[int, Measured]], options: Any, console: Console) -> None:
+    """Mean and standard deviation over seeds, as a table, Markdown and JSON."""
+    table = Table("model", "perplexity", "KL to the expert", "scale or mean coefficients", box=SIMPLE_HEAD)
+    lines = ["| model | perplexity | KL to the expert, nats | scale or mean coefficients |", "|---|---|---|---|"]
+    for name, by_seed in found.items():
+        cells = [_spread([measured[key] for measured in by_seed.values()]) for key in ("perplexity", "kl")]
+        keys = [key for key in ("scale", *EXPERTS) if key in next(iter(by_seed.values()))]
+        cells.append(", ".join(f"{statistics.fmean(m[key] for m in by_seed.values()):.2f}" for key in keys))
+        table.add_row(name, *cells)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    console.print(table)
+    data = {
+        "seeds": sorted(next(iter(found.values()))),
+        "scale": options.scale,
+        "settings": {"published": PUBLISHED, "longer": LONGER},
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps({**data, "models": found}, indent=1) + "\n")
+    title = f"# Learned coefficients: held-out text, mean ± standard deviation over seeds {data['seeds']}"
+    options.results.with_suffix(".md").write_text("\n".join([title, "", *lines]) + "\n")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()

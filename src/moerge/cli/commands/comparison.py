@@ -1,0 +1,35 @@
+"""Comparing experts before they are merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moerge.cli.options import AsJson, Quiet, RecipeFile, Threads
+
+
+def compare(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option("--out", help="Write tables and figures into this folder.", show_default=False)] = None,
+    density: Annotated[
+        float | None,
+        typer.Option("--density", help="What TIES is asked about; default: the recipe's, or 1.", show_default=False),
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Show how alike a recipe's experts are, per layer and role, and which roles can be merged."""
+    from moerge.analysis import compare as run_compare
+    from moerge.cli import show_comparison
+    from moerge.cli.progress import Progress
+
+    with Progress("comparing", quiet=quiet) as progress:
+        found = run_compare(recipe, density=density, threads=threads, progress=progress.start)
+    written = found.write(out) if out is not None else ()
+    show_comparison.comparison(found, written, quiet=quiet, as_json=json)
+
+
+COMMANDS = (compare,)

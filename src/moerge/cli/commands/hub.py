@@ -1,0 +1,43 @@
+"""Publishing checkpoints on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moerge.cli.options import AsJson, Quiet
+
+
+def push(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository, owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    revision: Annotated[str, typer.Option("--revision", help="The branch; made where it does not exist.")] = "main",
+    message: Annotated[
+        str | None, typer.Option("--message", help="Of the commit; default: that moerge merged it.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and list what would be uploaded; send nothing.")] = False,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Verify a checkpoint and upload its own files to the Hugging Face Hub, in one commit."""
+    import sys
+
+    from moerge import hub
+    from moerge.checkpoint.reader import open_folder
+    from moerge.cli import show_hub
+    from moerge.cli.progress import Progress
+
+    with Progress("verifying", quiet=quiet) as progress:
+        advance = progress.start(open_folder(checkpoint).nbytes)
+        upload = hub.prepare(checkpoint, repo, revision=revision, progress=advance)
+    if dry_run:
+        show_hub.pushed(hub.Pushed(upload), quiet=quiet, as_json=json)
+        return
+    shown = not quiet and not json and sys.stderr.isatty()
+    show_hub.pushed(hub.push(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
+
+
+COMMANDS = (push,)

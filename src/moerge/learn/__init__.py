@@ -1,0 +1,1 @@
+"""Merging coefficients learned from unlabelled text: Expert Merging, Expert Merging++ (arXiv 2509.25712) and AdaMerging."""

@@ -1,0 +1,116 @@
+"""`moerge learn`: coefficients first, then an ordinary merge with them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moerge.learn.coefficients import FILE, Coefficients
+from moerge.learn.settings import Learning
+from moerge.methods.coefficients import Coefficients as CoefficientsMethod
+from moerge.moe.running import require_models_extra
+from moerge.pipeline import MergeResult, check_target, merge
+from moerge.planning.build import build_plan
+from moerge.planning.plan import Plan
+from moerge.recipe.learned import Learnt
+from moerge.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from moerge.learn.flow import Learned
+    from moerge.learn.watch import Watch
+
+CURVE, FIGURE = "learning.csv", "coefficients.svg"
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """A finished checkpoint, and the coefficients that it was merged with."""
+
+    merged: MergeResult
+    coefficients: Coefficients
+    stages: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures for `--json`."""
+        return {
+            **self.merged.to_json(),
+            "coefficients": str(self.merged.folder / FILE),
+            "mean_coefficients": self.coefficients.means(),
+            "initial": self.coefficients.fixed,
+            "stages": list(self.stages),
+            "warnings": [*self.merged.plan.warnings, *self.warnings],
+        }
+
+
+def learn(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    force: bool = False,
+    watch: Watch | None = None,
+    progress: Callable[[Plan], Callable[[int], None]] | None = None,
+) -> LearnResult:
+    """Learn coefficients as the recipe's `learn` section says, merge with them, and write the checkpoint folder `out`.
+
+    The folder also gets the coefficients, the learning curve, and a figure where matplotlib is installed. Should the merge
+    fail, the coefficients stay beside it. Raises InputError for bad input, MachineError for a full or failing disk.
+    """
+    require_models_extra("learning")
+    from moerge.learn.flow import learn_coefficients
+    from moerge.learn.slots import check_recipe
+
+    target, settings = Path(out).absolute(), recipe.learn or Learning()
+    check_recipe(recipe)
+    whole = build_plan(recipe, weights=True)
+    check_target(whole, target, resume=False, force=force)
+    dense = whole if recipe.moe is None else build_plan(recipe.model_copy(update={"moe": None}), weights=True)
+    learned = learn_coefficients(recipe, dense, settings, watch)
+    kept = target.with_name(f"{target.name}.{FILE}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    learned.coefficients.write(kept)
+    plan = build_plan(with_coefficients(recipe, learned.coefficients), weights=True)
+    plan = replace(
+        plan,
+        files={**plan.files, **_files(learned)},
+        calibration=(*plan.calibration, *learned.texts),
+        warnings=(*plan.warnings, *learned.warnings),
+    )
+    merged = merge(plan, target, force=force, progress=progress)
+    kept.unlink()
+    return LearnResult(merged, learned.coefficients, tuple(learned.coefficients.learning["stages"]), learned.warnings)
+
+
+def with_coefficients(recipe: Recipe, found: Coefficients) -> Recipe:
+    """The recipe, merged with coefficients instead of its own method; as written, it finds them beside itself."""
+    method = CoefficientsMethod(file=FILE)
+    written = {key: value for key, value in recipe.written.items() if key != "learn"}
+    written["merge"] = {"method": method.name, "file": FILE}
+    changes = {"method": method, "learned": Learnt(found, method), "written": written, "learn": None}
+    return recipe.model_copy(update=changes)
+
+
+def _files(learned: Learned) -> dict[str, bytes]:
+    found = {CURVE: _curve(learned)}
+    if find_spec("matplotlib"):
+        from moerge.learn.figure import draw
+
+        with tempfile.TemporaryDirectory() as folder:
+            draw(learned.coefficients, Path(folder) / FIGURE)
+            found[FIGURE] = (Path(folder) / FIGURE).read_bytes()
+    return found
+
+
+def _curve(learned: Learned) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["stage", "update", "train", "heldout", "learning_rate"], lineterminator="\n")
+    writer.writeheader()
+    for stage, history in enumerate(learned.stages, 1):
+        writer.writerows({"stage": stage, **row} for row in history.rows)
+    return text.getvalue().encode()
