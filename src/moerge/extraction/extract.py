@@ -1,0 +1,242 @@
+"""From two models to an adapter: the truncated singular value decomposition of every task vector, one at a time.
+
+Shapes: R rows and C columns of a stored matrix, K the rank.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from moerge.checkpoint.adapter import holds_vocabulary
+from moerge.checkpoint.dtypes import FLOATS
+from moerge.checkpoint.lowrank import add_product
+from moerge.checkpoint.reader import ADAPTER_CONFIG
+from moerge.errors import InputError
+from moerge.extraction.card import adapter_card, adapter_config
+from moerge.extraction.result import Extraction, Kept
+from moerge.extraction.targets import Target, choose_targets
+from moerge.extraction.writer import AdapterWriter, Shape
+from moerge.linear_algebra import Map, leading_svd
+from moerge.methods.codec import decode
+from moerge.moe.crew import one_thread_each
+from moerge.pipeline import Progress, default_threads
+from moerge.planning.build import build_plan
+from moerge.planning.operations import Source
+from moerge.planning.plan import Plan
+from moerge.planning.reading import WINDOW
+from moerge.recipe import load_recipe
+
+DEFAULT_RANK = 16
+_PREFIX = "base_model.model."
+_TOLERANCE = 1e-3
+"""How much singular values may still change: what is lost by it is some thousandths of what the rank could keep, at most."""
+
+
+def extract(
+    expert: str,
+    out: str | Path,
+    *,
+    base: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    modules: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    dtype: str = "float32",
+    threads: int | None = None,
+    progress: Callable[[int], Progress] | None = None,
+) -> Extraction:
+    """Write the task vector of `expert` on `base` (folders or Hub ids) as a peft LoRA of the given rank (default 16).
+
+    Each matrix becomes its best approximation of that rank (Eckart and Young 1936). With `energy` it gets the smallest rank
+    that keeps this share of its squared Frobenius norm, `rank` being the most it may have, if given. `modules` and
+    `modules_to_save` are patterns as in a recipe's overrides: what becomes low-rank (default: attention and feed-forward
+    matrices), and what is stored whole. `progress` is called with the bytes to read and returns what is told the bytes done.
+    The result does not depend on `threads`.
+    Raises InputError where the models do not fit together, a pattern matches nothing, or `out` exists.
+    """
+    if rank is not None and rank < 1:
+        raise InputError(f"rank is {rank}: it has to be 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"energy is {energy}: it is a share, above 0 and at most 1")
+    folder = Path(os.path.abspath(out))
+    if folder.exists():
+        raise InputError(f"{folder} already exists: choose another folder")
+    begun = time.perf_counter()
+    recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
+    plan = build_plan(load_recipe(recipe), weights=True)
+    targets = choose_targets(plan, modules, modules_to_save)
+    most = rank if rank is not None else DEFAULT_RANK if energy is None else None
+    with AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
+        advance = progress(2 * sum(t.output.nbytes for t in targets)) if progress else lambda nbytes: None
+        with one_thread_each(), ThreadPoolExecutor(threads or default_threads()) as pool:
+            work = _Extraction(plan, writer, most, energy, pool.map)
+            for target in targets:
+                work.add(target)
+                advance(2 * target.output.nbytes)
+        return work.publish(base, expert, begun)
+
+
+def _largest(targets: Sequence[Target], rank: int | None, plan: Plan) -> list[tuple[str, Shape]]:
+    """The tensors to be written, as large as they may become."""
+    found: list[tuple[str, Shape]] = []
+    for target in targets:
+        if target.kind in ("lora", "embedding"):
+            outputs, inputs = reversed(target.output.shape) if target.transposed else target.output.shape
+            most = min(outputs, inputs, rank or max(outputs, inputs))
+            found += zip(_factor_names(target), ((most, inputs), (outputs, most)), strict=True)
+        elif target.kind == "whole":
+            found += [(f"{_PREFIX}{name}", target.output.shape) for name in _saved_names(target, plan)]
+    return found
+
+
+def _factor_names(target: Target) -> tuple[str, str]:
+    parts = ("lora_embedding_A", "lora_embedding_B") if target.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    return f"{_PREFIX}{target.module}.{parts[0]}", f"{_PREFIX}{target.module}.{parts[1]}"
+
+
+def _saved_names(target: Target, plan: Plan) -> tuple[str, ...]:
+    """A whole tensor's names: peft wants a tied embedding under the head's name as well."""
+    tied = plan.models[0].config.get("tie_word_embeddings") and target.output.role == "embedding"
+    return (target.output.name, "lm_head.weight") if tied else (target.output.name,)
+
+
+class _Extraction:
+    """An adapter on its way."""
+
+    def __init__(self, plan: Plan, writer: AdapterWriter, most: int | None, energy: float | None, spread: Map) -> None:
+        self.plan, self.writer, self.most, self.energy, self.spread = plan, writer, most, energy, spread
+        self.kept: dict[tuple[str, str], Kept] = {}
+        self.ranks: dict[str, int] = {}
+        self.saved: dict[str, None] = {}
+        self.targets: dict[str, Target] = {}
+
+    def add(self, target: Target) -> None:
+        """Store what is wanted of one tensor, and count what is lost."""
+        kept = self.kept.setdefault((target.role, target.kind), Kept(target.role, target.kind))
+        if target.kind == "whole":
+            kept.add(self._whole(target), 0.0, None)
+            return
+        tau_RC = _task_vector(*target.pair).reshape(target.output.shape)
+        total = _squares(tau_RC)
+        if target.kind == "left out":
+            kept.add(total, total, None)
+        elif total == 0:  # nothing was trained here: peft is not told of this module
+            kept.add(0.0, 0.0, None)
+        else:
+            rank = self._low_rank(target, tau_RC, total)
+            kept.add(total, _squares(tau_RC), rank)
+
+    def _whole(self, target: Target) -> float:
+        """Store the expert's own tensor; the squared norm of its task vector."""
+        base, expert = target.pair
+        values_N = _whole_tensor(expert)
+        for name in _saved_names(target, self.plan):
+            self.writer.add(f"{_PREFIX}{name}", values_N.reshape(target.output.shape))
+            self.saved[name.rpartition(".")[0]] = None
+        return _squares(values_N - _whole_tensor(base))
+
+    def _low_rank(self, target: Target, tau_RC: np.ndarray, total: float) -> int:
+        """Store the factors of a task vector; what they do not express is left in it."""
+        left_RK, sigma_K, right_KC = self._decomposed(tau_RC, total)
+        root_K = np.sqrt(sigma_K)
+        left_RK, right_KC = left_RK * root_K, right_KC * root_K[:, None]
+        a_name, b_name = _factor_names(target)
+        if target.transposed:
+            left_RK, right_KC = self.writer.add(a_name, left_RK.T).T, self.writer.add(b_name, right_KC.T).T
+        else:
+            right_KC, left_RK = self.writer.add(a_name, right_KC), self.writer.add(b_name, left_RK)
+        add_product(np.ascontiguousarray(left_RK), np.ascontiguousarray(right_KC), np.float32(-1), 0, tau_RC)
+        self.ranks[target.module] = len(sigma_K)
+        self.targets[target.module] = target
+        return len(sigma_K)
+
+    def _decomposed(self, tau_RC: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The leading vectors: as many as allowed, or the fewest that have enough of the norm."""
+        limit = min(*tau_RC.shape, self.most or max(tau_RC.shape))
+        tried = limit if self.energy is None else min(limit, DEFAULT_RANK)
+        while True:
+            left_RK, sigma_K, right_KC = leading_svd(tau_RC, tried, tolerance=_TOLERANCE, spread=self.spread)
+            if self.energy is None:
+                return left_RK, sigma_K, right_KC
+            gathered_K = np.cumsum(np.square(sigma_K, dtype=np.float64))
+            needed = int(np.searchsorted(gathered_K, self.energy * total)) + 1
+            if needed <= tried or tried == limit:
+                needed = min(needed, tried)
+                return left_RK[:, :needed], sigma_K[:needed], right_KC[:needed]
+            tried = min(limit, 4 * tried)
+
+    def publish(self, base: str, expert: str, begun: float) -> Extraction:
+        """Complete the folder; InputError if there is nothing to store."""
+        if not self.ranks and not self.saved:
+            raise InputError(f"{expert} equals {base} in all that was asked for: there is nothing to extract")
+        rank, revision = max(self.ranks.values(), default=1), self.plan.models[0].revision
+        found = Extraction(
+            folder=self.writer.target,
+            base=base if revision is None else base.partition("@")[0],
+            expert=expert,
+            parameters=self.writer.parameters,
+            nbytes=self.writer.parameters * self.writer.dtype.itemsize,
+            rank=rank,
+            roles=tuple(self.kept.values()),
+            seconds=time.perf_counter() - begun,
+            warnings=(*self.plan.warnings, *self._left_out()),
+            revision=revision,
+        )
+        modules = [output.name.rpartition(".")[0] for output in self.plan.outputs]
+        tied = bool(self.plan.models[0].config.get("tie_word_embeddings")) and any(
+            holds_vocabulary(f"{name}.weight") for name in self.saved
+        )
+        config = adapter_config(found, list(self.targets.values()), self.ranks, list(self.saved), modules, tied)
+        self.writer.publish({ADAPTER_CONFIG: config, "README.md": adapter_card(found)})
+        return found
+
+    def _left_out(self) -> list[str]:
+        """A warning about what trained tensors the adapter lacks."""
+        lost = {kept.role: kept.total for kept in self.kept.values() if kept.kind == "left out" and kept.total}
+        if not lost:
+            return []
+        part = sum(lost.values()) / sum(kept.total for kept in self.kept.values())
+        first = [role.removeprefix("layers.*.") for role in sorted(lost, key=lambda role: -lost[role])[:3]]
+        more = f" and {len(lost) - 3} more roles" if len(lost) > 3 else ""
+        return [
+            f"{', '.join(first)}{more} are left out: {100 * part:.2g}% of the task vector's squared norm "
+            "(--modules-to-save stores tensors whole)"
+        ]
+
+
+def _task_vector(base: Source, expert: Source) -> np.ndarray:
+    """expert - base [N] in float32, with no second copy of either."""
+    values_N = np.empty(expert.tensor.size, np.float32)
+    base_N = np.empty(min(WINDOW, values_N.size), np.float32)
+    for start in range(0, values_N.size, WINDOW):
+        part_N = values_N[start : start + WINDOW]
+        _read(base, start, base_N[: part_N.size])
+        _read(expert, start, part_N, base_N[: part_N.size])
+    return values_N
+
+
+def _whole_tensor(source: Source) -> np.ndarray:
+    values_N = np.empty(source.tensor.size, np.float32)
+    for start in range(0, values_N.size, WINDOW):
+        _read(source, start, values_N[start : start + WINDOW])
+    return values_N
+
+
+def _read(source: Source, start: int, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
+    tensor = source.tensor
+    stored_N = tensor.open().read(start, np.empty(out_N.size, tensor.dtype.storage))
+    if not decode(stored_N, tensor.dtype, out_N, base_N):
+        raise InputError(f"{source.model}: tensor {tensor.name!r} holds NaN or infinity: repair it first")
+
+
+def _squares(values: np.ndarray) -> float:
+    """The sum of squares in float64."""
+    flat_N = values.reshape(-1)
+    parts = (flat_N[start : start + WINDOW] for start in range(0, flat_N.size, WINDOW))
+    return float(sum(np.square(part_N, dtype=np.float64).sum() for part_N in parts))

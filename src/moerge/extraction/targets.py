@@ -1,0 +1,118 @@
+"""Which tensors of a task vector become low-rank, which are stored whole, and which are left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moerge.checkpoint.adapter import holds_vocabulary, stores_inputs_first
+from moerge.errors import InputError, suggest
+from moerge.planning.operations import Merge, Output, Source
+from moerge.planning.plan import Plan
+from moerge.recipe.rules import matches
+
+_PROJECTION = re.compile(r"layers\.\d+\.(attention|cross_attention|ffn)\.[a-z_0-9]*[a-z_][a-z_0-9]*")
+_EXPERT = re.compile(r"\.ffn\.\d+\.|\.experts\b")
+_OTHERS = re.compile(r"embed|norm|wte|wpe|lm_head|router|ln_|\bgate\b")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the task vector. `kind` is what becomes of it: `lora`, `embedding` (LoRA of one), `whole`, or `left out`."""
+
+    output: Output
+    kind: str
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module that it belongs to, as peft calls it."""
+        return self.output.name.rpartition(".")[0]
+
+    @property
+    def pair(self) -> tuple[Source, Source]:
+        """Base and expert."""
+        operation = self.output.operation
+        assert isinstance(operation, Merge) and operation.base is not None
+        return operation.base, operation.experts[0]
+
+    @property
+    def role(self) -> str:
+        """Its role or name, for all layers together."""
+        return re.sub(r"\.\d+(?=\.|$)", ".*", self.output.role or self.output.name)
+
+
+def choose_targets(plan: Plan, modules: Sequence[str], whole: Sequence[str]) -> list[Target]:
+    """Every tensor of the plan that has a task vector; by default attention and feed-forward matrices become low-rank.
+
+    `modules` are patterns (as in a recipe's overrides) of what becomes low-rank instead, `whole` of what is stored as it is.
+    Raises InputError for a pattern that matches nothing, or something that cannot become low-rank.
+    """
+    outputs = [o for o in plan.outputs if isinstance(o.operation, Merge) and o.operation.base is not None]
+    low_rank, stored = _matched(outputs, modules, "--modules"), _matched(outputs, whole, "--modules-to-save")
+    saved = {output.name.rpartition(".")[0] for output in outputs if output.name in stored}
+    base = plan.models[0]
+    tied = bool(base.config.get("tie_word_embeddings"))
+    for name, pattern in {**low_rank, **stored}.items():
+        _check_head(name, pattern, base.model_type, tied)
+    found = []
+    for output in outputs:
+        module = output.name.rpartition(".")[0]
+        wanted = output.name in low_rank if modules else _is_projection(output)
+        if module in saved:
+            found.append(Target(output, "whole"))
+        elif not wanted:
+            found.append(Target(output, "left out"))
+        else:
+            _check(output, low_rank.get(output.name, ""), tied)
+            embedding = _is_embedding(output)
+            found.append(
+                Target(output, "embedding" if embedding else "lora", embedding or stores_inputs_first(base.model_type, module))
+            )
+    return found
+
+
+def _matched(outputs: Sequence[Output], patterns: Sequence[str], option: str) -> Mapping[str, str]:
+    """Names of tensors, and the pattern that matched; biases are not asked for by patterns of low-rank modules."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        names = [o.name for o in outputs if matches(pattern, o.role, o.name)]
+        if option == "--modules":
+            names = [name for name in names if name.endswith(".weight")]
+        if not names:
+            known = {re.sub(r"^layers\.\d+\.", "", output.role) or output.name for output in outputs}
+            raise InputError(f"{option}: {pattern!r} matches no tensor, {suggest(pattern, known)}")
+        found |= dict.fromkeys(names, pattern)
+    return found
+
+
+def _is_projection(output: Output) -> bool:
+    if len(output.shape) != 2 or not output.name.endswith(".weight") or _EXPERT.search(f"{output.role} {output.name}"):
+        return False
+    if output.role:
+        return bool(_PROJECTION.fullmatch(output.role))
+    return bool(re.search(r"\.\d+\.", output.name)) and not _OTHERS.search(output.name)
+
+
+def _check_head(name: str, pattern: str, model_type: str, tied: bool) -> None:
+    """GPT-NeoX' head is another module in transformers 4 than in 5, and peft ignores a module that is not there."""
+    if model_type == "gpt_neox" and (name == "embed_out.weight" or (tied and name.endswith("embed_in.weight"))):
+        raise InputError(
+            f"pattern {pattern!r} matches tensor {name!r}, the head or tied to it: leave it out, since GPT-NeoX' head is "
+            "called embed_out in transformers 4 and lm_head in 5, and no adapter of it works in both"
+        )
+
+
+def _is_embedding(output: Output) -> bool:
+    return output.role.startswith("embedding") or bool(re.search(r"(^|\.)(embed_tokens|embed_in|wte|wpe)\.weight$", output.name))
+
+
+def _check(output: Output, pattern: str, tied: bool) -> None:
+    where = f"--modules: {pattern!r} matches tensor {output.name!r}, which"
+    if len(output.shape) != 2:
+        raise InputError(f"{where} is no matrix: name it with --modules-to-save, or leave it out")
+    if _EXPERT.search(f"{output.role} {output.name}"):
+        raise InputError(f"{where} belongs to an expert of a MoE: peft adapts those as fused parameters, which is not supported")
+    if tied and holds_vocabulary(output.name):
+        raise InputError(f"{where} the base ties (embedding and head are one tensor): name it with --modules-to-save")

@@ -1,0 +1,99 @@
+"""Writing an adapter folder: tensors one after the other, into a hidden folder that gets its name at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import DType
+from moerge.checkpoint.header import build_header
+from moerge.checkpoint.reader import ADAPTER_WEIGHTS
+from moerge.errors import InputError, MachineError
+from moerge.methods.codec import all_finite, decode, encode
+
+Shape = tuple[int, ...]
+
+
+class AdapterWriter:
+    """A context manager. `largest` are the tensors to come in their order, no smaller than they will be."""
+
+    def __init__(self, target: Path, largest: Sequence[tuple[str, Shape]], dtype: DType) -> None:
+        self.target, self.dtype = target, dtype
+        # smaller tensors need no longer numbers, so what is left of this room is filled with spaces, as the format allows
+        header, _ = build_header([(name, dtype, shape) for name, shape in largest], {"format": "pt"})
+        self._room = len(header)
+        self._written: list[tuple[str, DType, Shape]] = []
+
+    def __enter__(self) -> AdapterWriter:
+        with _writing(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.moerge-partial-", dir=self.target.parent))
+            self._file = open(self.folder / ADAPTER_WEIGHTS, "wb")
+            self._file.seek(self._room)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Store a tensor; its values as they are stored, in float32."""
+        stored_N = np.empty(values.size, self.dtype.storage)
+        encode(np.ascontiguousarray(values, np.float32).reshape(-1), self.dtype, stored_N)
+        if not all_finite(stored_N, self.dtype):
+            raise InputError(f"tensor {name!r} is too large for {self.dtype.torch_name}: choose another --dtype")
+        with _writing(self.target):
+            self._file.write(stored_N.data)
+        self._written.append((name, self.dtype, values.shape))
+        rounded_N = np.empty(values.size, np.float32)
+        decode(stored_N, self.dtype, rounded_N)
+        return rounded_N.reshape(values.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Elements stored so far."""
+        return sum(int(np.prod(shape)) for _, _, shape in self._written)
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """Complete the file, add the others, make all of it durable and give the folder its name."""
+        header, _ = build_header(self._written, {"format": "pt"})
+        length = self._room - 8
+        assert len(header) <= self._room
+        with _writing(self.target):
+            self._file.seek(0)
+            self._file.write(length.to_bytes(8, "little") + header[8:].ljust(length))
+            _flush(self._file)
+            for name, content in files.items():
+                with open(self.folder / name, "wb") as file:
+                    file.write(content)
+                    _flush(file)
+            self.folder.chmod(0o777 & ~_umask())
+            os.rename(self.folder, self.target)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"cannot write {target}: {error.strerror or error}: nothing of it is left, run it again") from None
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    """The process's; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

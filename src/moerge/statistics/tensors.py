@@ -1,0 +1,63 @@
+"""Sums as methods see them: divided by how much text they are of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import DType
+from moerge.checkpoint.tensor import Elements, Tensor
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A Tensor: another one, of float32, times `scale`, and at least `least`."""
+
+    inner: Tensor
+    name: str
+    scale: float
+    least: float | None = None
+
+    @property
+    def dtype(self) -> DType:
+        """float32."""
+        return self.inner.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the other tensor."""
+        return self.inner.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.inner.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.inner.nbytes
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those of the other tensor."""
+        return self.inner.files
+
+    def open(self) -> _ScaledElements:
+        """Access to the products."""
+        return _ScaledElements(self.inner.open(), np.float32(self.scale), self.least)
+
+
+@dataclass(frozen=True)
+class _ScaledElements:
+    inner: Elements
+    scale: np.float32
+    least: float | None
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        np.multiply(self.inner.read(start, out_N), self.scale, out=out_N)
+        if self.least is not None:
+            np.maximum(out_N, np.float32(self.least), out=out_N)
+        return out_N
