@@ -15,16 +15,17 @@ import numpy as np
 from moerge.architecture import Expected, Family, family_of
 from moerge.architecture.config import canonical
 from moerge.architecture.sequence import MODEL_TYPE, expected_routed, expert_config, routed_role
+from moerge.checkpoint.adapter_config import describe_adapter
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
-from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.checkpoint.tensor import Tensor
 from moerge.checkpoint.tokenizer import companion_files, token_ids
 from moerge.errors import InputError
 from moerge.methods.codec import all_finite
 from moerge.pipeline import Progress, default_threads
-from moerge.planning.checks import expected_of
+from moerge.planning.checks import expected_of, respelled
 from moerge.planning.schedule import Job, run_jobs
 
 
@@ -55,7 +56,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
 
     Raises InputError where not even the headers make sense.
     """
-    checkpoint = locate(str(location))
+    checkpoint = respelled(locate(str(location)))
     manifest = read_manifest(checkpoint.folder)
     family = family_of(checkpoint.config)
     problems = _structure(checkpoint, family, manifest)
@@ -71,6 +72,9 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
 
 def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
     stored = checkpoint.tensors
+    fused = next((name for name in stored if family and family.is_fused(name)), None)
+    if fused:
+        return [f"tensor {fused!r} holds all experts of a layer, as transformers has them in memory: save it with transformers 5"]
     problems = []
     for tensor in _expected(checkpoint, family):
         if tensor.name not in stored:
@@ -129,10 +133,12 @@ class Inspection:
     vocabulary: int | None
     files: tuple[str, ...]
     manifest: Mapping[str, Any] | None
+    adapter: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
-        config = canonical(expert_config(self.checkpoint.config), family_of(expert_config(self.checkpoint.config)))
+        dense = expert_config(self.checkpoint.config)
+        config = canonical(dense, family_of(dense))
         return {
             "checkpoint": str(self.checkpoint.folder),
             "model_type": self.checkpoint.model_type,
@@ -145,7 +151,9 @@ class Inspection:
             "tied_embeddings": bool(config.get("tie_word_embeddings")),
             "roles": [vars(role) for role in self.roles],
             "tokens": self.vocabulary,
+            "vocab_size": config.get("vocab_size"),
             "tokenizer_files": list(self.files),
+            "adapter": dict(self.adapter) if self.adapter else None,
             "made_by": {key: self.manifest[key] for key in ("versions", "recipe", "experts")} if self.manifest else None,
         }
 
@@ -162,7 +170,7 @@ class Role:
 
 def inspect(location: str | Path) -> Inspection:
     """Family, sizes, roles, tokenizer and origin of a checkpoint folder or Hub id, without reading a tensor."""
-    checkpoint = locate(str(location), weights=False)
+    checkpoint = respelled(locate(str(location), weights=False))
     family = family_of(checkpoint.config)
     tensors = checkpoint.tensors.values()
     dtypes: Counter[str] = Counter()
@@ -178,14 +186,17 @@ def inspect(location: str | Path) -> Inspection:
         vocabulary=len(tokens) if tokens is not None else None,
         files=tuple(companion_files(checkpoint.folder)),
         manifest=read_manifest(checkpoint.folder),
+        adapter=describe_adapter(checkpoint) if is_adapter(checkpoint) else None,
     )
 
 
 def _roles(checkpoint: Checkpoint, family: Family | None) -> tuple[Role, ...]:
     groups: dict[str, list[Tensor]] = {_general(tensor.role): [] for tensor in _expected(checkpoint, family)}
-    for tensor in checkpoint.tensors.values():
+    for name, tensor in checkpoint.tensors.items():
         role = _role(checkpoint, family, tensor.name)
-        groups.setdefault(_general(role) if role else f"(no role) {_general(tensor.name)}", []).append(tensor)
+        kind = "adapter" if is_adapter(checkpoint) else "buffer" if family and family.is_buffer(name) else "no role"
+        plain = tensor.name.removeprefix("base_model.model.")
+        groups.setdefault(_general(role) if role else f"({kind}) {_general(plain)}", []).append(tensor)
     return tuple(
         Role(role, found[0].shape, len(found), sum(tensor.size for tensor in found)) for role, found in groups.items() if found
     )

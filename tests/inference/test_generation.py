@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import moerge
 from command import moerge as command
-from tiny import EXPERTS, edit_config, make_models, write_recipe
+from tiny import EXPERTS, edit_config, make_models
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
 PROMPT = "w5 w9 w33 w7"
 IDS = torch.tensor([[5, 9, 33, 7]])
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_models(folder, dtype="F32", config={"torch_dtype": "float32"})
-    for name, moe in {
-        "native": {"router": {"seed": 1}},
-        "routed": {"format": "moerge", "separate": ["ffn", "attention"]},
-    }.items():
-        moerge.merge(write_recipe(folder, f"{name}.yaml", moe=moe), folder / name, threads=1)
-    return folder
 
 
 def words(ids: list[int]) -> str:
@@ -105,3 +94,31 @@ def test_code_of_others_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
     trusted = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 3, "--trust-remote-code", "--json")
     assert trusted.code == 0, trusted.err
     assert trusted.json["tokens"] == 3
+
+
+def test_an_older_transformers_runs_all_but_sequence_routed_models(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> None:
+        raise ImportError("the sequence-routed model needs transformers 5.5 or newer, and this is 4.57.6")
+
+    monkeypatch.setattr("moerge.modeling.register", too_old)
+    refused = command("generate", checkpoints / "routed", "--prompt", PROMPT)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == (
+        f"moerge: {checkpoints / 'routed'}: the sequence-routed model needs transformers 5.5 or newer, and this is 4.57.6: "
+        "pip install --upgrade transformers\n"
+    )
+    assert command("generate", checkpoints / "native", "--prompt", PROMPT, "--max-new-tokens", 1).code == 0
+
+
+def test_registering_with_an_older_transformers_says_so() -> None:
+    script = (
+        "import transformers\n"
+        "class PretrainedConfig: pass\n"
+        "transformers.PretrainedConfig, transformers.__version__ = PretrainedConfig, '4.57.6'\n"
+        "from moerge.modeling import register\n"
+        "register()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: the sequence-routed model needs transformers 5.5 or newer, and this is 4.57.6"
+    )

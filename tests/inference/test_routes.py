@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import moerge
 from command import moerge as command
-from moerge.inference.routes import Routes, TextRoute
-from tiny import EXPERTS, make_models, write_recipe
+from moerge.inference.routes import Oracle, Routes, TextRoute
+from tiny import EXPERTS, write_recipe
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -23,18 +23,16 @@ DOCUMENTS = {"math": ["w3 w4 w5 w6", "w7 w8 w9", "w10 w11 w12 w13 w14"], "poems"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints `routed` and `native`, and a text file for each name of DOCUMENTS."""
-    folder = tmp_path_factory.mktemp("models")
-    make_models(folder, dtype="F32", config={"torch_dtype": "float32"})
-    for name, moe in {
-        "native": {"router": {"std": 2.0}},
-        "routed": {"format": "moerge", "separate": ["ffn", "attention"]},
-    }.items():
-        moerge.merge(write_recipe(folder, f"{name}.yaml", moe=moe), folder / name, threads=1)
+def folder(checkpoints: Path) -> Path:
+    """The checkpoints, and a text file for each name of DOCUMENTS."""
     for name, documents in DOCUMENTS.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return folder
+        write_text(checkpoints / f"{name}.jsonl", documents)
+    return checkpoints
+
+
+def write_text(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
 
 
 def routes(folder: Path, name: str, *options: object) -> Any:
@@ -110,6 +108,121 @@ def test_token_routed(folder: Path) -> None:
     assert found["accuracy"] == found["texts"]["math"]["first"]["math"]
 
 
+def mean_losses(model: Any, documents: list[str]) -> list[float]:
+    with torch.no_grad():
+        return [model(ids(document), labels=ids(document)).loss.item() for document in documents]
+
+
+def assert_oracle(found: Any, loss_DE: dict[str, list[list[float]]], first_DE: dict[str, list[list[float]]]) -> None:
+    accuracies = []
+    for name, rows in loss_DE.items():
+        text = found["texts"][name]
+        best = [row.index(min(row)) for row in rows]
+        assert list(text["loss"].values()) == pytest.approx(average(rows), abs=1e-5)
+        assert list(text["best"].values()) == pytest.approx([best.count(index) / len(best) for index in range(len(NAMES))])
+        accuracies.append(sum(row[index] for row, index in zip(first_DE[name], best, strict=True)) / len(rows))
+        assert text["oracle_accuracy"] == pytest.approx(accuracies[-1])
+    assert found["oracle_accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "random"])
+def test_the_oracle_of_a_sequence_routed_model_is_the_best_fixed_routing(kind: str, folder: Path, tmp_path: Path) -> None:
+    from moerge.inference.loading import load
+    from moerge.inference.routes import route
+
+    loaded = load(folder / "routed")
+    first_DE, loss_DE = {}, {}
+    for name, documents in DOCUMENTS.items():
+        rows = []
+        for expert in NAMES:
+            loaded.model.set_routing("fixed", expert=expert)
+            rows.append(mean_losses(loaded.model, documents))
+        loss_DE[name] = [list(row) for row in zip(*rows, strict=True)]
+        loaded.model.set_routing(kind)
+        alphas = [loaded.model.route(ids(document)).alpha[0].tolist() for document in documents]
+        first_DE[name] = [[float(alpha == max(row)) for alpha in row] for row in alphas]
+    found = route(loaded, {name: str(folder / f"{name}.jsonl") for name in DOCUMENTS})
+    assert_oracle(found.to_json(), loss_DE, first_DE)
+    assert (found.oracle_accuracy == 1.0) == (kind == "perplexity")  # which goes by the same losses
+
+
+def test_the_oracle_of_a_token_routed_model_is_the_expert_that_gets_all_tokens(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "native").eval()
+    gates = [layer.mlp.gate.weight for layer in model.model.layers]
+    originals = [layer.mlp.forward for layer in model.model.layers]
+    first_DE: dict[str, list[list[float]]] = {}
+    for name, documents in DOCUMENTS.items():
+        first_DE[name] = []
+        for document in documents:
+            states: list[Any] = []
+            handles = [
+                layer.mlp.register_forward_pre_hook(lambda _, given, kept=states: kept.append(given[0][0]))
+                for layer in model.model.layers
+            ]
+            mean_losses(model, [document])
+            for handle in handles:
+                handle.remove()
+            chosen = torch.cat([(state @ gate.T).argmax(-1) for state, gate in zip(states, gates, strict=True)])
+            first_DE[name].append([float((chosen == index).float().mean()) for index in range(4)])
+    loss_DE: dict[str, list[list[float]]] = {name: [] for name in DOCUMENTS}
+    for expert in range(4):
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            layer.mlp.forward = lambda x, experts=experts, expert=expert: experts(
+                x[0], torch.full((x.shape[1], 1), expert), torch.ones(x.shape[1], 1)
+            )[None]
+        for name, documents in DOCUMENTS.items():
+            loss_DE[name].append(mean_losses(model, documents))
+    for layer, original in zip(model.model.layers, originals, strict=True):
+        layer.mlp.forward = original
+    loss_DE = {name: [list(row) for row in zip(*rows, strict=True)] for name, rows in loss_DE.items()}
+    found = routes(folder, "native")
+    assert_oracle(found, loss_DE, first_DE)
+    assert 0 < found["oracle_accuracy"] < 1
+    for text in found["texts"].values():
+        layers = [list(layer.values()) for layer in text["layers"]]
+        assert len(layers) == 2 and layers[0] != layers[1]
+        assert average(layers) == pytest.approx(list(text["alpha"].values()))
+
+
+@pytest.mark.parametrize("name", ["routed", "native"])
+def test_documents_of_one_token_have_no_oracle(name: str, folder: Path, tmp_path: Path) -> None:
+    long = ["w3 w4 w5 w6", "w7 w8 w9"]
+    write_text(tmp_path / "both.jsonl", [*long, "w5"])
+    write_text(tmp_path / "long.jsonl", long)
+    write_text(tmp_path / "short.jsonl", ["w5", "w6"])
+    texts = [f"--text={text}={tmp_path / text}.jsonl" for text in ("both", "long", "short")]
+    found = command("route", folder / name, *texts, "--json").json["texts"]
+    assert (found["both"]["documents"], found["short"]["documents"]) == (3, 2)
+    for key in ("best", "loss", "oracle_accuracy"):
+        assert found["both"][key] == found["long"][key] is not None
+        assert found["short"][key] is None
+    without = command("route", folder / name, *texts, "--json", "--no-oracle").json
+    assert without["oracle_accuracy"] is None and without["texts"]["long"]["best"] is None
+
+
+def test_calibration_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    names = ["base", *EXPERTS]
+    own = {name: [f"w{7 * index + 3} w{7 * index + n + 4} w9" for n in range(4)] for index, name in enumerate(names)}
+    calibration = {name: str(write_text(tmp_path / f"{name}.jsonl", documents)) for name, documents in own.items()}
+    recipe = write_recipe(folder, "ridge.yaml", moe={"router": {"kind": "ridge"}}, calibration=calibration)
+    assert command("merge", recipe, tmp_path / "moe").code == 0
+    seen = write_text(tmp_path / "seen.jsonl", ["w50 w51", own["code"][2].upper().replace("W", "w") + "\n", "w52 w53"])
+    other = write_text(tmp_path / "other.jsonl", ["w50 w51", "w52 w53"])
+    texts = ("--text", f"math={other}", "--text", f"code={seen}")
+    refused = command("route", tmp_path / "moe", *texts)
+    overlap = (
+        f"text 'code' ({seen}): {tmp_path / 'moe'} was calibrated on 1 of its 3 documents, so figures on them are no evidence"
+    )
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == f"moerge: {overlap}: name other text, or go on with --allow-calibration-text\n"
+    allowed = command("route", tmp_path / "moe", *texts, "--allow-calibration-text")
+    assert (allowed.code, allowed.err) == (0, f"warning: {overlap}\n")
+    assert command("route", tmp_path / "moe", *texts, "--allow-calibration-text", "--json").json["warnings"] == [overlap]
+    assert command("route", tmp_path / "moe", "--text", f"math={other}", "--json").json["warnings"] == []
+    assert command("route", tmp_path / "moe", *texts, "--limit", 1).code == 0  # the document is not among the first
+
+
 def test_limit_and_tokens(folder: Path) -> None:
     found = routes(folder, "routed", "--limit", 1)
     assert [text["documents"] for text in found["texts"].values()] == [1, 1]
@@ -133,22 +246,38 @@ def test_files_and_table(folder: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "new" / "out" / "route.csv").read_text().splitlines()))
     assert [(row["text"], row["expert"]) for row in rows] == [(text, name) for text in DOCUMENTS for name in NAMES]
     assert [float(row["alpha"]) for row in rows[:4]] == pytest.approx(list(found["texts"]["math"]["alpha"].values()), abs=1e-6)
-    table = command("route", folder / "routed", "--text", f"math={folder / 'math.jsonl'}").out.splitlines()
-    assert table[0].split() == ["text", "documents", *NAMES, "entropy", "accuracy"]
-    assert table[1].split()[:2] == ["math", "3"]
-    assert "(1: even, 4: all to one)" in " ".join(table)
+    best = [row["best"] for row in rows]
+    assert [float(cell) for cell in best[:4]] == pytest.approx(list(found["texts"]["math"]["best"].values()), abs=1e-6)
+    options = ("--text", f"math={folder / 'math.jsonl'}")
+    table = command("route", folder / "routed", *options).out.splitlines()
+    assert table[0].split() == ["text", "docs", *NAMES, "entropy", "accuracy", "oracle"]
+    assert table[1].split()[:2] == ["math", "3"] and table[1].split()[-1] == "100%"
+    legend = " ".join(" ".join(table).split())
+    assert "oracle: it is the one with the lowest loss on the document; load balance" in legend
+    assert "(1: even, 4: all to one)" in legend
+    table = command("route", folder / "routed", *options, "--no-oracle", "--out", tmp_path).out.splitlines()
+    assert table[0].split() == ["text", "docs", *NAMES, "entropy", "accuracy"]
+    assert "oracle" not in " ".join(table)
+    assert (tmp_path / "route.csv").read_text().splitlines()[1].endswith(",,")
 
 
 def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs moerge[figures]")
-    texts = tuple(TextRoute(name, 1, (0.25, 0.75), (0.0, 1.0), 0.5, None) for name in ("poems", "prose"))
+    oracle = Oracle((0.5, 0.5), (1.0, 2.0), 0.5)
+    texts = tuple(TextRoute(name, 1, (0.25, 0.75), (0.0, 1.0), 0.5, None, oracle) for name in ("poems", "prose"))
     routes = Routes("model", "token", ("first expert", "second expert"), texts)
     routes.write(tmp_path)
     before = (tmp_path / "route.svg").read_bytes()
+    assert b"thin bars" in before
     for word in (b">poems<", b">prose<", b">first expert<", b">second expert<"):
         assert before.count(word) == 1
     routes.write(tmp_path)
     assert (tmp_path / "route.svg").read_bytes() == before
+    plain = replace(routes, texts=tuple(replace(text, oracle=None) for text in texts))
+    plain.write(tmp_path)
+    without = (tmp_path / "route.svg").read_bytes()
+    assert b"thin bars" not in without
+    assert before.count(b"clip-path=") - without.count(b"clip-path=") == 4  # a thin bar for each text and expert
 
 
 def test_without_matplotlib_there_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +315,26 @@ def test_bad_calls(folder: Path, tmp_path: Path) -> None:
     assert "is a llama model without experts: only a MoE routes" in error("--text", text, checkpoint="math")
     (tmp_path / "file").write_text("")
     assert f"moerge: cannot write to {tmp_path / 'file'}" in error("--text", text, "--out", tmp_path / "file")
+
+
+def test_the_manifest_of_a_checkpoint_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from moerge.inference.loading import Loaded
+
+    calls = []
+
+    def download(*arguments: object, **options: object) -> str:
+        calls.append((arguments, options))
+        if arguments[0] == "someone/else":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+        return str(folder / "native" / "moerge.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    manifest = Loaded("owner/name@v2", None, None).manifest
+    assert manifest is not None and manifest["experts"] == NAMES
+    assert Loaded("someone/else", None, None).manifest is None
+    assert calls == [
+        (("owner/name", "moerge.json"), {"revision": "v2"}),
+        (("someone/else", "moerge.json"), {"revision": None}),
+    ]

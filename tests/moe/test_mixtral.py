@@ -220,7 +220,7 @@ def biased(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def test_biases_are_refused_not_dropped(biased: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="attention_bias is true and Mixtral has no biases"):
-        moerge.plan({"experts": biased, "moe": {}})
+        moerge.plan({"experts": biased, "moe": {"format": "mixtral"}})
     moerge.merge({"experts": biased}, tmp_path / "dense")
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(load(tmp_path / "biased")))
 

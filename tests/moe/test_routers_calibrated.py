@@ -17,6 +17,7 @@ from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.staging import staging_folder
 from moerge.errors import InputError
 from moerge.moe.calibrated import collect
+from moerge.moe.crew import Crew
 from moerge.moe.perplexity import PerplexityRouter
 from moerge.moe.regression import logit_scale, ridge
 from moerge.moe.ridge import RidgeRouter
@@ -189,7 +190,8 @@ def test_long_texts_are_cut(models: Path) -> None:
     merge(models, "moe", {"kind": "hidden"})
     model = RunningMoE(models / "moe", experts=4, layers=2)
     assert model.encode("w5 " * 40, 8).shape == (1, 8)
-    assert collect(model, ["w5 " * 40, "w6 w7"], 8, 1).tokens == 10
+    with Crew(model, 2) as crew:
+        assert collect(crew, ["w5 " * 40, "w6 w7"], 8, 1).tokens == 10
 
 
 def test_projection_signs_are_those_of_the_skew_over_random_tokens(models: Path) -> None:
@@ -320,6 +322,49 @@ def test_interrupted_while_calibrating_resumes_to_the_same_bytes(models: Path, m
     moerge.merge(recipe, models / "moe", resume=True)
     for name in ("model.safetensors", "moerge.json", "README.md"):
         assert (models / "moe" / name).read_bytes() == (models / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["ridge", "hidden", "perplexity"])
+def test_progress_counts_texts(kind: str, models: Path) -> None:
+    (models / "math.txt").write_text("\n\n".join([*documents("math"), "w5"]))  # one too short for the perplexity router
+    totals, done = [], []
+
+    def calibrating(total: int) -> Any:
+        totals.append(total)
+        return done.append
+
+    router = {"kind": kind, "texts": 13, **({"statistics": "stats"} if kind == "ridge" else {})}
+    recipe = tiny.write_recipe(models, moe={"router": router}, calibration={name: f"{name}.txt" for name in NAMES})
+    for out in ("once", "again"):  # the second time the ridge router's statistics are at hand
+        moerge.merge(recipe, models / out, calibrating=calibrating)
+    assert totals == [49, 49] and sum(done) == 98
+    dense = tiny.write_recipe(models, "dense.yaml")
+    moerge.merge(dense, models / "dense", calibrating=calibrating)
+    assert len(totals) == 2
+
+
+def test_the_plan_tells_what_the_router_costs(models: Path) -> None:
+    def plan(router: Mapping[str, Any]) -> Any:
+        calibration = {} if router["kind"] in ("random", "projection") else {name: f"{name}.txt" for name in NAMES}
+        return moerge.plan(tiny.write_recipe(models, moe={"router": dict(router)}, calibration=calibration))
+
+    ridge, random = plan({"kind": "ridge"}), plan({"kind": "random"})
+    assert (random.router_seconds, random.router_bytes()) == (0, 0)
+    assert ridge.seconds == pytest.approx(random.seconds + ridge.router_seconds)
+    tokens = sum(1 + len(document) // 4 for name in NAMES for document in documents(name))
+    module, layers, hidden = 2 * 3 * 16 * 24, 2, 16
+    shared = ridge.parameters - 4 * module
+    reading = 5 + ridge.output_bytes / 2e9
+    assert ridge.router_seconds == pytest.approx(reading + 2 * tokens * (shared + module + layers * hidden**2) / 2e11)
+    perplexity = plan({"kind": "perplexity"}).router_seconds - reading
+    assert perplexity == pytest.approx(2 * tokens * (5 * (shared + module) + layers * hidden**2) / 2e11)
+    uniform = plan({"kind": "ridge", "path": "uniform"}).router_seconds - reading
+    assert uniform == pytest.approx(2 * tokens * (shared + 4 * module + layers * hidden**2) / 2e11)
+    assert plan({"kind": "ridge", "device": "cuda"}).router_seconds < ridge.router_seconds
+    assert plan({"kind": "projection"}).router_seconds > plan({"kind": "projection", "sign": "mean"}).router_seconds > 0
+    more = ridge.router_bytes(3) - ridge.router_bytes(1)
+    assert more == 2 * 512 * (layers * hidden + 3 * tiny.VOCABULARY) * 4
+    assert ridge.summary(1)["router_seconds_estimated"] == round(ridge.router_seconds, 1)
 
 
 def test_resume_refuses_other_calibration_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
+
+from moerge.errors import InputError
 
 
 def document_hash(document: str) -> str:
@@ -14,10 +16,43 @@ def document_hash(document: str) -> str:
 
 
 def overlap(documents: Iterable[str], manifest: Mapping[str, Any]) -> int:
-    """How many of `documents` the checkpoint with this manifest was calibrated on, as whole documents.
+    """How many of `documents` the checkpoint with this manifest was calibrated on, or its statistics, as whole documents.
 
     A figure measured on such text is no evidence: leave the text out, or calibrate on other text.
     """
-    entries = manifest.get("calibration", {}).values()
-    seen = {digest for entry in entries for digest in entry.get("documents", ())}
+    seen = {digest for digest in _calibrated_on(manifest) if isinstance(digest, str)}
     return sum(document_hash(document) in seen for document in documents) if seen else 0
+
+
+def _calibrated_on(manifest: Mapping[str, Any]) -> Iterator[Any]:
+    for section in ("calibration", "statistics"):
+        entries = manifest.get(section)
+        for entry in entries.values() if isinstance(entries, Mapping) else ():
+            found = entry.get("documents") if isinstance(entry, Mapping) else None
+            yield from found if isinstance(found, list) else ()
+
+
+def check_disjoint(
+    texts: Mapping[str, Sequence[str]],
+    locations: Mapping[str, str],
+    manifest: Mapping[str, Any] | None,
+    checkpoint: str,
+    *,
+    allow: bool = False,
+) -> tuple[str, ...]:
+    """InputError if a checkpoint was calibrated on documents it is about to be measured on; with `allow` only warnings.
+
+    `texts` are documents by the name of the text and `locations` where they come from; `manifest` is that of `checkpoint`, None
+    where moerge did not make it. Documents are compared as wholes: parts of one, or one cut in another way, are not found.
+    """
+    found = []
+    for name, documents in texts.items() if manifest else ():
+        shared = overlap(documents, manifest or {})
+        if shared:
+            found.append(
+                f"text {name!r} ({locations[name]}): {checkpoint} was calibrated on {shared} of its {len(documents)} documents, "
+                "so figures on them are no evidence"
+            )
+    if found and not allow:
+        raise InputError(f"{found[0]}: name other text, or go on with --allow-calibration-text")
+    return tuple(found)

@@ -141,8 +141,8 @@ def _text(entry: Any, where: str) -> str:
 
 def _read_parquet(path: Path, named_itself: bool) -> Iterator[str]:
     try:
-        import pyarrow  # type: ignore[import-not-found, unused-ignore]
-        import pyarrow.parquet  # type: ignore[import-not-found, unused-ignore]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise InputError(f"reading {path} needs pyarrow: pip install pyarrow, or convert it to jsonl") from None
     try:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moerge.architecture.sequence import MODEL_TYPE
+from moerge.checkpoint.manifest import read_manifest
+from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,10 +27,23 @@ class Loaded:
     model: Any
     tokenizer: Any
 
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint that moerge made, on this machine or on the Hub."""
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return read_manifest(folder)
+        from huggingface_hub import errors, hf_hub_download
+
+        repo, _, revision = self.name.partition("@")
+        with suppress(errors.EntryNotFoundError):
+            return read_manifest(Path(hf_hub_download(repo, MANIFEST, revision=revision or None)).parent)
+        return None
+
     @property
     def by_sequence(self) -> bool:
         """Whether whole sequences are routed."""
-        return bool(self.model.config.model_type == "moerge")
+        return bool(self.model.config.model_type == MODEL_TYPE)
 
     def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
         """Up to `limit` tokens of a text, [1, T], as the tokenizer starts a text; InputError if there are none."""
@@ -39,20 +56,24 @@ class Loaded:
         return torch.tensor([ids], dtype=torch.long, device=self.model.device)
 
 
-def load(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Loaded:
-    """A checkpoint folder or Hub id (`owner/name@revision`), in the element type it is stored in.
+def load(
+    checkpoint: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    tokenizer_from: str | Path | None = None,
+) -> Loaded:
+    """A checkpoint folder or Hub id (`owner/name@revision`), in the element type it is stored in unless `dtype` names another.
 
-    Raises InputError where transformers is missing or cannot load it.
+    `device` is the GPU by default where there is one; `tokenizer_from` another folder whose tokenizer is used.
+    Raises InputError where transformers is missing or cannot load it, and for a device that cannot be used.
     """
     try:
         import torch
         import transformers
     except ImportError as error:
         raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
-    from moerge.modeling import register
-
-    with suppress(ImportError):  # an older transformers still runs all other models
-        register()
     folder = Path(checkpoint).expanduser()
     place = str(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -61,15 +82,37 @@ def load(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Loaded:
             raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
+    _register_ours(str(checkpoint), place, options)
     keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
     with _without_progress_bars():
         try:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, **{keyword: "auto"}, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+            wanted = "auto" if dtype is None else getattr(torch, dtype)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, **{keyword: wanted}, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from or place, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(_explain(str(checkpoint), error)) from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    try:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    except (RuntimeError, AssertionError) as error:
+        if device is None:
+            raise
+        raise InputError(f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return Loaded(str(checkpoint), model, tokenizer)
+
+
+def _register_ours(checkpoint: str, place: str, options: dict[str, Any]) -> None:
+    """Make our architecture known; an older transformers cannot run it, but still all other models."""
+    from transformers import PretrainedConfig
+
+    from moerge.modeling import register
+
+    try:
+        register()
+    except ImportError as error:
+        revision = {key: value for key, value in options.items() if key == "revision"}
+        with suppress(OSError):
+            if PretrainedConfig.get_config_dict(place, **revision)[0].get("model_type") == MODEL_TYPE:
+                raise InputError(f"{checkpoint}: {error}: pip install --upgrade transformers") from None
 
 
 def _explain(checkpoint: str, error: Exception) -> str:

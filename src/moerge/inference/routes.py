@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moerge.calibration.texts import read_documents
-from moerge.checkpoint.manifest import read_manifest, to_json
+from moerge.calibration import check_disjoint, read_documents
+from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
 from moerge.inference.figure import draw
 from moerge.inference.loading import Loaded, load
-
-if TYPE_CHECKING:
-    import torch
+from moerge.inference.weighing import Weighed, Weigher, weigher
 
 TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Which experts predict a text best when each expert gets whole documents alone, over the documents of two tokens or more.
+
+    `best_E` is how often each expert has the lowest loss, `loss_E` their mean loss in nats a token. `accuracy` is how often the
+    expert with the largest weight is the one with the lowest loss on the document.
+    """
+
+    best_E: tuple[float, ...]
+    loss_E: tuple[float, ...]
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class TextRoute:
     """How one text is routed, averaged over its documents (and, in a token-routed model, over layers and tokens).
 
     `alpha_E` is the weight of each expert, `first_E` how often it is the one with the largest weight, `entropy` that of the
-    weights in nats. `accuracy` is `first_E` of the expert of the same name, None if there is no such expert.
+    weights in nats. `accuracy` is `first_E` of the expert of the same name, None if there is no such expert. `alpha_LE` are the
+    weights in each layer of a token-routed model.
     """
 
     name: str
@@ -42,6 +52,13 @@ class TextRoute:
     first_E: tuple[float, ...]
     entropy: float
     accuracy: float | None
+    oracle: Oracle | None = None
+    alpha_LE: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def oracle_accuracy(self) -> float | None:
+        """That of the oracle, if there is one."""
+        return self.oracle.accuracy if self.oracle else None
 
 
 @dataclass(frozen=True)
@@ -52,12 +69,17 @@ class Routes:
     level: str
     experts: tuple[str, ...]
     texts: tuple[TextRoute, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
         """The mean over the texts that have an expert of their name."""
-        known = [text.accuracy for text in self.texts if text.accuracy is not None]
-        return sum(known) / len(known) if known else None
+        return _mean_of([text.accuracy for text in self.texts])
+
+    @property
+    def oracle_accuracy(self) -> float | None:
+        """The mean over the texts, None where no losses were computed."""
+        return _mean_of([text.oracle_accuracy for text in self.texts])
 
     @property
     def load_E(self) -> tuple[float, ...]:
@@ -76,29 +98,40 @@ class Routes:
             "checkpoint": self.checkpoint,
             "level": self.level,
             "experts": list(self.experts),
-            "texts": {
-                text.name: {
-                    "documents": text.documents,
-                    "alpha": dict(zip(self.experts, text.alpha_E, strict=True)),
-                    "first": dict(zip(self.experts, text.first_E, strict=True)),
-                    "entropy": text.entropy,
-                    "accuracy": text.accuracy,
-                }
-                for text in self.texts
-            },
+            "texts": {text.name: self._text_json(text) for text in self.texts},
             "accuracy": self.accuracy,
-            "load": dict(zip(self.experts, self.load_E, strict=True)),
+            "oracle_accuracy": self.oracle_accuracy,
+            "load": self._by_name(self.load_E),
             "balance": self.balance,
+            "warnings": list(self.warnings),
         }
+
+    def _text_json(self, text: TextRoute) -> dict[str, Any]:
+        return {
+            "documents": text.documents,
+            "alpha": self._by_name(text.alpha_E),
+            "first": self._by_name(text.first_E),
+            "entropy": text.entropy,
+            "accuracy": text.accuracy,
+            "oracle_accuracy": text.oracle_accuracy,
+            "best": text.oracle and self._by_name(text.oracle.best_E),
+            "loss": text.oracle and self._by_name(text.oracle.loss_E),
+            "layers": [self._by_name(alpha_E) for alpha_E in text.alpha_LE] or None,
+        }
+
+    def _by_name(self, values_E: Sequence[float]) -> dict[str, float]:
+        return dict(zip(self.experts, values_E, strict=True))
 
     def to_csv(self) -> str:
         """A row for each text and expert."""
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")
-        table.writerow(["text", "documents", "expert", "alpha", "first"])
+        table.writerow(["text", "documents", "expert", "alpha", "first", "best", "loss"])
         for text in self.texts:
-            for expert, alpha, first in zip(self.experts, text.alpha_E, text.first_E, strict=True):
-                table.writerow([text.name, text.documents, expert, f"{alpha:.6f}", f"{first:.6f}"])
+            columns = [text.alpha_E, text.first_E, *((text.oracle.best_E, text.oracle.loss_E) if text.oracle else ())]
+            for expert, *values in zip(self.experts, *columns, strict=True):
+                cells = [f"{value:.6f}" for value in values]
+                table.writerow([text.name, text.documents, expert, *cells, *[""] * (4 - len(cells))])
         return out.getvalue()
 
     def write(self, folder: Path) -> None:
@@ -119,27 +152,51 @@ def route(
     *,
     limit: int = 100,
     tokens: int = TOKENS,
+    oracle: bool = True,
+    allow_calibration_text: bool = False,
     trust_remote_code: bool = False,
 ) -> Routes:
     """How a MoE routes the first `limit` documents, up to `tokens` tokens of each, of files (txt, jsonl, parquet) by name.
 
-    A text that has an expert's name is taken to be of that expert's domain. Raises InputError if a text cannot be read or the
-    checkpoint is no MoE.
+    A text that has an expert's name is taken to be of that expert's domain. `oracle` also runs every document through each expert
+    alone, as many more passes as there are experts, except where the routing has computed the same losses (`perplexity`).
+    Raises InputError if a text cannot be read, the checkpoint is no MoE, or it was calibrated on one of the documents, unless
+    `allow_calibration_text`.
     """
     documents = {name: _documents(name, location, limit) for name, location in texts.items()}
     if not documents:
         raise InputError("no text to route: name at least one with --text NAME=FILE")
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_remote_code=trust_remote_code)
-    experts = _experts(loaded)
-    weights = _by_sequence if loaded.by_sequence else _by_token
+    warnings = check_disjoint(documents, texts, loaded.manifest, loaded.name, allow=allow_calibration_text)
+    chosen = weigher(loaded)
     found = []
     for name, listed in documents.items():
-        weighed = [weights(loaded, loaded.encode(document, tokens), len(experts)) for document in listed]
-        alpha_E, first_E = _mean([row[0] for row in weighed]), _mean([row[1] for row in weighed])
-        accuracy = first_E[experts.index(name)] if name in experts else None
-        entropy = sum(row[2] for row in weighed) / len(weighed)
-        found.append(TextRoute(name, len(listed), alpha_E, first_E, entropy, accuracy))
-    return Routes(loaded.name, "sequence" if loaded.by_sequence else "token", experts, tuple(found))
+        weighed = [chosen.weigh(loaded.encode(document, tokens), oracle) for document in listed]
+        found.append(_summary(name, weighed, chosen))
+    return Routes(loaded.name, chosen.level, chosen.experts, tuple(found), warnings)
+
+
+def _summary(name: str, weighed: Sequence[Weighed], chosen: Weigher) -> TextRoute:
+    first_E = _mean([document.first_E for document in weighed])
+    return TextRoute(
+        name=name,
+        documents=len(weighed),
+        alpha_E=_mean([document.alpha_E for document in weighed]),
+        first_E=first_E,
+        entropy=sum(document.entropy for document in weighed) / len(weighed),
+        accuracy=first_E[chosen.experts.index(name)] if name in chosen.experts else None,
+        oracle=_oracle([document for document in weighed if document.loss_E]),
+        alpha_LE=tuple(map(_mean, zip(*(document.alpha_LE for document in weighed), strict=True))),
+    )
+
+
+def _oracle(weighed: Sequence[Weighed]) -> Oracle | None:
+    if not weighed:
+        return None
+    best = [min(range(len(document.loss_E)), key=document.loss_E.__getitem__) for document in weighed]
+    best_E = _mean([[float(expert == index) for expert in range(len(weighed[0].loss_E))] for index in best])
+    accuracy = sum(document.first_E[index] for document, index in zip(weighed, best, strict=True)) / len(weighed)
+    return Oracle(best_E, _mean([document.loss_E for document in weighed]), accuracy)
 
 
 def parse_texts(given: Sequence[str]) -> dict[str, str]:
@@ -155,10 +212,6 @@ def parse_texts(given: Sequence[str]) -> dict[str, str]:
     return texts
 
 
-Weighed = tuple[Sequence[float], Sequence[float], float]
-"""alpha_E, first_E and entropy of a document."""
-
-
 def _documents(name: str, location: str, limit: int) -> list[str]:
     try:
         found = list(islice(read_documents(location), limit))
@@ -169,56 +222,10 @@ def _documents(name: str, location: str, limit: int) -> list[str]:
     return found
 
 
-def _experts(loaded: Loaded) -> tuple[str, ...]:
-    """Names of the experts; their numbers where nobody wrote the names down."""
-    config = loaded.model.config
-    if loaded.by_sequence:
-        return tuple(config.expert_names)
-    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not count:
-        raise InputError(f"{loaded.name} is a {config.model_type} model without experts: only a MoE routes")
-    manifest = read_manifest(Path(loaded.name).expanduser())
-    named = tuple(manifest["experts"]) if manifest else ()
-    return named if len(named) == count else tuple(map(str, range(count)))
-
-
-def _by_sequence(loaded: Loaded, ids_1T: torch.Tensor, experts: int) -> Weighed:
-    alpha_E = loaded.model.route(ids_1T).alpha[0].tolist()
-    best = max(range(experts), key=alpha_E.__getitem__)
-    first_E = [float(expert == best) for expert in range(experts)]
-    return alpha_E, first_E, sum(-alpha * math.log(alpha) for alpha in alpha_E if 0 < alpha < 1)
-
-
-def _by_token(loaded: Loaded, ids_1T: torch.Tensor, experts: int) -> Weighed:
-    """From the softmax over all experts of every layer's gate."""
-    import torch
-
-    with torch.no_grad(), _gate_inputs(loaded, experts) as seen:
-        loaded.model.base_model(input_ids=ids_1T, use_cache=False)
-    logits_NE = torch.cat([(state_TH @ gate_EH.T).float() for state_TH, gate_EH in seen])  # N: layers times tokens
-    log_NE = logits_NE.log_softmax(-1)
-    first_E = torch.nn.functional.one_hot(logits_NE.argmax(-1), experts).float().mean(0)
-    return log_NE.exp().mean(0).tolist(), first_E.tolist(), float(-(log_NE.exp() * log_NE).sum(-1).mean())
-
-
-@contextmanager
-def _gate_inputs(loaded: Loaded, experts: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def look(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        seen.append((arguments[0].reshape(-1, arguments[0].shape[-1]), module.weight.detach()))
-
-    named = [module for name, module in loaded.model.named_modules() if name.endswith(".gate")]
-    gates = [module for module in named if hasattr(module, "weight") and len(module.weight) == experts]
-    if not gates:
-        raise InputError(f"{loaded.name}: moerge finds no gates in a model of type {loaded.model.config.model_type}")
-    handles = [gate.register_forward_pre_hook(look) for gate in gates]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _mean(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

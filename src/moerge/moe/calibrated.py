@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,8 +13,9 @@ from pydantic import Field
 from moerge.calibration import Texts, read_texts
 from moerge.errors import InputError
 from moerge.moe.context import FitContext
+from moerge.moe.crew import Crew
 from moerge.moe.moments import Moments, load_moments, read_facts, save_moments
-from moerge.moe.router import FittedRouter
+from moerge.moe.router import FittedRouter, MoESize
 from moerge.moe.running import RunningMoE, require_models_extra
 
 if TYPE_CHECKING:
@@ -40,14 +42,18 @@ class RunningRouter(FittedRouter):
         if self.runs_model:
             require_models_extra(f"the {self.kind} router")
 
-    def memory_bytes(self, model_bytes: int, layers: int, hidden: int) -> int:
-        """The whole merged model, and a float64 matrix [hidden, hidden] twice for each layer."""
-        return model_bytes * (2 if self.dtype == "float32" else 1) + 2 * layers * hidden**2 * 8
+    def memory_bytes(self, size: MoESize, threads: int) -> int:
+        """The whole merged model, a float64 matrix [hidden, hidden] twice for each layer, and the texts that run."""
+        return size.nbytes * (2 if self.dtype == "float32" else 1) + 2 * size.layers * size.hidden**2 * 8
 
     def running(self, context: FitContext) -> RunningMoE:
         """The merged model in memory."""
         experts, layers = len(context.experts), len(context.gates)
         return RunningMoE(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
+
+    def crew(self, context: FitContext) -> Crew:
+        """The same, for as many texts at once as there are threads."""
+        return Crew(self.running(context), context.threads)
 
 
 class CalibratedRouter(RunningRouter):
@@ -61,6 +67,22 @@ class CalibratedRouter(RunningRouter):
     texts: Count = 200
     tokens: Annotated[int, Field(ge=2)] = 512
     path: Literal["own", "uniform"] = "own"
+
+    def memory_bytes(self, size: MoESize, threads: int) -> int:
+        """Besides, what each of the texts that run at once makes the routers see, and what losses it has."""
+        states = threads * self.tokens * (size.layers * size.hidden + 3 * size.vocabulary) * 4
+        return super().memory_bytes(size, threads) + states
+
+    def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
+        """Two for each parameter on the path of each token of each pass, and two for each product of router inputs."""
+        modules = 1 if self.path == "own" else size.experts
+        tokens = sum(_tokens(document, self.tokens) for texts in calibration for document in texts.documents)
+        products = size.layers * size.hidden**2
+        return 2.0 * tokens * (self.passes(size.experts) * (size.shared + modules * size.module) + products)
+
+    def passes(self, experts: int) -> int:
+        """How often each text runs."""
+        return 1
 
     def inputs(self, recipe: Recipe, experts: Sequence[str]) -> tuple[Texts, ...]:
         """The first `texts` documents of every expert's entry in the recipe's `calibration`."""
@@ -116,24 +138,21 @@ class MomentRouter(CalibratedRouter):
         """The statistics of every expert, from its file or from its text."""
         shape = len(context.gates), context.gates[0].shape[1]
         folder = None if self.statistics is None else context.relative_to / self.statistics
-        model: list[RunningMoE] = []
-        return [self._moments_of(context, index, folder, shape, model) for index in range(len(context.experts))]
-
-    def _moments_of(
-        self, context: FitContext, index: int, folder: Path | None, shape: tuple[int, int], model: list[RunningMoE]
-    ) -> Moments:
-        """`model` is loaded for the first expert that needs it."""
-        expert = context.experts[index]
-        texts, facts = context.texts[expert], self._facts(context, index)
-        saved = _file(folder, expert) if folder is not None else None
-        if saved is not None and saved.is_file() and (not texts.documents or _same(saved, facts)):
-            return load_moments(saved, *shape)
-        if not model:
-            model.append(self.running(context))
-        moments = collect(model[0], texts.documents, self.tokens, self.path_of(index), facts)
-        if saved is not None:
-            save_moments(saved, moments)
-        return moments
+        found = []
+        with ExitStack() as stack:
+            crew = None
+            for index, expert in enumerate(context.experts):
+                texts, facts = context.texts[expert], self._facts(context, index)
+                saved = _file(folder, expert) if folder is not None else None
+                if saved is not None and saved.is_file() and (not texts.documents or _same(saved, facts)):
+                    found.append(load_moments(saved, *shape))
+                    context.advance(len(texts.documents))
+                    continue
+                crew = crew or stack.enter_context(self.crew(context))  # only now: it may not be needed at all
+                found.append(collect(crew, texts.documents, self.tokens, self.path_of(index), facts, context.advance))
+                if saved is not None:
+                    save_moments(saved, found[-1])
+        return found
 
     def _facts(self, context: FitContext, index: int) -> dict[str, Any]:
         texts = context.texts[context.experts[index]]
@@ -142,42 +161,71 @@ class MomentRouter(CalibratedRouter):
 
 
 def collect(
-    model: RunningMoE, documents: Sequence[str], tokens: int, path: int | None, facts: dict[str, Any] | None = None
+    crew: Crew,
+    documents: Sequence[str],
+    tokens: int,
+    path: int | None,
+    facts: dict[str, Any] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Moments:
     """The sums over all router inputs while `documents` run on `path`."""
-    totals = Accumulator()
-    for document in documents:
-        totals.add(model.router_inputs(model.encode(document, tokens), path))
+    totals = Accumulator(crew)
+    ids = [crew.model.encode(document, tokens) for document in documents]
+    for batch in crew.run(lambda model, ids_1T: model.router_inputs(ids_1T, path), ids):
+        totals.add(batch)
+        advance(len(batch))
     return totals.moments(facts or {})
 
 
 class Accumulator:
-    """Adds up router inputs: products in float32 a text at a time, totals in float64."""
+    """Adds up router inputs text after text: products in float32 a text at a time, totals in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, crew: Crew) -> None:
         self.tokens = 0
-        self._sums: list[torch.Tensor] = []
-        self._moments: list[torch.Tensor] = []
+        self._crew = crew
+        self._layers: list[_Layer] = []
 
-    def add(self, inputs_LTH: Sequence[torch.Tensor]) -> None:
-        """One text's router inputs, a tensor [T, H] for each layer."""
-        self.tokens += len(inputs_LTH[0])
-        self._sums = _added(self._sums, [state_TH.sum(dim=0).double() for state_TH in inputs_LTH])
-        self._moments = _added(self._moments, [(state_TH.T @ state_TH).double() for state_TH in inputs_LTH])
+    def add(self, inputs: Sequence[Sequence[torch.Tensor]], targets: Sequence[torch.Tensor] | None = None) -> None:
+        """Some texts' router inputs, for each text a tensor [T, H] for each layer, and its targets [T, C]."""
+        import torch
+
+        if targets is None:
+            targets = [torch.ones_like(inputs_LTH[0][:, :1]) for inputs_LTH in inputs]
+        self.tokens += sum(map(len, targets))
+        self._layers = self._layers or [_Layer() for _ in inputs[0]]
+        self._crew.spread(lambda layer: self._layers[layer].add([text[layer] for text in inputs], targets), range(len(inputs[0])))
+
+    @property
+    def moment_LHH(self) -> np.ndarray:
+        """The sum of x^T x, in float64."""
+        return np.stack([layer.moment_HH.cpu().numpy() for layer in self._layers])
+
+    @property
+    def product_LHC(self) -> np.ndarray:
+        """The sum of x^T y over targets y, in float64; of x where there are none."""
+        return np.stack([layer.product_HC.cpu().numpy() for layer in self._layers])
 
     def moments(self, facts: dict[str, Any]) -> Moments:
         """What was added so far."""
         if self.tokens == 0:
             raise InputError("calibration: no text has a token: name files with some text")
-        return Moments(self.tokens, _stacked(self._sums), _stacked(self._moments), facts)
+        sum_LH = self.product_LHC[..., 0].astype(np.float32)
+        return Moments(self.tokens, sum_LH, self.moment_LHH.astype(np.float32), facts)
 
 
-def _stacked(parts: list[torch.Tensor]) -> np.ndarray:
-    return np.stack([part.cpu().numpy() for part in parts]).astype(np.float32)
+class _Layer:
+    moment_HH: Any = 0.0
+    product_HC: Any = 0.0
+
+    def add(self, states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        for state_TH, target_TC in zip(states, targets, strict=True):
+            self.moment_HH = self.moment_HH + (state_TH.T @ state_TH).double()
+            self.product_HC = self.product_HC + (state_TH.T @ target_TC).double()
 
 
-def _added(totals: list[torch.Tensor], parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+def _tokens(document: str, most: int) -> int:
+    """How many tokens a text has at most `most` of, at four characters each."""
+    return min(most, 1 + len(document) // 4)
 
 
 def _file(folder: Path, expert: str) -> Path:

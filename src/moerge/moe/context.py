@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from moerge.checkpoint.digest import CHUNK, chunk_digest, combined_digest, tenso
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.codec import decode
+from moerge.moe.router import MODULE
 from moerge.planning.operations import Output
-
-_MODULE = re.compile(r"\.ffn\.(\d+)\.")
-"""The number of the expert in a role such as `layers.3.ffn.1.up`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,8 @@ class FitContext:
 
     `folder` loads with transformers. `gates` are the outputs to fill, by layer; `experts` the names of their rows. `digests`
     are those of the other outputs, by role. `models` are the inputs by name, all of `family`. Relative paths start from
-    `relative_to`. What `read` returned is in `read_digests`, for the manifest.
+    `relative_to`. What `read` returned is in `read_digests`, for the manifest. `threads` may be used, whose number must not
+    change the gates; `advance(count)` is told of texts that are done.
     """
 
     folder: Path
@@ -39,17 +37,23 @@ class FitContext:
     family: Family | None = None
     relative_to: Path = Path()
     read_digests: dict[str, str] = field(default_factory=dict)
+    threads: int = 1
+    advance: Callable[[int], None] = lambda count: None
 
     def model_digest(self, expert: int | None) -> str:
         """Digest of all tensors that take part when every token goes to one expert; to all of them for None."""
         used = {}
         for role, digest in self.digests.items():
-            module = _MODULE.search(role)
+            module = MODULE.search(role)
             if module is None or expert is None:
                 used[role] = digest
             elif int(module[1]) == expert:  # by what it is, not by its place among the experts
-                used[_MODULE.sub(".ffn.", role)] = digest
+                used[MODULE.sub(".ffn.", role)] = digest
         return combined_digest(used)
+
+    def has(self, model: str, role: str) -> bool:
+        """Whether an input has a tensor of this role."""
+        return any(self.family is not None and self.family.role_of(name) == role for name in self.models[model].tensors)
 
     def read(self, model: str, role: str) -> np.ndarray:
         """A tensor of an input by its role, as float32; InputError if it holds NaN or infinity."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,14 +12,22 @@ from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.staging import Staging
 from moerge.methods.codec import encode
 from moerge.moe.context import FitContext
+from moerge.moe.crew import one_thread_each
 from moerge.planning.operations import Fit, Output
 from moerge.planning.plan import Plan
 
 
-def fit_gates(plan: Plan, staging: Staging, files: Mapping[str, bytes]) -> tuple[str, ...]:
+def fit_gates(
+    plan: Plan,
+    staging: Staging,
+    files: Callable[[], Mapping[str, bytes]],
+    threads: int,
+    calibrating: Callable[[int], Callable[[int], None]] | None = None,
+) -> tuple[str, ...]:
     """Compute and store the gates that `plan` leaves to a fitted router; returns what the user should know about them.
 
-    `files` make the staging folder a checkpoint that loads. Gates that an interrupted run has completed are kept.
+    `files()` make the staging folder a checkpoint that loads. Gates that an interrupted run has completed are kept. The gates do
+    not depend on `threads`. `calibrating` is called with the number of texts and returns what is told of those that are done.
     """
     gates = tuple(output for output in plan.outputs if isinstance(output.operation, Fit))
     if not gates:
@@ -27,8 +36,11 @@ def fit_gates(plan: Plan, staging: Staging, files: Mapping[str, bytes]) -> tuple
     router = gates[0].operation.router
     context = _context(plan, staging, gates)
     if not all(staging.finished(gate) for gate in gates):
-        staging.add(files)
-        fitted = router.fit(context)
+        staging.add(files())
+        texts = sum(len(texts.documents) for texts in plan.calibration)
+        advance = calibrating(texts) if calibrating and texts else context.advance
+        with one_thread_each():
+            fitted = router.fit(replace(context, threads=threads, advance=advance))
         for gate in gates:
             _store(staging, gate, fitted[gate.name], context.read_digests)
     return router.remarks(context)

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from moerge.errors import InputError
-from moerge.moe.calibrated import Accumulator, CalibratedRouter, gates_of
+from moerge.moe.calibrated import Accumulator, gates_of
 from moerge.moe.context import FitContext
-from moerge.moe.regression import Normalize, logit_scale, ridge
+from moerge.moe.crew import Crew
+from moerge.moe.regression import RegressionRouter
 from moerge.moe.router import Positive
+from moerge.moe.running import RunningMoE
 
 if TYPE_CHECKING:
     import torch
 
 
-class PerplexityRouter(CalibratedRouter):
+class PerplexityRouter(RegressionRouter):
     """`ridge` with another target: not whose text a token is from, but which expert predicts what follows best.
 
     Every text runs once through each expert. -log P is taken of each next token (`level: token`) or averaged over the text
@@ -29,39 +31,38 @@ class PerplexityRouter(CalibratedRouter):
     level: Literal["token", "sequence"] = "sequence"
     target: Literal["best", "softmax"] = "best"
     softness: Positive = 1.0
-    penalty: Positive = 0.01
-    normalize: Normalize = "columns"
-    temperature: Positive = 0.1
-    balance: bool = True
+
+    def passes(self, experts: int) -> int:
+        """Through every expert for the losses, and once for what the routers see."""
+        return experts + 1
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """Regressions on the targets' share of every expert's text."""
-        model = self.running(context)
-        layers, hidden = len(context.gates), context.gates[0].shape[1]
-        moment_LHH = np.zeros((layers, hidden, hidden))
-        targets_LHE = np.zeros((layers, hidden, len(context.experts)))
-        for index, expert in enumerate(context.experts):
-            totals, products = Accumulator(), np.zeros_like(targets_LHE)
-            for document in context.texts[expert].documents:
-                ids_1T = model.encode(document, self.tokens)
-                if ids_1T.shape[1] < 2:
-                    continue
-                target_TE = self.targets([model.losses(ids_1T, path) for path in range(len(context.experts))])
-                # the last token's successor is unknown
-                inputs_LTH = [state_TH[:-1] for state_TH in model.router_inputs(ids_1T, self.path_of(index))]
-                totals.add(inputs_LTH)
-                products += np.stack([(state_TH.T @ target_TE).double().cpu().numpy() for state_TH in inputs_LTH])
-            if totals.tokens == 0:
-                raise InputError(f"calibration.{expert}: no text has two tokens or more, which the perplexity router needs")
-            share = 1 / totals.tokens if self.balance else 1.0
-            moment_LHH += share * totals.moments({}).moment_LHH
-            targets_LHE += share * products
+        with self.crew(context) as crew:
+            totals = [self._collect(crew, context, index) for index in range(len(context.experts))]
+        shares = [self.share(total.tokens) for total in totals]
+        moment_LHH = sum(share * total.moment_LHH for share, total in zip(shares, totals, strict=True))
+        targets_LHE = sum(share * total.product_LHC for share, total in zip(shares, totals, strict=True))
+        return gates_of(context, lambda layer: self.solve(np.asarray(moment_LHH)[layer], np.asarray(targets_LHE)[layer]))
 
-        def gate(layer: int) -> np.ndarray:
-            weights_EH = ridge(moment_LHH[layer], targets_LHE[layer], self.penalty)
-            return logit_scale(weights_EH, self.normalize, self.temperature)
+    def _collect(self, crew: Crew, context: FitContext, index: int) -> Accumulator:
+        experts, expert = range(len(context.experts)), context.experts[index]
 
-        return gates_of(context, gate)
+        def look(model: RunningMoE, ids_1T: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+            target_TE = self.targets([model.losses(ids_1T, path) for path in experts])
+            # the last token's successor is unknown
+            return [state_TH[:-1] for state_TH in model.router_inputs(ids_1T, self.path_of(index))], target_TE
+
+        totals = Accumulator(crew)
+        documents = context.texts[expert].documents
+        ids = [ids_1T for document in documents if (ids_1T := crew.model.encode(document, self.tokens)).shape[1] > 1]
+        context.advance(len(documents) - len(ids))
+        for batch in crew.run(look, ids):
+            totals.add([inputs for inputs, _ in batch], [targets for _, targets in batch])
+            context.advance(len(batch))
+        if totals.tokens == 0:
+            raise InputError(f"calibration.{expert}: no text has two tokens or more, which the perplexity router needs")
+        return totals
 
     def targets(self, losses_E: list[torch.Tensor]) -> torch.Tensor:
         """What each expert should get for each token of a text, [T - 1, E], rows adding up to 1."""

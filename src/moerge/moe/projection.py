@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from moerge.errors import InputError
+from moerge.linear_algebra import leading_svd
 from moerge.moe.calibrated import RunningRouter, gates_of
 from moerge.moe.context import FitContext
 from moerge.moe.regression import logit_scale
-from moerge.moe.router import Positive
+from moerge.moe.router import MoESize, Positive
 
 if TYPE_CHECKING:
     from moerge.calibration import Texts
@@ -35,7 +38,7 @@ class ProjectionRouter(RunningRouter):
     - `sign: skew` (default) runs the merged model over random tokens. Few inputs go far along an expert's direction, and those
       that do are like its own text: the sign is that of the third moment of v x.
     - `sign: mean` runs nothing: the sign is that of v m, m being the mean of the base's normalised embeddings times the norm
-      before this FFN. It ignores all that lies before the layer, and hardly beats a coin.
+      before this FFN, if there is one. It ignores all that lies before the layer, and hardly beats a coin.
 
     Rows get unit norm; logits are divided by `temperature`. The base's task vector is zero and so is its row. It is what can be
     done where no text is at hand: a few texts and `hidden` or `ridge` do better.
@@ -58,19 +61,26 @@ class ProjectionRouter(RunningRouter):
             raise InputError(f"{recipe.source}: the projection router works on task vectors, so the recipe needs a 'base'")
         return ()
 
-    def memory_bytes(self, model_bytes: int, layers: int, hidden: int) -> int:
-        """The merged model where it runs, else about three task vectors of one layer."""
-        if self.runs_model:
-            return super().memory_bytes(model_bytes, layers, hidden)
-        return 12 * model_bytes // (2 * layers)
+    def memory_bytes(self, size: MoESize, threads: int) -> int:
+        """The merged model where it runs, else about three task vectors of one layer for each expert at work."""
+        at_once = min(threads, size.experts)
+        return super().memory_bytes(size, threads) if self.runs_model else 12 * at_once * size.module // size.layers
+
+    def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
+        """A few dozen products of task vectors with the leading directions, and the random tokens."""
+        directions = 2 * 2 * 30 * (self.rank + 8) * size.experts * size.module * 2 / 3
+        tokens = SEQUENCES * TOKENS if self.runs_model else 0
+        return directions + 2.0 * tokens * (size.shared + size.experts * size.module)
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """Directions one layer of one expert at a time, then their signs."""
         hidden = context.gates[0].shape[1]
         if self.rank > hidden:
             raise InputError(f"moe.router.rank is {self.rank}, but the model is only {hidden} wide")
-        layers = range(len(context.gates))
-        scaled_LEHK = [[self._directions(context, expert, layer) for expert in context.experts] for layer in layers]
+        with ThreadPoolExecutor(context.threads) as pool:
+            scaled_LEHK = [
+                list(pool.map(partial(self._directions, context, layer), context.experts)) for layer in range(len(context.gates))
+            ]
         signs = self._skew_signs(context) if self.sign == "skew" else _mean_signs(context)
 
         def gate(layer: int) -> np.ndarray:
@@ -79,7 +89,7 @@ class ProjectionRouter(RunningRouter):
 
         return gates_of(context, gate)
 
-    def _directions(self, context: FitContext, expert: str, layer: int) -> np.ndarray:
+    def _directions(self, context: FitContext, layer: int, expert: str) -> np.ndarray:
         """sigma_k v_k as columns; zero where nothing was trained."""
         hidden = context.gates[0].shape[1]
         if expert == "base":
@@ -93,8 +103,9 @@ class ProjectionRouter(RunningRouter):
         return scaled_HK
 
     def _skew_signs(self, context: FitContext) -> Callable[[int, np.ndarray], np.ndarray]:
-        model = self.running(context)
-        runs = [model.router_inputs(model.random_tokens(self.seed + run, TOKENS), None) for run in range(SEQUENCES)]
+        with self.crew(context) as crew:
+            drawn = [crew.model.random_tokens(self.seed + run, TOKENS) for run in range(SEQUENCES)]
+            runs = [run for batch in crew.run(lambda model, ids_1T: model.router_inputs(ids_1T, None), drawn) for run in batch]
         states_LTH = [np.concatenate([run[layer].cpu().numpy() for run in runs]) for layer in range(len(context.gates))]
         return lambda layer, scaled_HK: _signs((states_LTH[layer].astype(np.float64) @ scaled_HK) ** 3)
 
@@ -105,7 +116,8 @@ def _mean_signs(context: FitContext) -> Callable[[int, np.ndarray], np.ndarray]:
     mean_H = (embedding_VH / np.maximum(scale_V1, 1e-12)).mean(axis=0)
 
     def signs(layer: int, scaled_HK: np.ndarray) -> np.ndarray:
-        typical_H = mean_H * context.read("base", f"layers.{layer}.norm.ffn")
+        norm = f"layers.{layer}.norm.ffn"
+        typical_H = mean_H * context.read("base", norm) if context.has("base", norm) else mean_H
         return _signs((typical_H @ scaled_HK)[None])
 
     return signs
@@ -116,17 +128,6 @@ def _signs(values_TK: np.ndarray) -> np.ndarray:
 
 
 def leading_directions(matrix_RH: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `rank` right singular vectors as columns [H, K], up to their sign, and singular values, by subspace iteration."""
-    hidden = matrix_RH.shape[1]
-    width = min(hidden, rank + 8)
-    basis_HK, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((hidden, width)).astype(np.float32))
-    before_K = np.zeros(width)
-    for _ in range(200):
-        basis_HK, upper_KK = np.linalg.qr(matrix_RH.T @ (matrix_RH @ basis_HK))
-        now_K = np.abs(np.diag(upper_KK))
-        if np.allclose(now_K[:rank], before_K[:rank], rtol=1e-6, atol=0):
-            break
-        before_K = now_K
-    _, sigma_K, rotation_KK = np.linalg.svd(matrix_RH @ basis_HK, full_matrices=False)
-    leading_HK: np.ndarray = basis_HK @ rotation_KK.T[:, :rank]
-    return leading_HK, sigma_K[:rank]
+    """The first `rank` right singular vectors as columns [H, K], up to their sign, and singular values."""
+    _, sigma_K, leading_KH = leading_svd(matrix_RH, rank)
+    return leading_KH.T, sigma_K

@@ -10,11 +10,10 @@ import numpy as np
 from moerge.moe.calibrated import MomentRouter, gates_of
 from moerge.moe.context import FitContext
 from moerge.moe.moments import Moments
-from moerge.moe.regression import Normalize, logit_scale, ridge
-from moerge.moe.router import Positive
+from moerge.moe.regression import RegressionRouter
 
 
-class RidgeRouter(MomentRouter):
+class RidgeRouter(RegressionRouter, MomentRouter):
     """W = (A + lambda I)^-1 b, with A the sum of x^T x and b that of x^T onehot(expert) over all experts' text, layer by layer.
 
     DUME (Fanì and Ersoy 2026, arXiv 2603.29765): x is the router's input while each text runs through its own expert, the
@@ -29,10 +28,6 @@ class RidgeRouter(MomentRouter):
     """
 
     kind: ClassVar[str] = "ridge"
-    penalty: Positive = 0.01
-    normalize: Normalize = "columns"
-    temperature: Positive = 0.1
-    balance: bool = True
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """One regression a layer."""
@@ -41,8 +36,7 @@ class RidgeRouter(MomentRouter):
 
     def gate(self, moments_E: Sequence[Moments], layer: int) -> np.ndarray:
         """One layer's gate, float32 [experts, hidden], from every expert's statistics."""
-        shares = [1 / moments.tokens if self.balance else 1.0 for moments in moments_E]
+        shares = [self.share(moments.tokens) for moments in moments_E]
         moment_HH = sum(share * m.moment_LHH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True))
         targets_EH = [share * m.sum_LH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True)]
-        weights_EH = ridge(np.asarray(moment_HH), np.stack(targets_EH, axis=1), self.penalty)
-        return logit_scale(weights_EH, self.normalize, self.temperature)
+        return self.solve(np.asarray(moment_HH), np.stack(targets_EH, axis=1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
     from moerge.recipe.schema import Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+MODULE = re.compile(r"\.ffn\.(\d+)\.")
+"""The number of the expert in a role such as `layers.3.ffn.1.up`."""
+
+
+@dataclass(frozen=True)
+class MoESize:
+    """How large a merged model is: `shared` and `module` count the parameters of the backbone and of one expert's modules."""
+
+    nbytes: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    experts: int
+    shared: int
+    module: int
 
 
 class Router(BaseModel):
@@ -45,9 +64,13 @@ class Router(BaseModel):
     def require(self) -> None:
         """InputError if a package that the router needs is not installed; asked before anything is written."""
 
-    def memory_bytes(self, model_bytes: int, layers: int, hidden: int) -> int:
-        """What the router holds in memory for a merged model of that many bytes of tensors."""
+    def memory_bytes(self, size: MoESize, threads: int) -> int:
+        """What computing the gates holds in memory."""
         return 0
+
+    def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
+        """Floating-point operations that computing the gates takes, roughly."""
+        return 0.0
 
 
 class RandomRouter(Router):
@@ -71,7 +94,8 @@ class RandomRouter(Router):
 class FittedRouter(Router):
     """A router whose gates are computed once every other tensor of the merged model is written.
 
-    A subclass says in `fit` what they are, in `inputs` what text that takes, and in `memory_bytes` what memory.
+    A subclass says in `fit` what they are, in `inputs` what text that takes, and in `memory_bytes` and `operations` what it
+    costs.
     """
 
     def operation(self, gate: Expected) -> Operation:

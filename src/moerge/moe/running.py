@@ -5,6 +5,7 @@ Shapes: L layers, E experts, T tokens, H hidden, V vocabulary. torch is imported
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,20 +34,31 @@ def require_models_extra(what: str) -> None:
 class RunningMoE:
     """A token-routed MoE in memory, whose gates are overruled, so that it does not matter what they hold."""
 
-    def __init__(self, folder: Path, *, experts: int, layers: int, device: str = "cpu", dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experts: int,
+        layers: int | None = None,
+        device: str = "cpu",
+        dtype: str | None = None,
+        model: Any = None,
+    ) -> None:
+        """`model` is one that is loaded already, where it is; `layers` is how many it must have gates in."""
         require_models_extra("a calibrated router")
         import torch
 
         self.experts = experts
-        self._device = _device(device)
-        wanted = "auto" if dtype is None else getattr(torch, dtype)
         self._folder = folder
         self._tokenizer: Any = None
-        self._model = _load(folder, wanted)
+        self._device = _device(device) if model is None else model.device
+        self._model = _load(folder, "auto" if dtype is None else getattr(torch, dtype)) if model is None else model
         self._model.to(self._device).eval()
-        self._gates = [module for name, module in self._model.named_modules() if name.endswith(".gate")]
-        self._blocks = [module for module in self._model.modules() if getattr(module, "gate", None) in self._gates]
-        if len(self._gates) != layers:
+        self._gates = find_gates(self._model, experts)
+        self._blocks = [module for module in self._model.modules() if _chooses(module, self._gates)]
+        if not self._gates:
+            raise InputError(f"{folder}: moerge finds no gates in a model of type {self._model.config.model_type}")
+        if len(self._gates) != (layers or len(self._gates)):
             raise InputError(
                 f"a calibrated router needs a gate in each of {layers} layers, and transformers finds {len(self._gates)}"
             )
@@ -67,6 +79,24 @@ class RunningMoE:
 
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(self._model.config.vocab_size, (1, tokens), generator=generator).to(self._device)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the processor computes, and not a device beside it."""
+        return bool(self._device.type == "cpu")
+
+    def twin(self) -> RunningMoE:
+        """The same weights in modules of their own, so that it can run beside this one in another thread."""
+        shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
+        return copy.deepcopy(self, {id(part): part for part in shared})
+
+    def router_logits(self, ids_1T: torch.Tensor) -> list[torch.Tensor]:
+        """What each layer's router computes when nothing overrules it, L times [T, E] in float32."""
+        import torch
+
+        with torch.no_grad(), self._seen() as inputs_LTH:
+            self._model.base_model(input_ids=ids_1T, use_cache=False)
+            return [state_TH @ gate.weight.float().T for state_TH, gate in zip(inputs_LTH, self._gates, strict=True)]
 
     def router_inputs(self, ids_1T: torch.Tensor, path: Route) -> list[torch.Tensor]:
         """What each layer's router sees on this path, L times [T, H] in float32."""
@@ -112,6 +142,22 @@ class RunningMoE:
                 handle.remove()
             for block, top_k in chosen.items():
                 block.top_k = top_k
+
+
+_GATES = (".gate", ".router", ".router.layer")
+"""How the module that holds a gate's matrix is called: Mixtral and most others, GraniteMoe in transformers 5, and in 4."""
+
+
+def find_gates(model: Any, experts: int) -> list[Any]:
+    """The modules of a model, layer by layer, whose `weight` is a gate [E, H] and whose input is what the router sees."""
+    named = [module for name, module in model.named_modules() if name.endswith(_GATES)]
+    return [module for module in named if hasattr(module, "weight") and len(module.weight) == experts]
+
+
+def _chooses(module: Any, gates: list[Any]) -> bool:
+    """Whether a module takes the top K of what a gate within it says, as it is in transformers 4."""
+    held = (getattr(module, "gate", None), getattr(module, "layer", None))
+    return hasattr(module, "top_k") and any(gate is one for gate in gates for one in held)
 
 
 def _overrule(module: Any, arguments: Any, output: Any, *, path: Route, experts: int) -> Any:

@@ -1,0 +1,110 @@
+"""What a MoE makes of one document: the experts' weights, and each expert's loss when it is alone.
+
+Shapes: E experts, L layers, T tokens, N layers times tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from moerge.errors import InputError
+from moerge.inference.loading import Loaded
+from moerge.moe.running import RunningMoE
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A document's weights, how often each expert is first, and the weights' entropy in nats, averaged over layers and tokens.
+
+    `alpha_LE` are the weights layer by layer in token-routed models; `loss_E` is each expert's loss in nats a token, empty where
+    it was not asked for and for documents of a single token, which have none.
+    """
+
+    alpha_E: Sequence[float]
+    first_E: Sequence[float]
+    entropy: float
+    alpha_LE: Sequence[Sequence[float]] = ()
+    loss_E: Sequence[float] = ()
+
+
+class Weigher(Protocol):
+    """A loaded MoE, by the level at which it routes."""
+
+    level: str
+    experts: tuple[str, ...]
+
+    def weigh(self, ids_1T: torch.Tensor, oracle: bool) -> Weighed:
+        """A document, with the losses of the experts alone if `oracle`."""
+        ...
+
+
+def weigher(loaded: Loaded) -> Weigher:
+    """The MoE of a checkpoint; InputError if it is none."""
+    return BySequence(loaded) if loaded.by_sequence else ByToken(loaded)
+
+
+class BySequence:
+    """A sequence-routed model. An expert alone is its path, what fixed routing to it runs."""
+
+    level = "sequence"
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._model = loaded.model
+        self.experts = tuple(loaded.model.config.expert_names)
+
+    def weigh(self, ids_1T: torch.Tensor, oracle: bool) -> Weighed:
+        """From `model.route`."""
+        routing = self._model.route(ids_1T)
+        alpha_E = routing.alpha[0].tolist()
+        best = max(range(len(alpha_E)), key=alpha_E.__getitem__)
+        entropy = sum(-alpha * math.log(alpha) for alpha in alpha_E if 0 < alpha < 1)
+        losses = self._losses(ids_1T, routing) if oracle and ids_1T.shape[1] > 1 else ()
+        return Weighed(alpha_E, [float(expert == best) for expert in range(len(alpha_E))], entropy, loss_E=losses)
+
+    def _losses(self, ids_1T: torch.Tensor, routing: object) -> list[float]:
+        import torch
+
+        if self._model.config.routing["kind"] == "perplexity":  # its scores are 1 / PPL
+            return [-score.log().item() for score in routing.scores[0]]  # type: ignore[attr-defined]
+        with torch.no_grad():
+            prompt = self._model.model.make_prompt(ids_1T)
+            return [self._model.path_nll(expert, prompt)[0].item() for expert in range(len(self.experts))]
+
+
+class ByToken:
+    """A token-routed model. An expert alone gets every token in every layer."""
+
+    level = "token"
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.experts = _experts(loaded)
+        self._moe = RunningMoE(Path(loaded.name), experts=len(self.experts), model=loaded.model)
+
+    def weigh(self, ids_1T: torch.Tensor, oracle: bool) -> Weighed:
+        """From the softmax over all experts of every layer's gate."""
+        import torch
+
+        log_LTE = torch.stack(self._moe.router_logits(ids_1T)).log_softmax(-1)
+        alpha_LE = log_LTE.exp().mean(1)
+        first_E = torch.nn.functional.one_hot(log_LTE.argmax(-1), len(self.experts)).float().mean((0, 1))
+        entropy = float(-(log_LTE.exp() * log_LTE).sum(-1).mean())
+        wanted = range(len(self.experts)) if oracle and ids_1T.shape[1] > 1 else ()
+        losses = [self._moe.losses(ids_1T, expert).mean().item() for expert in wanted]
+        return Weighed(alpha_LE.mean(0).tolist(), first_E.tolist(), entropy, alpha_LE.tolist(), losses)
+
+
+def _experts(loaded: Loaded) -> tuple[str, ...]:
+    """Names of the experts; their numbers where nobody wrote the names down."""
+    config = loaded.model.config
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not count:
+        raise InputError(f"{loaded.name} is a {config.model_type} model without experts: only a MoE routes")
+    named = tuple(loaded.manifest["experts"]) if loaded.manifest else ()
+    return named if len(named) == count else tuple(map(str, range(count)))

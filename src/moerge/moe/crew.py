@@ -1,0 +1,64 @@
+"""Running many texts at once so that the result does not depend on how many.
+
+Sums inside torch, BLAS and LAPACK are split over their threads, and so their last bits depend on the number of threads. Here
+these libraries get one thread each, and the machine's cores work on different texts and layers instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from moerge.moe.running import RunningMoE
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Meanwhile numerical libraries compute on the calling thread alone; torch too if it is imported already."""
+    from threadpoolctl import threadpool_limits
+
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else 0
+    with threadpool_limits(1):
+        if torch is not None:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if torch is not None:
+                torch.set_num_threads(before)
+
+
+class Crew:
+    """A model and its twins, as many as there are threads; on a GPU the model alone. A context manager.
+
+    Each thread holds a text's activations at a time, so memory grows with the threads, but not with the texts.
+    """
+
+    def __init__(self, model: RunningMoE, threads: int) -> None:
+        self.model = model
+        self._threads = threads if model.on_cpu else 1
+        self._models = [model, *(model.twin() for _ in range(self._threads - 1))]
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, work: Callable[[RunningMoE, Item], Result], items: Sequence[Item]) -> Iterator[list[Result]]:
+        """`work(model, item)` of all items, in their order, as many at a time as there are threads."""
+        for start in range(0, len(items), self._threads):
+            yield list(self._pool.map(work, self._models, items[start : start + self._threads]))
+
+    def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work(item)` of all items, in their order; no model takes part."""
+        return list(self._pool.map(work, items))
