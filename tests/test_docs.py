@@ -41,6 +41,7 @@ from moerge.cli import main
 from moerge.cli.app import app
 from moerge.methods import merge_method, merge_methods
 from moerge.recipe.loading import _SECTIONS
+from moerge.recipe.mergekit import is_mergekit
 from moerge.recipe.schema import MoE
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,7 @@ class Session:
 
     def run_python(self, snippet: Snippet) -> None:
         if snippet.file:
+            Path(snippet.file).parent.mkdir(parents=True, exist_ok=True)
             Path(snippet.file).write_text(snippet.text)
             importlib.invalidate_caches()
             return
@@ -133,7 +135,7 @@ class Session:
         path.write_text(snippet.text)
         recipe: Any = path
         written = yaml.safe_load(snippet.text)
-        if "experts" not in written and "broken" not in snippet.words:
+        if "experts" not in written and not is_mergekit(written) and "broken" not in snippet.words:
             recipe = {"base": "models/base", "experts": {name: f"models/{name}" for name in tiny.EXPERTS}, **written}
         self.merged += 1
         out = Path(f".merged-{self.merged}")
@@ -188,12 +190,12 @@ def assert_output(actual: str, expected: str, snippet: Snippet) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages call `models`: base, math, code, knowledge, and a Qwen2, whose family moerge does not know."""
+    """What the pages call `models`: base, math, code, knowledge, and a first OLMo, whose family moerge does not know."""
     folder = tmp_path_factory.mktemp("docs") / "models"
     tiny.make_models(folder)
-    config = tiny.llama_config(model_type="qwen2", architectures=["Qwen2ForCausalLM"], attention_bias=True)
-    tensors = {name: value for name, value in tiny.llama_tensors(config).items() if not name.endswith("o_proj.bias")}
-    tiny.write_checkpoint(folder / "qwen", tensors, config)
+    config = tiny.llama_config(model_type="olmo", architectures=["OlmoForCausalLM"])
+    tensors = {name: value for name, value in tiny.llama_tensors(config).items() if "norm" not in name}
+    tiny.write_checkpoint(folder / "olmo", tensors, config)
     return folder
 
 
@@ -255,7 +257,7 @@ def test_method_pages_give_every_default(name: str) -> None:
     own = {row: default for row, default in rows if row in fields}
     assert set(own) == set(fields), f"{page.name} documents {sorted(own)} of {sorted(fields)}"
     for key, info in fields.items():
-        assert same_default(own[key], info.default), f"{page.name}: {key} defaults to {info.default}, not {own[key]}"
+        assert own[key] == "required" if info.is_required() else same_default(own[key], info.default), f"{page.name}: {key} defaults to {info.default}, not {own[key]}"
 
 
 def same_default(written: str, actual: object) -> bool:

@@ -29,7 +29,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("installing a package offline needs pip and hatchling in this environment")
     site = tmp_path_factory.mktemp("site")
     options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", site]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, PLUGIN], check=True, env={**os.environ, "PIP_CONFIG_FILE": ""})
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, PLUGIN], check=True, env={**os.environ, "PIP_CONFIG_FILE": ""}
+    )
     return site
 
 

@@ -14,6 +14,7 @@ from hub_uploads import UploadHub
 
 from command import Result, moerge, start
 from moerge import InputError, merge
+from moerge.extraction import extract
 from moerge.hub import prepare
 from tiny import make_models, write_recipe
 
@@ -196,6 +197,15 @@ def test_paths_that_become_public_are_named(tmp_path: Path) -> None:
     assert result.err == (
         f"warning: the model card and moerge.json name folders of this machine ({named}): anyone can read them there\n"
     )
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    models = make_models(tmp_path, experts=("math",))
+    extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), rank=2)
+    upload = prepare(tmp_path / "lora", "me/lora")
+    assert list(upload.files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    named = f"the model card and adapter_config.json name folders of this machine ({models['base']}): anyone can read them there"
+    assert upload.warnings == (named,)
 
 
 def test_a_checkpoint_that_moerge_did_not_make(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_no_command_shows_the_help() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plann"], "No such command 'plann'. Did you mean 'plan'? (see: moerge --help)"),
+        (["plann"], "No such command 'plann'. Did you mean 'plan', 'learn'? (see: moerge --help)"),
         (["merge"], "Missing argument 'RECIPE'. (see: moerge merge --help)"),
         (["merge", "{r}"], "Missing argument 'OUT'. (see: moerge merge --help)"),
         (["plan", "{r}", "--sed", "1"], "No such option: --sed"),
@@ -138,6 +139,15 @@ def test_progress_appears_only_on_long_work(
         advance(1_000_000_000)
         shown._ended.wait(0.3)
     assert "merging: " in capfd.readouterr().err
+    monkeypatch.setattr(progress, "_PATIENCE_SECONDS", 0.2)
+    with progress.Progress("calibrating", quiet=False, unit="texts") as texts:
+        texts.start(40)(10)
+        texts._ended.wait(0.5)
+    assert re.fullmatch(r"calibrating: 10 of 40 texts, [\d,.]+/s, \d+ s left\n", capfd.readouterr().err)
+    with progress.Progress("calibrating", quiet=False, unit="texts") as texts:
+        texts.start(40)
+        texts.finish()
+    assert capfd.readouterr().err == ""
     with progress.Progress("merging", quiet=True) as silent:
         silent.start(10)(10)
         silent._ended.wait(0.1)

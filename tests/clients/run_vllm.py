@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # small models: processes of their own cost more than they give
 
 import numpy as np
 import protocol
@@ -10,7 +13,15 @@ from vllm import LLM, SamplingParams
 
 
 def client(case: protocol.Case, setting: str) -> protocol.Answer:
-    model = LLM(str(case.model), dtype=setting, max_model_len=256, max_logprobs=-1, enforce_eager=True)
+    model = LLM(
+        str(case.model),
+        dtype=setting,
+        max_model_len=256,
+        max_logprobs=-1,
+        enforce_eager=True,
+        gpu_memory_utilization=0.05,  # of the CPU's memory, where it runs there
+        distributed_executor_backend="uni",
+    )
     greedy = SamplingParams(temperature=0, max_tokens=protocol.NEW_TOKENS, ignore_eos=True)
     first = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=-1)
     prompts = [{"prompt_token_ids": prompt} for prompt in case.prompts]

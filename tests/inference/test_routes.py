@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from command import moerge as command
+from moerge.analysis import figures
 from moerge.inference.routes import Oracle, Routes, TextRoute
 from tiny import EXPERTS, write_recipe
 
@@ -264,13 +265,21 @@ def test_files_and_table(folder: Path, tmp_path: Path) -> None:
 def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs moerge[figures]")
     oracle = Oracle((0.5, 0.5), (1.0, 2.0), 0.5)
-    texts = tuple(TextRoute(name, 1, (0.25, 0.75), (0.0, 1.0), 0.5, None, oracle) for name in ("poems", "prose"))
+    texts = tuple(TextRoute(name, 7, (0.25, 0.75), (0.0, 1.0), 0.5, None, oracle) for name in ("poems", "prose"))
     routes = Routes("model", "token", ("first expert", "second expert"), texts)
     routes.write(tmp_path)
     before = (tmp_path / "route.svg").read_bytes()
-    assert b"thin bars" in before
-    for word in (b">poems<", b">prose<", b">first expert<", b">second expert<"):
+    assert (tmp_path / "route.png").read_bytes().startswith(b"\x89PNG")
+    for word in (
+        b"thin bars",
+        b"mean weight over tokens and layers, %; n documents",
+        b"poems: first expert 25%, second expert 75%.",
+    ):
         assert before.count(word) == 1
+    for word, times in ((b">poems<", 1), (b">prose<", 1), (b">n = 7<", 2), (b">first expert<", 1), (b">second expert<", 1)):
+        assert before.count(word) == times, word
+    for colour in (figures.colour(0), figures.colour(1)):
+        assert colour.lower().encode() in before
     routes.write(tmp_path)
     assert (tmp_path / "route.svg").read_bytes() == before
     plain = replace(routes, texts=tuple(replace(text, oracle=None) for text in texts))
@@ -280,8 +289,23 @@ def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
     assert before.count(b"clip-path=") - without.count(b"clip-path=") == 4  # a thin bar for each text and expert
 
 
+def test_layers_have_a_figure_and_a_table_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs moerge[figures]")
+    alpha_LE = ((0.25, 0.75), (0.5, 0.5), (1.0, 0.0))
+    texts = tuple(TextRoute(name, 7, (0.5, 0.5), (0.0, 1.0), 0.5, None, None, alpha_LE) for name in ("a", "b", "c", "d"))
+    Routes("model", "token", ("first expert", "second expert"), texts).write(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "route-layers.csv").read_text().splitlines()))
+    assert len(rows) == 4 * 3 * 2
+    assert rows[3] == {"text": "a", "documents": "7", "layer": "1", "expert": "second expert", "alpha": "0.500000"}
+    drawn = (tmp_path / "route-layers.svg").read_bytes()
+    assert [drawn.count(f">{name} (n = 7)<".encode()) for name in "abcd"] == [1, 1, 1, 1]
+    assert drawn.count(b">first expert<") == 1
+    assert (tmp_path / "route-layers.png").exists()
+    assert b"nan" not in drawn
+
+
 def test_without_matplotlib_there_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moerge.inference.routes.find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "available", lambda: False)
     Routes("model", "token", ("a",), (TextRoute("x", 1, (1.0,), (1.0,), 0.0, None),)).write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["route.csv", "route.json"]
 

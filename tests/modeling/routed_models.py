@@ -18,19 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from moerge.modeling import ROLES, MoergeConfig, MoergeForCausalLM, dense_name, role_of, separate_name
+from tiny import EXPERTS, VOCABULARY, llama_config
 
-NAMES = ["base", "math", "code"]
-VOCABULARY = 61
+NAMES = ["base", *EXPERTS[:2]]
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **{key: value for key, value in llama_config().items() if isinstance(value, int) and not isinstance(value, bool)},
     "pad_token_id": 0,
 }
 CONFIGS = {

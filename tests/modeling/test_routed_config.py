@@ -79,7 +79,8 @@ def test_defaults_are_the_papers() -> None:
 
 def test_the_experts_own_configuration_shows_through() -> None:
     made = config(expert_config={**CONFIGS["llama"]().to_dict(), "dtype": "bfloat16"})
-    assert (made.hidden_size, made.num_hidden_layers, made.vocab_size, made.max_position_embeddings) == (16, 2, 61, 128)
+    for size in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        assert getattr(made, size) == SIZES[size]
     assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (1, 2, 0)
     assert str(made.dtype) == "torch.bfloat16" and made.get_text_config() is made
     made.vocab_size = 99

@@ -95,7 +95,7 @@ def test_random_is_a_function_of_the_seed_and_the_tokens() -> None:
     rows = prompts(*[6] * 40, 3)
     routing = model.route(*padded(rows, "left"))
     assert torch.equal(model.route(*padded(rows[::-1], "right")).scores.flip(0), routing.scores)
-    assert routing.scores[:1].tolist() == [pytest.approx([0.6299, 0.6969, 0.4867], abs=1e-4)]
+    assert routing.scores[:1].tolist() == [pytest.approx([0.5265, 0.3402, 0.9880], abs=1e-4)]
     assert len({tuple(row) for row in routing.scores.tolist()}) == len(rows)
     shares = (routing.alpha > 0).float().mean(0)
     assert shares.sum() == pytest.approx(2, abs=1e-4) and shares.min() > 0.45

@@ -81,6 +81,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def weights_digest(manifest: Mapping[str, Any]) -> str:
+    """One digest of all tensors of a checkpoint, by which results are known to be of it, wherever it lies."""
+    return combined_digest(manifest["tensors"])
+
+
 def to_json(value: Mapping[str, Any]) -> bytes:
     """Readable JSON for a file."""
     return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()

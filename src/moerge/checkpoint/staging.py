@@ -233,13 +233,7 @@ class Staging:
             self._rename(replace)
 
     def _rename(self, replace: bool) -> None:
-        """The target's name goes from one complete folder to the other; where the system can, there is no moment without."""
-        if not replace or not self.target.exists():
-            os.rename(self.folder, self.target)
-        elif not _exchange(self.folder, self.target):
-            shutil.rmtree(self._root / _REPLACED, ignore_errors=True)
-            os.rename(self.target, self._root / _REPLACED)
-            os.rename(self.folder, self.target)
+        take_name(self.folder, self.target, aside=self._root / _REPLACED, replace=replace)
         _sync_folder(self.target.parent)
         for old in (self.folder, self._root / _REPLACED):
             if old.is_symlink():
@@ -316,6 +310,19 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_name(folder: Path, target: Path, *, aside: Path, replace: bool) -> None:
+    """The target's name goes from one complete folder to the other; where the system can, there is no moment without.
+
+    What had the name is afterwards called `folder` or `aside`.
+    """
+    if not replace or not target.exists():
+        os.rename(folder, target)
+    elif not _exchange(folder, target):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+        os.rename(folder, target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -26,7 +26,7 @@ def main() -> NoReturn:
     except MoergeError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, Abort):
-        resumable = "merge" in sys.argv[1:2]
+        resumable = sys.argv[1:2] in (["merge"], ["tune"]) or (sys.argv[1:2] == ["eval"] and "--out" in sys.argv)
         _fail("interrupted" + ("; continue with the same command and --resume" if resumable else ""), _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

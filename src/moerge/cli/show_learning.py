@@ -11,7 +11,7 @@ from moerge.learn.run import LearnResult
 
 def note(text: str) -> None:
     """A fact before the work starts, on standard error."""
-    Console(stderr=True).print(text, highlight=False)
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def learned(result: LearnResult, *, quiet: bool, as_json: bool) -> None:

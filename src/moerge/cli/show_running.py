@@ -26,6 +26,7 @@ def routes(found: Routes, *, as_json: bool) -> None:
     console = Console()
     judged = ["oracle"] if found.oracle_accuracy is not None else []
     table = new_table("text", "docs", *found.experts, "entropy", "accuracy", *judged)
+    table.collapse_padding = True  # room for the names of a few experts on a narrow terminal
     for column in table.columns[1:]:
         column.justify = "right"
     for text in found.texts:

@@ -75,7 +75,7 @@ class AdapterWriter:
                 with open(self.folder / name, "wb") as file:
                     file.write(content)
                     _flush(file)
-            self.folder.chmod(0o777 & ~_umask())
+            self.folder.chmod(0o777 & ~umask())
             os.rename(self.folder, self.target)
 
 
@@ -92,7 +92,7 @@ def _flush(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _umask() -> int:
+def umask() -> int:
     """The process's; it can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)

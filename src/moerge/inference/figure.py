@@ -1,4 +1,4 @@
-"""A stacked bar for each text, the mean weight of every expert; and below it a thin one, how often each has the lowest loss."""
+"""Pictures of routing: a stacked bar for each text (MergeME's figures 5 to 9), and a stacked column for each layer."""
 
 from __future__ import annotations
 
@@ -6,30 +6,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moerge.analysis import figures
+from moerge.analysis.figures import chart, new_figure
+
 if TYPE_CHECKING:
-    from moerge.inference.routes import Routes
-
-
-def draw(routes: Routes, path: Path) -> None:
-    """Draw and save; the same routes give the same bytes. Needs matplotlib (the extra `figures`)."""
-    import matplotlib
     from matplotlib.figure import Figure
 
+    from moerge.inference.routes import Routes
+
+_ACROSS = 3
+"""Panels beside each other."""
+
+
+def write(routes: Routes, folder: Path) -> tuple[Path, ...]:
+    """Draw `route` and, where the model routes tokens, `route-layers`, as SVG and PNG; their paths. The same routes give the same
+    bytes. Needs matplotlib (the extra `figures`).
+    """
+    title, spoken = f"Where {routes.checkpoint} routes texts", _spoken(routes)
+    written = figures.save(draw(routes), folder, "route", title, spoken)
+    if any(text.alpha_LE for text in routes.texts):
+        written += figures.save(draw_layers(routes), folder, "route-layers", f"{title}, layer by layer", spoken)
+    return written
+
+
+def _spoken(routes: Routes) -> str:
+    shares = {
+        text.name: ", ".join(f"{expert} {100 * alpha:.0f}%" for expert, alpha in zip(routes.experts, text.alpha_E, strict=True))
+        for text in routes.texts
+    }
+    return "Mean weight of each expert. " + ". ".join(f"{name}: {share}" for name, share in shares.items()) + "."
+
+
+@chart
+def draw(routes: Routes) -> Figure:
+    """Texts below each other, the mean weight of every expert; below it, thin, how often each has the lowest loss."""
     count = len(routes.texts)
     judged = any(text.oracle for text in routes.texts)
-    with matplotlib.rc_context({"svg.hashsalt": "moerge", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(6.4, 1.6 + 0.5 * count), layout="constrained")
-        axes = figure.subplots()
-        _stack(axes, list(range(count)), [text.alpha_E for text in routes.texts], 0.5, routes.experts)
-        rows = [(row + 0.35, text.oracle.best_E) for row, text in enumerate(routes.texts) if text.oracle]
-        _stack(axes, [row for row, _ in rows], [best_E for _, best_E in rows], 0.14)
-        axes.set_yticks(range(count), [text.name for text in routes.texts])
-        axes.invert_yaxis()
-        below = "\nthin bars: documents on which the expert alone has the lowest loss, %" if judged else ""
-        axes.set(xlim=(0, 100), xlabel=f"mean weight, %{below}", ylabel="text")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=min(len(routes.experts), 5), frameon=False)
-        figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else None)
+    figure = new_figure(6.4, 1.6 + 0.55 * count)
+    axes = figure.subplots()
+    _stack(axes, list(range(count)), [text.alpha_E for text in routes.texts], 0.5, routes.experts)
+    rows = [(row + 0.35, text.oracle.best_E) for row, text in enumerate(routes.texts) if text.oracle]
+    _stack(axes, [row for row, _ in rows], [best_E for _, best_E in rows], 0.14)
+    axes.set_yticks(range(count), [f"{text.name}\nn = {text.documents}" for text in routes.texts])
+    axes.invert_yaxis()
+    per = "documents" if routes.level == "sequence" else "tokens and layers"
+    below = "\nthin bars: documents on which the expert alone has the lowest loss, %" if judged else ""
+    axes.set(xlim=(0, 100), xlabel=f"mean weight over {per}, %; n documents{below}", ylabel="text")
+    figure.legend(loc="outside upper center", ncols=min(len(routes.experts), 5), frameon=False)
+    return figure
 
 
 def _stack(
@@ -38,6 +62,32 @@ def _stack(
     left = [0.0] * len(rows)
     for index, column in enumerate(zip(*shares, strict=True)):
         widths = [100 * share for share in column]
-        label = labels[index] if labels else None
-        axes.barh(rows, widths, height, left=left, color=f"C{index}", label=label, edgecolor="white", linewidth=0.6)
+        style = {"color": figures.colour(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.6}
+        axes.barh(rows, widths, height, left=left, label=labels[index] if labels else None, **style)
         left = [before + width for before, width in zip(left, widths, strict=True)]
+
+
+@chart
+def draw_layers(routes: Routes) -> Figure:
+    """A panel for each text, a column for each layer, the mean weight of every expert."""
+    texts = [text for text in routes.texts if text.alpha_LE]
+    across = min(_ACROSS, len(texts))
+    down = -(-len(texts) // across)
+    figure = new_figure(1.0 + 2.4 * across, 1.0 + 1.9 * down)
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    for axes, text in zip(panels.flat, texts, strict=False):
+        layers, bottom = range(len(text.alpha_LE)), [0.0] * len(text.alpha_LE)
+        for index, column in enumerate(zip(*text.alpha_LE, strict=True)):
+            heights = [100 * share for share in column]
+            style = {"color": figures.colour(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.4}
+            label = routes.experts[index] if text is texts[0] else None
+            axes.bar(layers, heights, 0.9, bottom=bottom, label=label, **style)
+            bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+        axes.set(title=f"{text.name} (n = {text.documents})", ylim=(0, 100))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in panels.flat[len(texts) :]:
+        axes.set_visible(False)
+    figure.supxlabel("layer", fontsize=9)
+    figure.supylabel("mean weight over tokens, %", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=min(len(routes.experts), 5), frameon=False)
+    return figure

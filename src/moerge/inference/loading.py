@@ -84,7 +84,7 @@ def load(
         options |= {"revision": revision} if revision else {}
     _register_ours(str(checkpoint), place, options)
     keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
-    with _without_progress_bars():
+    with without_progress_bars():
         try:
             wanted = "auto" if dtype is None else getattr(torch, dtype)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, **{keyword: wanted}, **options)
@@ -123,7 +123,8 @@ def _explain(checkpoint: str, error: Exception) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """No bars of transformers inside the block."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped

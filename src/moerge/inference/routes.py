@@ -9,15 +9,15 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from moerge.analysis import figures
 from moerge.calibration import check_disjoint, read_documents
-from moerge.checkpoint.manifest import to_json
+from moerge.checkpoint.manifest import to_json, weights_digest
 from moerge.errors import InputError
-from moerge.inference.figure import draw
+from moerge.inference import figure
 from moerge.inference.loading import Loaded, load
 from moerge.inference.weighing import Weighed, Weigher, weigher
 
@@ -63,13 +63,14 @@ class TextRoute:
 
 @dataclass(frozen=True)
 class Routes:
-    """How texts are routed. `level` is "sequence" or "token"."""
+    """How texts are routed. `level` is "sequence" or "token"; `digest` is of all tensors, None where moerge did not merge them."""
 
     checkpoint: str
     level: str
     experts: tuple[str, ...]
     texts: tuple[TextRoute, ...]
     warnings: tuple[str, ...] = ()
+    digest: str | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -96,6 +97,7 @@ class Routes:
         """Everything for `--json`."""
         return {
             "checkpoint": self.checkpoint,
+            "digest": self.digest,
             "level": self.level,
             "experts": list(self.experts),
             "texts": {text.name: self._text_json(text) for text in self.texts},
@@ -134,14 +136,28 @@ class Routes:
                 table.writerow([text.name, text.documents, expert, *cells, *[""] * (4 - len(cells))])
         return out.getvalue()
 
+    def layers_csv(self) -> str:
+        """A row for each text, layer and expert of a token-routed model."""
+        rows = [
+            {"text": text.name, "documents": text.documents, "layer": layer, "expert": expert, "alpha": f"{alpha:.6f}"}
+            for text in self.texts
+            for layer, alpha_E in enumerate(text.alpha_LE)
+            for expert, alpha in zip(self.experts, alpha_E, strict=True)
+        ]
+        return figures.as_csv(rows)
+
     def write(self, folder: Path) -> None:
-        """`route.json`, `route.csv` and, where matplotlib is installed, `route.svg` in a folder, which is made if need be."""
+        """Write `route.json` and `route.csv`, of token-routed models also `route-layers.csv`, and figures of both as SVG and PNG
+        where matplotlib is installed; the folder is made if need be. Raises InputError if it cannot be.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "route.json").write_bytes(to_json(self.to_json()))
             (folder / "route.csv").write_text(self.to_csv(), encoding="utf-8")
-            if find_spec("matplotlib"):
-                draw(self, folder / "route.svg")
+            if any(text.alpha_LE for text in self.texts):
+                (folder / "route-layers.csv").write_text(self.layers_csv(), encoding="utf-8")
+            if figures.available():
+                figure.write(self, folder)
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
 
@@ -173,7 +189,8 @@ def route(
     for name, listed in documents.items():
         weighed = [chosen.weigh(loaded.encode(document, tokens), oracle) for document in listed]
         found.append(_summary(name, weighed, chosen))
-    return Routes(loaded.name, chosen.level, chosen.experts, tuple(found), warnings)
+    digest = weights_digest(loaded.manifest) if loaded.manifest else None
+    return Routes(loaded.name, chosen.level, chosen.experts, tuple(found), warnings, digest)
 
 
 def _summary(name: str, weighed: Sequence[Weighed], chosen: Weigher) -> TextRoute:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Watch:
-    """`start(total)` is called with the number of texts to run and returns what is told each one done; `note` hears facts."""
+    """`start(total)` is called with the texts or tokens to come and returns what is told those done; `note` hears facts."""
 
     def __init__(
         self,
@@ -16,9 +16,13 @@ class Watch:
         self._start, self.note = start, note
         self._advance: Callable[[int], None] = lambda done: None
 
-    def begin(self, texts: int) -> None:
-        """So many texts will run."""
-        self._advance = self._start(texts)
+    def begin(self, total: int) -> None:
+        """So much is to be done."""
+        self._advance = self._start(total)
+
+    def advance(self, amount: int) -> None:
+        """So much more is done."""
+        self._advance(amount)
 
     def step(self) -> None:
         """A text has run."""

@@ -30,6 +30,10 @@ from .task_vector_moerge import BASED_ON, cosines
 Parts = list[tuple[Share, Tensor]]
 
 
+def _require_grads(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
 def _several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -122,9 +126,7 @@ class MoergeModel(MoergePreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Final hidden states, summed with alpha."""
-        cache = self.open_cache(past_key_values, use_cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        prompt = self.make_prompt(input_ids, attention_mask, position_ids, inputs_embeds, past)
+        prompt, cache = self.begin(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache)
         if cache is None or not cache.is_initialized:
             routing = routing or self.route_by_input(prompt)
             if routing is None:
@@ -132,7 +134,21 @@ class MoergeModel(MoergePreTrainedModel):
         parts = self.states(prompt, routing, cache, apart=self.config.mix != "layer")
         return BaseModelOutputWithPast(last_hidden_state=combine(parts, len(prompt.position_ids_BT)), past_key_values=cache)
 
-    def open_cache(self, given: Any, use_cache: bool | None) -> MoergeCache | None:
+    def begin(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past_key_values: MoergeCache | None,
+        use_cache: bool | None,
+    ) -> tuple[Prompt, MoergeCache | None]:
+        """What a forward pass starts from: its inputs, and the cache to use, if any."""
+        cache = self._open_cache(past_key_values, use_cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        return self.make_prompt(input_ids, attention_mask, position_ids, inputs_embeds, past), cache
+
+    def _open_cache(self, given: Any, use_cache: bool | None) -> MoergeCache | None:
         """The cache to use: the one given, a new one, or none."""
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if given is not None and not isinstance(given, MoergeCache):
@@ -213,6 +229,7 @@ class MoergeForCausalLM(MoergeGenerationMixin, MoergePreTrainedModel, Generation
         self._tied_weights_keys = {
             f"lm_head.{expert}.weight": f"model.embed_tokens.{expert}.weight" for expert in range(len(self.lm_head))
         }
+        self.own_parameters = frozenset(name for name, _ in self.named_parameters())
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -231,6 +248,12 @@ class MoergeForCausalLM(MoergeGenerationMixin, MoergePreTrainedModel, Generation
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding that all experts share."""
         self.model.set_input_embeddings(value)
+
+    def enable_input_require_grads(self) -> None:
+        """For adapters with gradient checkpointing; every expert's own embedding begins a residual stream."""
+        super().enable_input_require_grads()
+        others = list(self.model.embed_tokens)[1:]
+        self._require_grads_hooks += [other.register_forward_hook(_require_grads) for other in others]
 
     def set_routing(self, kind: str, **options: Any) -> None:
         """Route in another way from now on; the options are those of `MoergeConfig.routing`."""
@@ -271,9 +294,7 @@ class MoergeForCausalLM(MoergeGenerationMixin, MoergePreTrainedModel, Generation
         """
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise ValueError("a moerge model returns neither attentions nor hidden states: chosen experts have different ones")
-        cache = self.model.open_cache(past_key_values, use_cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        prompt = self.model.make_prompt(input_ids, attention_mask, position_ids, inputs_embeds, past)
+        prompt, cache = self.model.begin(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache)
         parts = None
         if cache is not None and cache.is_initialized:
             routing = cache.routing

@@ -36,13 +36,18 @@ def cosines(model: Any, prompt: Prompt) -> Tensor:
 
 
 def tensors(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The separate parameters that take part, by dense name, one per expert."""
+    """The separate parameters that take part, by dense name, one per expert.
+
+    What PEFT adds to the model is part of no task vector; it calls the parameters that it wraps `base_layer`.
+    """
     config: Any = model.config
     roles = config.routing["roles"] or config.separate
     layers = config.routing["layers"]
+    own: Any = model.own_parameters
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if name.startswith("router."):
+        name = name.replace(".base_layer.", ".")
+        if name.startswith("router.") or name not in own:
             continue
         dense, _ = dense_name(name)
         layer = layer_of(dense)

@@ -1,13 +1,29 @@
 """The commands, in the order that --help lists them. Each imports what it needs when it runs, so that `--help` stays instant."""
 
-from moerge.cli.commands import adapters, demo, hub, learning, merging, running, statistics
+from moerge.cli.commands import (
+    adapters,
+    comparison,
+    demo,
+    evaluation,
+    hub,
+    learning,
+    merging,
+    reporting,
+    running,
+    statistics,
+    tuning,
+)
 
 COMMANDS = (
     *merging.COMMANDS,
+    *comparison.COMMANDS,
     *learning.COMMANDS,
+    *tuning.COMMANDS,
     *adapters.COMMANDS,
     *running.COMMANDS,
     *statistics.COMMANDS,
+    *evaluation.COMMANDS,
+    *reporting.COMMANDS,
     *hub.COMMANDS,
     demo.demo,
 )

@@ -12,7 +12,9 @@ from moerge.cli.options import AsJson, Quiet, RecipeFile, Threads
 
 def compare(
     recipe: RecipeFile,
-    out: Annotated[Path | None, typer.Option("--out", help="Write tables and figures into this folder.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write tables and figures here.", show_default=False)
+    ] = None,
     density: Annotated[
         float | None,
         typer.Option("--density", help="What TIES is asked about; default: the recipe's, or 1.", show_default=False),

@@ -1,0 +1,35 @@
+"""Reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moerge.cli.options import AsJson, Quiet
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with checkpoints, results or both.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.html", help="Default: DIR/report.html.", show_default=False)
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Of the page; default: the folder's name.", show_default=False)] = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Put what was merged, compared, routed, learned and measured on one HTML page that needs no network."""
+    from moerge.cli import show_reporting
+    from moerge.report import report as make_report
+    from moerge.report.flow import NAME
+
+    made = make_report(folder, title=title)
+    path = out or folder / NAME
+    made.write(path)
+    show_reporting.reported(made, path, quiet=quiet, as_json=json)
+
+
+COMMANDS = (report,)

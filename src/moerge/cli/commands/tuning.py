@@ -1,0 +1,45 @@
+"""Fine-tuning and distilling a merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moerge.cli.options import AsJson, Quiet
+
+
+def tune(
+    settings: Annotated[Path, typer.Argument(metavar="TUNE", help="The settings, a YAML file.", show_default=False)],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the data's shares and sizes, and train nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted tuning into OUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that moerge made in OUT.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Replace the seed.", show_default=False)] = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Fine-tune or distil a mixture of experts or a dense model into OUT, on one process or, with torchrun, several."""
+    from moerge.cli import show_tuning
+    from moerge.cli.progress import Progress
+    from moerge.errors import InputError
+    from moerge.learn.watch import Watch
+    from moerge.tune.launch import rank
+    from moerge.tune.run import look
+    from moerge.tune.run import tune as run_tune
+
+    if dry_run:
+        show_tuning.outlook(look(settings, seed=seed), as_json=json)
+        return
+    if out is None:
+        raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
+    quiet = quiet or rank() > 0
+    with Progress("tuning", quiet=quiet, unit="tokens") as progress:
+        watch = Watch(progress.start, show_tuning.note if not quiet else lambda text: None)
+        result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
+    if result is not None:
+        show_tuning.tuned(result, quiet=quiet, as_json=json)
+
+
+COMMANDS = (tune,)

@@ -1,0 +1,68 @@
+"""How alike experts are, and what that means for merging them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from moerge.analysis.comparison import Comparison
+from moerge.analysis.figures import available, short
+from moerge.analysis.verdict import Verdict
+from moerge.cli.console import as_count, as_percent, new_table, print_json, print_warnings
+
+_COLOURS = {"merge": "green", "merge with care": "yellow", "keep separate": "red"}
+
+
+def comparison(found: Comparison, written: Sequence[Path], *, quiet: bool, as_json: bool) -> None:
+    """Print the verdict on each role, the reasons, and the advice."""
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_warnings(found.warnings)
+    console = Console()
+    anchored = found.similarity.anchored
+    what = "task vectors" if anchored else "parameters (the recipe has no base, so there are no task vectors)"
+    if not quiet:
+        console.print(f"[bold]{escape(found.source)}[/bold]: {what} of {', '.join(found.similarity.experts)}", highlight=False)
+        console.print(_table(found.verdicts, anchored))
+        console.print(_legend(found), highlight=False)
+    for verdict in found.verdicts:
+        colour = _COLOURS[verdict.answer]
+        console.print(f"[{colour}]{verdict.role}: {verdict.answer}[/{colour}]. {escape(verdict.reason)}", highlight=False)
+    console.print(f"[bold]advice:[/bold] {escape(found.advice)}", highlight=False)
+    if found.unheeded:
+        console.print(f"this recipe merges {', '.join(found.unheeded)}, against the verdict", highlight=False)
+    if written and not quiet:
+        drawn = "" if available() else " (no figures: pip install 'moerge[figures]')"
+        console.print(
+            f"written: {', '.join(path.name for path in written)} in {escape(str(written[0].parent))}{drawn}", highlight=False
+        )
+
+
+def _table(verdicts: Sequence[Verdict], anchored: bool) -> object:
+    drift = ["drift"] if anchored else []
+    table = new_table("role", "size", "cosine", "least", "opposite", *drift, "distance", "verdict")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for verdict in verdicts:
+        drifted = [_number(verdict.drift)] if anchored else []
+        cosines = (_number(verdict.cosine), _number(verdict.least_cosine))
+        signs = as_percent(verdict.sign_conflict)
+        size = as_count(verdict.parameters)
+        table.add_row(verdict.role, size, *cosines, signs, *drifted, _number(verdict.distance), verdict.answer)
+    return table
+
+
+def _legend(found: Comparison) -> str:
+    pairs = "cosine over pairs of experts, its mean and the least; opposite: share of opposite signs, its mean"
+    distance = "distance of two experts over their norm, the largest (1.41: unrelated)"
+    if not found.similarity.anchored:
+        return f"{pairs}; {distance}"
+    return f"{pairs}, of parameters that both changed; drift: norm of the task vector over the base's, the largest; {distance}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else short(value)

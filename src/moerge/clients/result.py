@@ -1,0 +1,96 @@
+"""What decides whether a program runs a checkpoint: its config and its tokenizer, planned or on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moerge.architecture import family_of
+from moerge.architecture.config import canonical
+from moerge.checkpoint.reader import read_json
+from moerge.checkpoint.tokenizer import companion_files
+
+_SENTENCEPIECE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A checkpoint's canonical config, its tokenizer's files by name, and whether the recipe joins vocabularies."""
+
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    joined: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], files: Mapping[str, bytes], *, joined: bool = False) -> Result:
+        """From config.json as it is or will be written."""
+        return cls(canonical(config, family_of(config)), files, joined)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Result:
+        """From a checkpoint on disk; InputError where it has no readable config.json."""
+        return cls.of(read_json(folder / "config.json"), companion_files(folder))
+
+    @property
+    def model_type(self) -> str:
+        """config.json's `model_type`."""
+        return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """How the tokenizer works: "sentencepiece", "bpe", "byte-level bpe", another algorithm's name, or "" for none.
+
+        "bpe" is what falls back to bytes, as Llama 2's does.
+        """
+        if _SENTENCEPIECE in self.files:
+            return "sentencepiece"
+        if "tokenizer.json" not in self.files:
+            return "byte-level bpe" if {"vocab.json", "merges.txt"} <= set(self.files) else ""
+        try:
+            model = json.loads(self.files["tokenizer.json"])["model"]
+            kind = model.get("type", "BPE")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return ""
+        if kind != "BPE":
+            return str(kind)
+        return "bpe" if model.get("byte_fallback") else "byte-level bpe"
+
+    @property
+    def experts(self) -> int:
+        """Experts of each layer, 0 in a dense model."""
+        found = self.config.get("num_local_experts") or self.config.get("num_experts") or 0
+        return found if isinstance(found, int) else 0
+
+    @property
+    def top_k_below_all(self) -> bool:
+        """Whether some experts are left out for a token, so that renormalising their probabilities matters."""
+        top_k = self.config.get("num_experts_per_tok")
+        return isinstance(top_k, int) and top_k < self.experts
+
+    @property
+    def window(self) -> int | None:
+        """How far attention looks back in the layers where it is limited, None where it reaches every position."""
+        window = self.config.get("sliding_window")
+        if not isinstance(window, int) or self.config.get("use_sliding_window") is False:
+            return None
+        kinds = self.config.get("layer_types")
+        if isinstance(kinds, list) and "sliding_attention" not in kinds:
+            return None
+        positions = self.config.get("max_position_embeddings")
+        return None if isinstance(positions, int) and window >= positions else window
+
+    @property
+    def odd_heads(self) -> bool:
+        """Whether the heads together are wider or narrower than the model."""
+        heads, width, hidden = (self.config.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size"))
+        return isinstance(heads, int) and isinstance(width, int) and heads * width != hidden
+
+    @property
+    def rope_type(self) -> str:
+        """The kind of rope scaling, "default" where there is none."""
+        scaling = self.config.get("rope_scaling")
+        return str(scaling.get("rope_type", "default")) if isinstance(scaling, Mapping) else "default"

@@ -1,0 +1,212 @@
+"""What is measured: a benchmark or a held-out text. Each gives a row per document, from which its figures follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from moerge.errors import InputError
+from moerge.evaluation.bootstrap import Array, Estimate, accuracy, bootstrap
+from moerge.evaluation.data import Questions
+from moerge.evaluation.likelihood import context_length, document_losses
+from moerge.evaluation.records import Records
+from moerge.evaluation.result import Difference, Kind, Score
+from moerge.evaluation.texts import HeldOut
+from moerge.inference.loading import Loaded
+
+Row = Mapping[str, Any]
+Advance = Callable[[int], None]
+WINDOW = 2048
+_UNKNOWN_CONTEXT = 2048
+"""What a model is taken to read at once whose configuration does not say."""
+
+
+class Task(Protocol):
+    """One benchmark or text."""
+
+    kind: ClassVar[Kind]
+
+    @property
+    def name(self) -> str:
+        """The benchmark's name, or the text's domain."""
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are to do."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that its rows depend on besides the checkpoint."""
+
+    def measure(self, loaded: Loaded, records: Records, advance: Advance) -> tuple[list[Row], tuple[str, ...]]:
+        """A row for each document, and warnings."""
+
+    def scores(self, checkpoint: str, rows: Sequence[Row]) -> tuple[Score, ...]:
+        """Figures with their errors."""
+
+    def difference(self, checkpoint: str, rows: Sequence[Row], against: str, others: Sequence[Row]) -> Difference:
+        """How much the first checkpoint's figure is above the second's, document by document."""
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A benchmark's questions. `batch_size` prompts are continued at a time."""
+
+    kind: ClassVar[Kind] = "benchmark"
+    questions: Questions
+    limit: int | None
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The benchmark's."""
+        return self.questions.benchmark.name
+
+    @property
+    def documents(self) -> int:
+        """How many questions are asked."""
+        return min(len(self.questions.rows), self.limit or len(self.questions.rows))
+
+    def settings(self) -> dict[str, Any]:
+        """Prompt, examples, and which questions."""
+        from moerge.evaluation.harness import prompt_settings
+
+        benchmark = self.questions.benchmark
+        return {
+            "title": benchmark.title,
+            "metric": benchmark.metric,
+            "harness_task": benchmark.task,
+            **prompt_settings(benchmark, self.max_new_tokens),
+            "source": self.questions.source,
+            "digest": self.questions.digest,
+            "questions": self.documents,
+        }
+
+    def measure(self, loaded: Loaded, records: Records, advance: Advance) -> tuple[list[Row], tuple[str, ...]]:
+        """What the model answers, and whether that is right."""
+        from moerge.evaluation.generating import GreedyModel
+        from moerge.evaluation.harness import run_task
+
+        context = context_length(loaded) or _UNKNOWN_CONTEXT
+        model = GreedyModel(loaded, records, batch_size=self.batch_size, context=context, advance=advance)
+        samples = run_task(model, self.questions, max_new_tokens=self.max_new_tokens, limit=self.limit)
+        rows: list[Row] = [
+            {
+                "document": sample.number,
+                "correct": sample.verdict.correct,
+                "answer": sample.verdict.answer,
+                "reason": sample.verdict.reason,
+                "response": sample.response,
+            }
+            for sample in samples
+        ]
+        cut = f"{self.name}: {model.truncated} of {len(rows)} prompts did not fit into the {context} tokens of {loaded.name} and "
+        return rows, (cut + "lost their beginning, so the figures are too low",) if model.truncated else ()
+
+    def scores(self, checkpoint: str, rows: Sequence[Row]) -> tuple[Score, ...]:
+        """The share of right answers."""
+        return (_score(checkpoint, self, accuracy([bool(row["correct"]) for row in rows]), self._metric, len(rows)),)
+
+    def difference(self, checkpoint: str, rows: Sequence[Row], against: str, others: Sequence[Row]) -> Difference:
+        """Of the shares of right answers."""
+        values_N1 = np.array([[float(a["correct"]) - float(b["correct"])] for a, b in zip(rows, others, strict=True)])
+        found = bootstrap(lambda sums: sums[..., 0] / len(rows), values_N1, seed=self.seed)
+        return _difference(_score(checkpoint, self, found, self._metric, len(rows)), against)
+
+    @property
+    def _metric(self) -> str:
+        return self.questions.benchmark.metric
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A domain's held-out documents, read in windows of at most `window` tokens."""
+
+    kind: ClassVar[Kind] = "text"
+    text: HeldOut
+    window: int | None
+    given: int
+    batch_size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The domain."""
+        return self.text.domain
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self.text.documents)
+
+    def settings(self) -> dict[str, Any]:
+        """Which documents, and how they are read."""
+        return {
+            "location": self.text.location,
+            "digest": self.text.digest,
+            "documents": self.documents,
+            "left_out_as_too_short": self.text.short,
+            "window": self.window,
+            "given_characters": self.given,
+        }
+
+    def measure(self, loaded: Loaded, records: Records, advance: Advance) -> tuple[list[Row], tuple[str, ...]]:
+        """Nats, tokens and bytes of each document."""
+        context = context_length(loaded)
+        window = self.window or min(WINDOW, context or WINDOW)
+        if context is not None and window > context:
+            raise InputError(f"{loaded.name} reads {context} tokens at once: choose a --window of at most so many")
+        documents, rows = self.text.documents, list[Row]()
+        size = 4 * self.batch_size  # windows of like length run together; a killed run loses no more than this
+        for start in range(0, len(documents), size):
+            part = documents[start : start + size]
+            keys = [Records.key(start + index, document) for index, document in enumerate(part)]
+            if not all(key in records for key in keys):
+                losses = document_losses(loaded, part, window=window, given=self.given, batch_size=self.batch_size)
+                records.add({key: vars(loss) for key, loss in zip(keys, losses, strict=True)})
+            rows += [{"document": start + index, **records[key]} for index, key in enumerate(keys)]
+            advance(len(part))
+        empty = next((row["document"] for row in rows if not row["tokens"]), None)
+        if empty is not None:
+            raise InputError(
+                f"{loaded.name} has no token to predict in document {empty + 1} of {self.text.location}: leave it out"
+            )
+        if not all(math.isfinite(row["nats"]) for row in rows):
+            raise InputError(f"{loaded.name} does not give finite numbers on {self.name}: try another --dtype")
+        short = (
+            f"{self.name}: {self.text.short} documents of {self.text.location} end within the {self.given} characters that are "
+        )
+        return rows, (short + "given and were left out",) if self.text.short else ()
+
+    def scores(self, checkpoint: str, rows: Sequence[Row]) -> tuple[Score, ...]:
+        """Perplexity and bits per byte."""
+        values_N3 = _columns(rows)
+        perplexity = bootstrap(lambda sums: np.exp(sums[..., 0] / sums[..., 1]), values_N3, seed=self.seed)
+        bits = bootstrap(lambda sums: sums[..., 0] / sums[..., 2] / math.log(2), values_N3, seed=self.seed)
+        return tuple(
+            _score(checkpoint, self, found, metric, len(rows))
+            for metric, found in (("perplexity", perplexity), ("bits_per_byte", bits))
+        )
+
+    def difference(self, checkpoint: str, rows: Sequence[Row], against: str, others: Sequence[Row]) -> Difference:
+        """Of nats per byte."""
+        values_N6 = np.hstack([_columns(rows), _columns(others)])
+        found = bootstrap(lambda sums: sums[..., 0] / sums[..., 2] - sums[..., 3] / sums[..., 5], values_N6, seed=self.seed)
+        return _difference(_score(checkpoint, self, found, "nats_per_byte", len(rows)), against)
+
+
+def _columns(rows: Sequence[Row]) -> Array:
+    return np.array([[float(row[key]) for key in ("nats", "tokens", "bytes")] for row in rows])
+
+
+def _score(checkpoint: str, task: Task, found: Estimate, metric: str, documents: int) -> Score:
+    return Score(checkpoint, task.kind, task.name, metric, found.value, found.standard_error, found.low, found.high, documents)
+
+
+def _difference(score: Score, against: str) -> Difference:
+    return Difference(**vars(score), against=against)

@@ -1,0 +1,88 @@
+"""What has been computed already, kept in a file line by line, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moerge.checkpoint.digest import file_digest
+from moerge.errors import InputError, MachineError
+
+
+class Records:
+    """Values by key, in memory and, given a path, in a JSON-lines file that grows as they come.
+
+    The file begins with a fingerprint of everything the values depend on; a file with another one is started over. What a killed
+    run left of a last line is dropped.
+    """
+
+    def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
+        self._path, self._values = path, dict[str, Any]()
+        if path is not None and not self._read(path, fingerprint):
+            self._values.clear()
+            write_whole(path, _line({"fingerprint": fingerprint}))
+
+    @staticmethod
+    def key(*parts: Any) -> str:
+        """A key from anything that JSON can hold."""
+        return file_digest(json.dumps(parts).encode())
+
+    def _read(self, path: Path, fingerprint: str) -> bool:
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        complete = content[: content.rfind(b"\n") + 1]
+        try:
+            head, *rest = map(json.loads, complete.decode().splitlines())
+            if head != {"fingerprint": fingerprint}:
+                return False
+            self._values = {str(entry["key"]): entry["value"] for entry in rest}
+        except (ValueError, KeyError, TypeError):
+            return False
+        if len(complete) < len(content):
+            write_whole(path, complete)
+        return True
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Keep these values; they are in the file when this returns. MachineError if it cannot be written."""
+        self._values.update(values)
+        if self._path is None:
+            return
+        try:
+            with open(self._path, "ab") as file:
+                file.write(b"".join(_line({"key": key, "value": value}) for key, value in values.items()))
+        except OSError as error:
+            raise MachineError(f"cannot write {self._path}: {error.strerror or error}") from None
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or complete. MachineError if it cannot be written."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,224 @@
+"""`moerge eval` as a function: every checkpoint on every benchmark and text, one after another."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moerge.errors import InputError
+from moerge.evaluation.benchmarks import MAX_NEW_TOKENS, Benchmark
+from moerge.evaluation.bootstrap import LEVEL, RESAMPLES
+from moerge.evaluation.data import load_questions
+from moerge.evaluation.identity import identity, routes_sequences, tensors_digest
+from moerge.evaluation.measuring import Advance, BenchmarkTask, Row, Task, TextTask
+from moerge.evaluation.records import Records
+from moerge.evaluation.result import Difference, Evaluation, Measure
+from moerge.evaluation.store import Store
+from moerge.evaluation.texts import check_held_out, read_texts
+from moerge.inference.loading import Loaded, load
+
+GIVEN = 256
+"""Characters at the beginning of each document that are not predicted, if one of the checkpoints routes sequences."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    `texts` are locations by domain. `data` is the folder of the benchmarks' files, None for the Hub. `limit` is of the
+    questions of each benchmark and the documents of each text. `given` are the characters at the beginning of each document
+    that are read but not predicted: None for 256 if one of the checkpoints routes sequences, else 0. `window` is how many
+    tokens of a document are read at once: None for 2048, or what the model takes. `seed` is the bootstrap's.
+    """
+
+    benchmarks: tuple[Benchmark, ...] = ()
+    texts: dict[str, str] = field(default_factory=dict)
+    data: Path | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int = MAX_NEW_TOKENS
+    window: int | None = None
+    given: int | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    allow_code_execution: bool = False
+    allow_calibration_text: bool = False
+    trust_remote_code: bool = False
+
+
+Counting = Callable[[str, int], AbstractContextManager[Advance]]
+"""Called with what is measured now and how many documents it has; what it enters is told the documents done."""
+
+
+def evaluate(
+    checkpoints: Sequence[str | Path],
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    counting: Counting | None = None,
+) -> Evaluation:
+    """Measure checkpoints on benchmarks and held-out text; the first one is what the others are compared with.
+
+    `out` is a folder for results, which are complete after every measure; `resume` goes on with an interrupted run there. Needs
+    torch and transformers, and for benchmarks lm_eval. Raises InputError for missing data, a checkpoint that does not load, text
+    that a checkpoint was calibrated on, and code benchmarks without leave to run code; MachineError for a full disk.
+    """
+    names = [str(checkpoint) for checkpoint in checkpoints]
+    _check(names, settings)
+    store = Store(out, resume=resume)
+    routed = [routes_sequences(name) for name in names]  # of all, so that a wrong path shows at once
+    if any(routed) and settings.given is None:
+        settings = replace(settings, given=GIVEN)
+    run = _Run(store, settings, _tasks(settings), counting or _uncounted)
+    warnings = run.held_out(names)
+    found: list[_Done] = []
+    for name in names:
+        for measure, rows in run.checkpoint(name, warnings[name]):
+            found.append((measure, rows))
+            store.write(run.evaluation(names, found))
+    return run.evaluation(names, found)
+
+
+def _check(names: Sequence[str], settings: Settings) -> None:
+    if not names:
+        raise InputError("name a checkpoint to evaluate")
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InputError(f"the checkpoint {name} is there twice: name each one once")
+    if not settings.benchmarks and not settings.texts:
+        raise InputError("nothing to measure: name benchmarks with --tasks, or text with --perplexity DOMAIN=FILE")
+    code = [benchmark.name for benchmark in settings.benchmarks if benchmark.runs_code]
+    if code and not settings.allow_code_execution:
+        raise InputError(
+            f"--tasks {','.join(code)}: programs that the model writes are run to judge them: allow that with "
+            "--allow-code-execution, best in a container"
+        )
+
+
+def _tasks(settings: Settings) -> tuple[Task, ...]:
+    """Everything to measure, read before a model is loaded."""
+    if settings.benchmarks:
+        from moerge.evaluation.harness import require_harness
+
+        require_harness()
+    asked = (load_questions(benchmark, settings.data) for benchmark in settings.benchmarks)
+    size, seed, given = settings.batch_size, settings.seed, settings.given or 0
+    texts = read_texts(settings.texts, limit=settings.limit, given=given)
+    return (
+        *(BenchmarkTask(questions, settings.limit, settings.max_new_tokens, size, seed) for questions in asked),
+        *(TextTask(text, settings.window, given, size, seed) for text in texts),
+    )
+
+
+_Done = tuple[Measure, Sequence[Row]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    store: Store
+    settings: Settings
+    tasks: Sequence[Task]
+    counting: Counting
+
+    def held_out(self, names: Sequence[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
+        """Warnings by checkpoint and domain about text that is not held out."""
+        texts = [task.text for task in self.tasks if isinstance(task, TextTask)]
+        allow = self.settings.allow_calibration_text
+        return {name: check_held_out(name, texts, allow=allow) for name in names}
+
+    def checkpoint(self, name: str, warnings: Mapping[str, tuple[str, ...]]) -> Iterator[_Done]:
+        """Each measure of one checkpoint, which is loaded if one of them is not there yet."""
+        which, loaded = identity(name), None
+        for task in self.tasks:
+            fingerprint = Records.key(which, task.kind, task.name, _without_places(task), self.settings.dtype, _version("moerge"))
+            earlier = self.store.earlier(fingerprint)
+            if earlier is not None:
+                yield replace(earlier[0], checkpoint=name), earlier[1]
+                continue
+            loaded = loaded or self._load(name)
+            yield self._measure(loaded, task, fingerprint, warnings.get(task.name, ()) if task.kind == "text" else ())
+
+    def _load(self, name: str) -> Loaded:
+        settings = self.settings
+        return load(name, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=settings.device)
+
+    def _measure(self, loaded: Loaded, task: Task, fingerprint: str, warnings: tuple[str, ...]) -> _Done:
+        name, started, begun = loaded.name, datetime.now(UTC), time.perf_counter()
+        records = self.store.records(name, task.kind, task.name, fingerprint)
+        with self.counting(f"{Path(name).name}, {task.name}", task.documents) as advance:
+            rows, remarks = task.measure(loaded, records, advance)
+        measure = Measure(
+            checkpoint=name,
+            kind=task.kind,
+            on=task.name,
+            fingerprint=fingerprint,
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - begun, 3),
+            scores=task.scores(name, rows),
+            documents_file=self.store.write_documents(name, task.kind, task.name, rows),
+            warnings=(*warnings, *remarks),
+        )
+        return measure, rows
+
+    def evaluation(self, names: Sequence[str], found: Sequence[_Done]) -> Evaluation:
+        """What there is so far."""
+        return Evaluation(
+            checkpoints=tuple(names),
+            measures=tuple(measure for measure, _ in found),
+            differences=tuple(self._differences(names[0], found)),
+            settings=self._as_json(),
+            versions=_versions(),
+            digests={name: tensors_digest(name) for name in names},
+        )
+
+    def _differences(self, first: str, found: Sequence[_Done]) -> Iterator[Difference]:
+        tasks = {(task.kind, task.name): task for task in self.tasks}
+        firsts = {(measure.kind, measure.on): rows for measure, rows in found if measure.checkpoint == first}
+        for measure, rows in found:
+            key = (measure.kind, measure.on)
+            if measure.checkpoint != first and key in firsts:
+                yield tasks[key].difference(measure.checkpoint, rows, first, firsts[key])
+
+    def _as_json(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "benchmarks": {task.name: task.settings() for task in self.tasks if task.kind == "benchmark"},
+            "texts": {task.name: task.settings() for task in self.tasks if task.kind == "text"},
+            "limit": settings.limit,
+            "batch_size": settings.batch_size,
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "bootstrap": {"resamples": RESAMPLES, "seed": settings.seed, "interval": LEVEL},
+        }
+
+
+def _without_places(task: Task) -> dict[str, Any]:
+    """Moving data changes no figure."""
+    return {key: value for key, value in task.settings().items() if key not in ("source", "location")}
+
+
+@contextmanager
+def _uncounted(what: str, documents: int) -> Iterator[Advance]:
+    yield lambda done: None
+
+
+def _versions() -> dict[str, str]:
+    packages = ("moerge", "torch", "transformers", "tokenizers", "lm_eval", "datasets")
+    found = {package: _version(package) for package in packages}
+    return {"python": platform.python_version(), **{package: number for package, number in found.items() if number}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

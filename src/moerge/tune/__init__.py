@@ -1,0 +1,1 @@
+"""Fine-tuning and distilling a merged model: data mixture, losses, teachers, and transformers' Trainer."""

@@ -1,0 +1,132 @@
+"""What a tuning will do, before it does it: the data's shares and how long it lasts, what is trained, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moerge.tune.mixture import Mixture
+from moerge.tune.parts import Parts, Schedule, check_losses, hidden_layers, make_schedule, parts_of
+from moerge.tune.settings import Request, Tuning
+from moerge.tune.teachers import Lessons, check_vocabularies, lesson_bytes, plan_lessons
+from moerge.tune.tokens import Tokens, documents_of, tokenise
+from moerge.tune.work import Work
+
+_STATE_BYTES = 12
+"""Of a trained parameter in a training checkpoint: the weight and AdamW's two moments, float32 each."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Everything that is known before a model runs."""
+
+    settings: Tuning
+    mixture: Mixture
+    tokens: tuple[Tokens, ...]
+    parameters: Mapping[str, int]
+    trained: int
+    lessons: Lessons | None
+    lesson_bytes: int
+    processes: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A training checkpoint: float32 weights, and moments of what is trained."""
+        return 4 * self.parameters["all"] + (_STATE_BYTES - 4) * self.trained
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """By source: its share of tokens, expected and as drawn, and how much of it there is.
+
+        `read` is how often the run reads it, None where it has more text than the run needs.
+        """
+        found = {}
+        for name, share, count, tokens in zip(
+            self.mixture.names, self.mixture.shares, self.mixture.counts, self.tokens, strict=True
+        ):
+            found[name] = {
+                "expected_share": share,
+                "drawn_share": count / self.mixture.sequences,
+                "sequences": count,
+                "tokens": count * self.settings.length,
+                "documents": tokens.documents,
+                "available_tokens": tokens.tokens if tokens.exhausted else None,
+                "read": count / tokens.sequences if tokens.exhausted else None,
+                "digest": tokens.digest,
+            }
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures for `--json` and tune.json."""
+        settings = self.settings
+        return {
+            "steps": settings.total_steps,
+            "tokens": settings.sequences * settings.length,
+            "batch": settings.batch,
+            "length": settings.length,
+            "processes": self.processes,
+            "parameters": dict(self.parameters),
+            "trained_parameters": self.trained,
+            "sources": self.sources(),
+            "target_bytes": self.lesson_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+        }
+
+
+def make_outlook(
+    request: Request, work: Work, tokenizer: Any, model: Any, processes: int, note: Callable[[str], None]
+) -> tuple[Outlook, Parts, Schedule]:
+    """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values."""
+    settings, parts = request.settings, parts_of(model)
+    check_losses(request, model, parts)
+    schedule = make_schedule(request, parts)
+    check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
+    weights = {name: source.weight for name, source in settings.data.items()}
+    mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
+    tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
+    lessons = plan_lessons(request, work, mixture, tokens, hidden_layers(request, model)) if settings.distils else None
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    outlook = Outlook(
+        settings,
+        mixture,
+        tokens,
+        {part: sum(sizes[name] for name in names) for part, names in parts.items()},
+        sum(sizes[name] for name in schedule.ever),
+        lessons,
+        lesson_bytes(request, lessons, model.config) if lessons else 0,
+        processes,
+    )
+    for warning in _warnings(outlook):
+        note(warning)
+    return outlook, parts, schedule
+
+
+def _rows_needed(tokenizer: Any) -> int:
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _needs(mixture: Mixture) -> Sequence[tuple[str, int]]:
+    """Sources and how many sequences of each are needed; one of a source that is never drawn shows that it can be read."""
+    return [(name, max(1, count)) for name, count in zip(mixture.names, mixture.counts, strict=True)]
+
+
+def _tokenise(request: Request, folder: Path, name: str, sequences: int, tokenizer: Any) -> Tokens:
+    from moerge.errors import InputError
+
+    settings, file = request.settings, folder / f"{name}.bin"
+    try:
+        documents = documents_of(settings.data[name], request.folder)
+        return tokenise(documents, tokenizer, length=settings.length, sequences=sequences, file=file)
+    except InputError as error:
+        raise request.error(("data", name), f": {error}") from None
+
+
+def _warnings(outlook: Outlook) -> list[str]:
+    found = []
+    for name, facts in outlook.sources().items():
+        if facts["sequences"] == 0:
+            found.append(f"data.{name} is never drawn in {outlook.mixture.sequences} sequences: its weight is too small")
+        elif facts["read"] is not None and facts["read"] > 4:
+            found.append(f"data.{name} is read {facts['read']:.1f} times: add text, or lower its weight")
+    return found

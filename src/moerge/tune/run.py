@@ -1,0 +1,276 @@
+"""`moerge tune` from the settings to the checkpoint: read `tune` first."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moerge.checkpoint.locate import locate
+from moerge.checkpoint.manifest import read_manifest
+from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.staging import machine_errors
+from moerge.errors import InputError
+from moerge.learn.watch import Watch
+from moerge.tune.launch import check_device, check_launch, explain, on_main, rank
+from moerge.tune.settings import Request, load_tuning
+from moerge.tune.work import Work
+
+if TYPE_CHECKING:
+    from moerge.tune.outlook import Outlook
+    from moerge.tune.parts import Schedule
+    from moerge.tune.result import TuneResult
+
+_KEPT = 2
+"""Training checkpoints kept: while one is written, the one before stays."""
+
+
+def require_tune_extra() -> None:
+    """InputError where what tuning runs on is not installed."""
+    try:
+        import accelerate  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'") from None
+
+
+def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
+    """What a tuning will do: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
+    require_tune_extra()
+    from moerge.tune.outlook import make_outlook
+
+    request = load_tuning(tuning, seed=seed)
+    models = _locate(request, weights=False)
+    with tempfile.TemporaryDirectory(prefix="moerge-tune-") as folder:
+        work = Work(Path(folder) / "out")
+        skeleton, tokenizer = _skeleton(models[""].folder)
+        processes = request.settings.processes or 1
+        return make_outlook(request, work, tokenizer, skeleton, processes, lambda text: None)[0]
+
+
+def tune(
+    tuning: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    seed: int | None = None,
+    watch: Watch | None = None,
+) -> TuneResult | None:
+    """Tune as TUNE.yaml says and write the checkpoint folder `out`; None on all processes but the first.
+
+    `resume` continues an interrupted tuning into `out` from its last complete training checkpoint, with the losses that it
+    would have had; `force` replaces a checkpoint that moerge made there. `watch` hears tokens done and facts.
+    Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
+    """
+    require_tune_extra()
+    request = load_tuning(tuning, seed=seed)
+    processes = check_launch(request)
+    work = Work(Path(os.path.abspath(out)))
+    with closing(work):
+        job = _Job(request, work, watch or Watch(), check_device(request.settings.device), processes)
+        arguments = job.arguments()
+        try:
+            on_main(lambda: job.prepare(resume=resume, force=force))
+            job.train(arguments)
+            on_main(lambda: job.finish(force=force))
+        except InputError:
+            if rank() == 0:
+                work.discard()
+            raise
+        except Exception as error:
+            found = explain(error)
+            if found is None:
+                raise
+            raise found from None
+        return job.result
+
+
+def _locate(request: Request, *, weights: bool = True) -> dict[str, Checkpoint]:
+    """The model, under "", and each source's teacher."""
+    wanted: dict[str, tuple[tuple[str, ...], str]] = {"": (("model",), request.settings.model)}
+    if request.settings.distils:
+        for name, source in request.settings.data.items():
+            wanted[name] = (("data", name, "teacher"), str(source.teacher))
+    found = {}
+    for name, (path, location) in wanted.items():
+        try:
+            found[name] = locate(location, relative_to=request.folder, weights=weights)
+        except InputError as error:
+            raise request.error(path, f": {error}") from None
+    return found
+
+
+def _skeleton(folder: Path) -> tuple[Any, Any]:
+    """The model without values, and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from moerge.modeling import register
+
+    register()
+    try:
+        auto: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(AutoConfig.from_pretrained(folder))
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+@dataclass
+class _Job:
+    request: Request
+    work: Work
+    watch: Watch
+    device: str
+    processes: int
+    result: TuneResult | None = None
+
+    def prepare(self, *, resume: bool, force: bool) -> None:
+        """On the first process: the folder, the tokens, the teachers' targets. The others find all of it there."""
+        from moerge.tune.result import weights_digest
+        from moerge.tune.teachers import check_space, run_teachers
+
+        models = _locate(self.request)
+        self.inputs = {
+            name or "model": {"location": m.location, "revision": m.revision, "digest": weights_digest(m)}
+            for name, m in models.items()
+        }
+        facts = {"settings": self.request.settings.model_dump(mode="json"), "models": self.inputs}
+        self.recipe = (read_manifest(models[""].folder) or {}).get("recipe")
+        self.work.open(facts, {name or "the model": m.folder for name, m in models.items()}, resume=resume, force=force)
+        with machine_errors(self.work.root):
+            outlook, _, tokenizer, config = self.outlook()
+            if outlook.lessons:
+                settings = self.request.settings
+                self.watch.note(
+                    f"the teachers' targets for {outlook.lessons.sequences * settings.length:,} tokens take "
+                    f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
+                )
+                remedy = "lower losses.distillation.top, or write to another disk"
+                check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
+                tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
+                folders = {name: m.folder for name, m in models.items() if name}
+                vocabulary = tokenizer.get_vocab()
+                run_teachers(self.request, outlook.lessons, folders, tokens, config, vocabulary, self.device)
+            check_space(_KEPT * outlook.checkpoint_bytes, self.work.root, "two training checkpoints", "write OUT to another disk")
+
+    def outlook(self) -> tuple[Outlook, Schedule, Any, Any]:
+        """The outlook, what is trained when, the tokenizer and the model's config; tokens that are there are not made again."""
+        from moerge.tune.outlook import make_outlook
+
+        skeleton, tokenizer = _skeleton(_locate(self.request)[""].folder)
+        note = self.watch.note if rank() == 0 else lambda text: None
+        outlook, _, schedule = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, note)
+        return outlook, schedule, tokenizer, skeleton.config
+
+    def arguments(self) -> Any:
+        """Trainer's arguments. Making them starts the communication between processes."""
+        from transformers import TrainingArguments
+
+        settings = self.request.settings
+        found = TrainingArguments(
+            output_dir=str(self.work.checkpoints),
+            per_device_train_batch_size=settings.batch // (settings.accumulation * self.processes),
+            gradient_accumulation_steps=settings.accumulation,
+            max_steps=settings.total_steps,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip,
+            lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+            warmup_steps=settings.warmup,
+            optim="adamw_torch",
+            bf16=settings.dtype == "bfloat16",
+            use_cpu=self.device == "cpu",
+            seed=settings.seed,
+            save_strategy="steps",
+            save_steps=settings.save_every,
+            save_total_limit=_KEPT,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            log_level="error",
+            log_level_replica="error",
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            ddp_timeout=7 * 24 * 3600,  # the others wait while the first process runs the teachers
+        )
+        if self.processes == 1 and found.n_gpu > 1:
+            found._n_gpu = 1  # else Trainer splits batches over all GPUs in threads
+            self.watch.note("several GPUs are here and one is used: torchrun --nproc_per_node N starts a process for each")
+        return found
+
+    def train(self, arguments: Any) -> None:
+        """Train what is left of the steps."""
+        from transformers import PrinterCallback
+
+        from moerge.inference.loading import load, without_progress_bars
+        from moerge.tune.metrics import Metrics
+        from moerge.tune.trainer import Sequences, TuneTrainer
+
+        settings, checkpoint = self.request.settings, self.work.latest()
+        self.forecast, schedule, _, _ = self.outlook()
+        source = _locate(self.request)[""]
+        model = load(checkpoint or source.folder, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in schedule.ever)
+        if settings.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.metrics = Metrics(self.work.metrics, settings.dying, self.watch.note)
+        if rank() == 0:
+            self.metrics.begin(done)
+        self.watch.begin((settings.total_steps - done) * settings.batch * settings.length)
+        lessons = self.forecast.lessons
+        trainer = TuneTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Sequences(self.forecast.mixture, self.forecast.tokens, lessons),
+            settings=settings,
+            schedule=schedule,
+            names=self.forecast.mixture.names,
+            metrics=self.metrics,
+            layers=lessons.files.layers if lessons else (),
+            advance=self.watch.advance,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if rank() == 0 and (board := _tensorboard(self.work.board)):
+            trainer.add_callback(board)
+        self.trainer, begun = trainer, time.perf_counter()
+        with without_progress_bars(), machine_errors(self.work.root):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.seconds, self.resumed = time.perf_counter() - begun, done
+
+    def finish(self, *, force: bool) -> None:
+        """On the first process: write the result and publish it."""
+        from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_result
+
+        source = _locate(self.request)[""]
+        with machine_errors(self.work.root):
+            write_result(self.trainer.model, self.work, source, self.request.settings.save_dtype or stored_dtype(source))
+        trained = {"recipe": self.recipe, "resumed_after_step": self.resumed, "seconds": self.seconds, "last": self.metrics.last}
+        facts = facts_of(self.forecast, self.inputs, trained)
+        self.work.publish(files_of(facts, self.work), replace=force)
+        self.result = TuneResult(self.work.target, facts)
+
+
+def _tensorboard(folder: Path) -> Any:
+    """Trainer's reporter to TensorBoard, where that is installed."""
+    from importlib.util import find_spec
+
+    if not find_spec("tensorboard"):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import integrations as untyped
+
+    integrations: Any = untyped
+    return integrations.TensorBoardCallback(SummaryWriter(log_dir=str(folder)))

@@ -1,0 +1,220 @@
+"""transformers' Trainer with our losses. Shapes: B sequences, T tokens, N routed things, E experts, L routed layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback
+
+from moerge.architecture.sequence import MODEL_TYPE
+from moerge.errors import InputError
+from moerge.learn.losses import Target, hidden_distance
+from moerge.tune import losses
+from moerge.tune.launch import world_size
+from moerge.tune.metrics import Metrics, not_finite
+from moerge.tune.mixture import Mixture
+from moerge.tune.parts import Schedule, router_modules
+from moerge.tune.settings import Tuning
+from moerge.tune.teachers import Lessons
+from moerge.tune.tokens import Tokens
+from moerge.tune.work import mark_complete
+
+
+class Sequences(Dataset[dict[str, torch.Tensor]]):
+    """The run's sequences in their order: ids [T], the source's number, and the teacher's targets."""
+
+    def __init__(self, mixture: Mixture, tokens: Sequence[Tokens], lessons: Lessons | None) -> None:
+        self._mixture, self._tokens, self._lessons = mixture, tokens, lessons
+        self._available = [found.sequences for found in tokens]
+
+    def __len__(self) -> int:
+        return self._mixture.sequences
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, number = self._mixture.place(index, self._available)
+        ids_T = torch.from_numpy(self._tokens[source].sequence(number))
+        targets = {} if self._lessons is None else self._lessons.of(self._mixture.names[source], number)
+        return {"input_ids": ids_T, "source": torch.tensor(source), **targets}
+
+
+def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch: all sequences have the same length."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@dataclass
+class _Step:
+    """Sums over the parts of a step."""
+
+    parts: int = 0
+    scalars: dict[str, torch.Tensor] = field(default_factory=dict)
+    load_LE: torch.Tensor | None = None
+    drawn_S: torch.Tensor | None = None
+
+
+class TuneTrainer(Trainer):
+    """`schedule` says what is trained when, `metrics` gets a row for each step, `advance` is told the tokens done."""
+
+    def __init__(
+        self,
+        *,
+        settings: Tuning,
+        schedule: Schedule,
+        names: Sequence[str],
+        metrics: Metrics,
+        layers: Sequence[int],
+        advance: Callable[[int], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(data_collator=collate, callbacks=[_Complete(self)], **options)
+        self.model_accepts_loss_kwargs = False  # else Trainer would not divide the loss by the number of parts
+        self._settings, self._schedule, self._names = settings, schedule, names
+        self._metrics, self._layers, self._advance = metrics, layers, advance
+        model: Any = self.model
+        self._by_sequence = model.config.model_type == MODEL_TYPE
+        self._top_k = [module.top_k for module in router_modules(model).values()]
+        self._parameters = dict(model.named_parameters())
+        self._step, self._begun = _Step(), time.perf_counter()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum of the losses, each a mean over these sequences; its parts are kept for the step's row."""
+        wanted, settings = self._settings.losses, self._settings
+        options = {"output_router_logits": True} if self._top_k else {}
+        options |= {"output_hidden_states": True} if self._layers else {}
+        output = model(input_ids=inputs["input_ids"], use_cache=False, **options)
+        logits_BTV = output.logits.float()
+        parts = {"cross_entropy": losses.cross_entropy(logits_BTV, inputs["input_ids"])}
+        if settings.distils:
+            parts |= self._distillation(logits_BTV, output, inputs)
+        parts |= self._routing(output)
+        weights = {
+            "cross_entropy": wanted.cross_entropy,
+            "distillation": wanted.distillation.weight,
+            "hidden": wanted.distillation.hidden,
+            "load_balance": wanted.load_balance,
+            "router_z": wanted.router_z,
+        }
+        loss = torch.stack([weights[key] * part for key, part in parts.items() if weights.get(key)]).sum()
+        self._keep({"loss": loss, **parts}, inputs["source"])
+        return (loss, output) if return_outputs else loss
+
+    def _distillation(self, logits_BTV: torch.Tensor, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        ids = inputs.get("target_ids")
+        theirs = tuple(inputs[f"hidden.{layer}"] for layer in self._layers)
+        target = Target(inputs["target_logits"].flatten(0, 1), None if ids is None else ids.flatten(0, 1), theirs)
+        settings = self._settings.losses.distillation
+        found = {"distillation": losses.forward_kl(logits_BTV.flatten(0, 1), target, settings.temperature)}
+        if self._layers:
+            found["hidden"] = hidden_distance([output.hidden_states[layer] for layer in self._layers], target)
+        return found
+
+    def _routing(self, output: Any) -> dict[str, torch.Tensor]:
+        """Balance, z-loss and entropy, means over layers; the load is that of all processes together."""
+        routed = self._routed(output)
+        if not routed:
+            return {}
+        load_LE = _mean_over_processes(torch.stack([load_E for _, load_E in routed]))
+        step = self._step
+        step.load_LE = load_LE if step.load_LE is None else step.load_LE + load_LE
+        balance = [losses.load_balance(s_NE, load_E) for (s_NE, _), load_E in zip(routed, load_LE, strict=True)]
+        return {
+            "load_balance": torch.stack(balance).mean(),
+            "router_z": torch.stack([losses.router_z(scores_NE) for scores_NE, _ in routed]).mean(),
+            "router_entropy": torch.stack([losses.router_entropy(scores_NE) for scores_NE, _ in routed]).mean().detach(),
+        }
+
+    def _routed(self, output: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Scores [N, E] before the softmax and load [E], for each layer with a router; one for a sequence-routed model."""
+        if self._by_sequence:
+            model: Any = self.model
+            chosen_BE = (output.routing.alpha.detach() > 0).float()
+            scores_BE = output.routing.scores.float() / model.config.routing.get("temperature", 1.0)
+            return [(scores_BE, chosen_BE.sum(0) / chosen_BE.sum())]
+        if not self._top_k:
+            return []
+        found = zip(output.router_logits, self._top_k, strict=True)
+        return [(scores_NE.float(), losses.load(scores_NE, top_k)) for scores_NE, top_k in found]
+
+    def _keep(self, parts: dict[str, torch.Tensor], source_B: torch.Tensor) -> None:
+        step = self._step
+        step.parts += 1
+        for key, part in parts.items():
+            step.scalars[key] = step.scalars.get(key, 0) + part.detach().float()
+        drawn_S = torch.bincount(source_B, minlength=len(self._names))
+        step.drawn_S = drawn_S if step.drawn_S is None else step.drawn_S + drawn_S
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """As Trainer's; what is still closed gets no gradient, so that AdamW leaves it and its moments alone."""
+        loss: torch.Tensor = super().training_step(*args, **options)
+        for name in self._schedule.closed(self.state.global_step):
+            self._parameters[name].grad = None
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A step's row for the metrics, and for whatever else Trainer reports to."""
+        if "grad_norm" not in logs:
+            return
+        row = self._row(logs)
+        wrong = not_finite(row)
+        if wrong:
+            raise InputError(f"{wrong} is not a number after step {row['step']}: lower learning_rate, or look at the data")
+        if self.is_world_process_zero():
+            self._metrics.add(row)
+        self._advance(self._settings.batch * self._settings.length)
+        super().log({key: value for key, value in row.items() if isinstance(value, int | float)})
+        self.state.log_history.clear()  # metrics.jsonl has it; every checkpoint would hold all of it again
+
+    def _row(self, logs: dict[str, float]) -> dict[str, Any]:
+        step, self._step = self._step, _Step()
+        assert step.drawn_S is not None
+        means = _mean_over_processes(torch.stack([value / step.parts for value in step.scalars.values()]))
+        drawn_S = _mean_over_processes(step.drawn_S.double()) * world_size()
+        tokens, now = self._settings.batch * self._settings.length, time.perf_counter()
+        speed, self._begun = tokens / (now - self._begun), now
+        row: dict[str, Any] = {
+            "step": self.state.global_step,
+            "tokens": self.state.global_step * tokens,
+            **dict(zip(step.scalars, means.tolist(), strict=True)),
+        }
+        if step.load_LE is not None:
+            row["load"] = [[round(f, 6) for f in load_E] for load_E in (step.load_LE / step.parts).tolist()]
+        row |= {"learning_rate": logs["learning_rate"], "grad_norm": float(logs["grad_norm"]), "tokens_per_second": speed}
+        row["drawn"] = {name: round(count) for name, count in zip(self._names, drawn_S.tolist(), strict=True)}
+        return row
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """In order: the mixture has shuffled already, and whatever the number of processes the batches are the same."""
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
+
+    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Nothing: the model was loaded from there already. Trainer's own way compares names as they are in memory with names as
+        they are on disk, which differ for a MoE's experts, and skips what does not match without an error.
+        """
+
+
+class _Complete(TrainerCallback):
+    """Marks training checkpoints that are whole on the disk, all processes' parts of them."""
+
+    def __init__(self, trainer: TuneTrainer) -> None:
+        self._trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self._trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    if world_size() == 1:
+        return value
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value / world_size()

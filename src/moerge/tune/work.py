@@ -1,0 +1,141 @@
+"""The hidden folder beside OUT where a tuning lives until it is finished: tokens, targets, checkpoints, metrics, the result."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moerge.checkpoint.manifest import to_json
+from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
+from moerge.errors import InputError
+from moerge.extraction.writer import umask
+
+FACTS = "tune.json"
+METRICS = "metrics.jsonl"
+_COMPLETE = "complete"
+_FREE = ("save_every", "processes", "device", "dying")
+"""Settings that may change when a tuning is continued: they do not change what is computed."""
+
+
+class Work:
+    """One process holds its lock; `close` lets go of it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.root = target.parent / f".{target.name}.moerge-tuning"
+        self.tokens, self.targets, self.result = self.root / "tokens", self.root / "targets", self.root / "result"
+        self.checkpoints, self.metrics = self.root / "checkpoints", self.root / METRICS
+        self.board = self.root / "tensorboard"
+        self._lock: Any = None
+        self._fresh = False
+
+    def open(self, facts: Mapping[str, Any], sources: Mapping[str, Path], *, resume: bool, force: bool) -> None:
+        """Begin or continue. `facts` are settings and inputs, `sources` the folders of the models that are read.
+
+        Raises InputError where OUT must not be written, or is being written, or what is continued was something else.
+        """
+        self._check_target(sources, force)
+        left = self.root / "facts.json"
+        if left.exists() and not (resume or force):
+            raise InputError(
+                f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force"
+            )
+        with machine_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.root / "lock", "wb")  # noqa: SIM115
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another moerge is tuning into {self.target} right now: wait for it") from None
+            if left.exists() and resume:
+                self._compare(json.loads(left.read_text()), facts)
+            else:
+                self._empty()
+                self._fresh = True
+            for folder in (self.tokens, self.targets, self.checkpoints):
+                folder.mkdir(exist_ok=True)
+            left.write_bytes(to_json(facts))
+            for folder in self.checkpoints.iterdir():
+                if not (folder / _COMPLETE).exists():
+                    shutil.rmtree(folder)
+            shutil.rmtree(self.result, ignore_errors=True)
+
+    def _check_target(self, sources: Mapping[str, Path], force: bool) -> None:
+        real = self.target.resolve()
+        for name, source in sources.items():
+            if real == source.resolve() or source.resolve() in real.parents:
+                raise InputError(f"the output {self.target} lies in {name}'s own folder: choose another one")
+            if real in source.resolve().parents and self.target.exists():
+                raise InputError(f"{name} lies in the output {self.target} and would be replaced with it: choose another output")
+        if self.target.exists() and not force:
+            raise InputError(f"{self.target} already exists: choose another folder, or replace it with --force")
+        ours = any((self.target / name).exists() for name in (FACTS, MANIFEST))
+        if self.target.exists() and not ours and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise InputError(f"{self.target} is not a checkpoint that moerge made, so --force does not replace it: remove it")
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for part in sorted({*before, *now}):
+            was, wanted = before.get(part) or {}, now.get(part) or {}
+            for key in sorted({*was, *wanted} - set(_FREE if part == "settings" else ())):
+                if was.get(key) != wanted.get(key):
+                    raise InputError(
+                        f"the interrupted tuning in {self.root} had another {key} ({part}): "
+                        "continue it as it was, or start over with --force"
+                    )
+
+    def _empty(self) -> None:
+        for path in self.root.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def latest(self) -> Path | None:
+        """The newest complete training checkpoint."""
+        found = [folder for folder in self.checkpoints.iterdir() if (folder / _COMPLETE).exists()]
+        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+    def publish(self, files: Mapping[str, bytes], *, replace: bool) -> None:
+        """Add files to the result, make it durable, give it the target's name, and remove everything else."""
+        with machine_errors(self.root):
+            for name, content in files.items():
+                (self.result / name).write_bytes(content)
+            if self.board.exists():
+                shutil.copytree(self.board, self.result / self.board.name)
+            for path in self.result.rglob("*"):  # safetensors makes files that nobody else can read
+                path.chmod(0o666 & ~umask() if path.is_file() else 0o777 & ~umask())
+            make_durable(self.result)
+            take_name(self.result, self.target, aside=self.root / "replaced", replace=replace)
+            make_durable(self.target.parent, only_itself=True)
+            shutil.rmtree(self.root)
+
+    def discard(self) -> None:
+        """Remove what this run began, unless it has come as far as a training checkpoint."""
+        if self._fresh and not (self.checkpoints.is_dir() and self.latest()):
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Say that a training checkpoint is whole, once it is on the disk."""
+    make_durable(checkpoint)
+    (checkpoint / _COMPLETE).touch()
+    make_durable(checkpoint, only_itself=True)
+
+
+def make_durable(folder: Path, *, only_itself: bool = False) -> None:
+    """Flush a folder's files and its list of names to the disk."""
+    for path in [folder] if only_itself else [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,50 @@
+"""Tiny mixtures with text, and settings to tune them with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import moerge
+from moerge.tune.metrics import read_metrics
+from tiny import EXPERTS, make_models, write_recipe
+
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch": 4, "length": 16, "steps": 6, "device": "cpu"}
+
+
+def write_texts(folder: Path, documents: int = 12) -> dict[str, str]:
+    """A file of text for the base and each expert, each with words of its own."""
+    found = {}
+    for number, name in enumerate(("base", *EXPERTS)):
+        words = [[f"w{3 + (number * 15 + (7 * i * j + j * j) % 17) % 60}" for j in range(20)] for i in range(documents)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(row)}) + "\n" for row in words))
+        found[name] = f"{name}.jsonl"
+    return found
+
+
+def make_moe(folder: Path, *, by_sequence: bool = False, **moe: Any) -> Path:
+    """`folder/moe`: the base and three experts in a Mixtral, or routed by sequence with a gate that learns."""
+    make_models(folder, dtype="F32")
+    if by_sequence:
+        moe = {"format": "moerge", "router": {"kind": "learned"}, "include_base": False, **moe}
+    moerge.merge(write_recipe(folder, moe={"top_k": 2, **moe}, merge={"method": "average"}), folder / "moe", threads=1)
+    return folder / "moe"
+
+
+def write_tuning(folder: Path, name: str = "tune.yaml", **changes: Any) -> Path:
+    """TUNE.yaml for `make_moe`'s model; `changes` replace or add keys, None removes one."""
+    texts = write_texts(folder)
+    data = {name: {"path": path, "weight": weight} for (name, path), weight in zip(texts.items(), (5, 3, 1, 1), strict=True)}
+    settings = {"model": "moe", "data": data, **SETTINGS, **changes}
+    path = folder / name
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False))
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a tuned checkpoint without what depends on the clock."""
+    found = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in found]
