@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ OTHER_SEED = 1000
 ROWS = 24
 """Windows of held-out text of a domain, at most."""
 SCALES = (1 / 3, 0.6, 1.0)
+ROLES = ("attention", "ffn", "embedding", "head", "norm")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def main() -> None:
             rows += measure(corpora, folder, seed)
         settings = {"scale": options.scale, "rows": ROWS, "moerge": moerge.__version__, "cases": [vars(case) for case in CASES]}
         options.results.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        options.results.with_suffix(".md").write_text(tables(rows))
 
 
 def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, scale: float) -> None:
@@ -139,6 +141,32 @@ def compare(case: Case, folder: Path) -> dict[str, dict[str, float]]:
 
     found = run({"base": str(folder / "base"), "experts": {e: str(folder / _folder(case, e)) for e in EXPERTS}})
     return {verdict.role: {**verdict.to_json()} for verdict in found.verdicts} | {"all": {}}
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two tables in Markdown: what is lost where all is merged, by scale; and where one role is averaged. Means over seeds."""
+    scales = [f"{scale:.2g}" for scale in SCALES]
+    lines = ["| case | distance | cosine of parameters | cosine of task vectors |" + "".join(f" scale {s} |" for s in scales)]
+    lines += ["|---|" + "---:|" * (3 + len(scales))]
+    for case in CASES:
+        ffn = [row for row in rows if (row["case"], row["role"]) == (case.name, "ffn")]
+        whole = [row for row in rows if (row["case"], row["role"]) == (case.name, "all")]
+        figures = [f"{_mean(row[key] for row in ffn):.2f}" for key in ("distance", "parameter_cosine", "cosine")]
+        lost = [f"{100 * _mean(_mean(row['lost'][s].values()) for row in whole):.0f}%" for s in scales]
+        lines.append(f"| {case.name} | {' | '.join([*figures, *lost])} |")
+    lines += ["", f"| case | {' | '.join(ROLES)} |", "|---|" + "---:|" * len(ROLES)]
+    for case in CASES:
+        lost = [
+            _mean(_mean(row["lost"][scales[0]].values()) for row in rows if (row["case"], row["role"]) == (case.name, role))
+            for role in ROLES
+        ]
+        lines.append(f"| {case.name} | {' | '.join(f'{100 * share:.0f}%' for share in lost)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
 
 
 def _is(role: str, name: str) -> bool:

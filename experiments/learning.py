@@ -39,7 +39,8 @@ SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROW, ROWS = 128, 40
 """Tokens of a row of held-out text, and rows of each domain."""
 PUBLISHED = {"tokens": ROW, "heldout": 0.0, "gamma": 0.8}
-LONGER = {"tokens": ROW, "heldout": 0.2, "gamma": 0.05, "epochs": 20, "learning_rate": 0.1, "patience": 10}
+LONGER = {"tokens": ROW, "heldout": 0.2, "gamma": 0.05, "learning_rate": 0.1, "patience": 10}
+EPOCHS = {5: 30, 10: 20, 50: 5}
 """Published settings: one epoch, learning rate 0.5. Longer: many small steps, stopped by held-out calibration text."""
 Measured = dict[str, float]
 
@@ -81,8 +82,9 @@ def run_seed(seed: int, scale: float, folder: Path) -> dict[str, Measured]:
         found["each expert on its own text"] = {"perplexity": _own(heldout, experts), "kl": 0.0}
         found |= _training_free(folder, seed, measure)
         for texts in TEXTS:
-            found |= _tuned(folder, corpora, texts, measure)
-            found |= _learned(folder, seed, texts, measure)
+            tuned = _tuned(folder, corpora, texts, measure)
+            scale = next(iter(tuned.values()))["scale"]
+            found |= tuned | _learned(folder, seed, texts, scale, measure)
         return found
 
 
@@ -130,16 +132,17 @@ def _tuned(folder: Path, corpora: Mapping[str, Corpus], texts: int, measure: Cal
     return {f"task arithmetic, tuned on {texts} texts": {**found, "scale": best}}
 
 
-def _learned(folder: Path, seed: int, texts: int, measure: Callable[[str], Measured]) -> dict[str, Measured]:
-    start = {"method": "task_arithmetic", "scale": 0.3}
+def _learned(folder: Path, seed: int, texts: int, scale: float, measure: Callable[[str], Measured]) -> dict[str, Measured]:
+    """Learned coefficients that start from `scale`, which is also that of embedding, head and norms."""
+    start, longer = {"method": "task_arithmetic", "scale": min(scale, 0.95)}, {**LONGER, "epochs": EPOCHS[texts]}
     settings: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
-        "Expert Merging, published settings": ({**start, "scale": 0.1}, PUBLISHED),
-        "AdaMerging": (start, {**LONGER, "objective": "entropy", "gamma": 0.0}),
-        "Expert Merging": (start, LONGER),
-        "Expert Merging++": (start, {**LONGER, "extra": 1.0}),
-        "Expert Merging, layers": (start, {**LONGER, "granularity": "layer"}),
-        "Expert Merging, TIES directions": ({"method": "ties", "density": 0.8, "scale": 0.3}, LONGER),
-        "Expert Merging, DARE directions": ({"method": "dare", "density": 0.8, "scale": 0.3, "seed": seed}, LONGER),
+        "Expert Merging, published settings, from 0.1": ({**start, "scale": 0.1}, PUBLISHED),
+        "Expert Merging, from 0.3": ({**start, "scale": 0.3}, longer),
+        "AdaMerging": (start, {**longer, "objective": "entropy", "gamma": 0.0}),
+        "Expert Merging": (start, longer),
+        "Expert Merging++": (start, {**longer, "extra": 1.0}),
+        "Expert Merging, layers": (start, {**longer, "granularity": "layer"}),
+        "Expert Merging, TIES directions": ({**start, "method": "ties", "density": 0.8}, longer),
     }
     found = {}
     for name, (merge, learning) in settings.items():

@@ -7,7 +7,8 @@ What a fence's language and words mean:
     toml file=NAME        saved; a pyproject.toml's entry points are registered, as installing the package would
     yaml                  a recipe, saved as recipe.yaml (or file=NAME), planned, merged and verified; a part of a recipe is
                           completed with base and experts
-    yaml broken           the same, except that it must be refused; later blocks show how
+    yaml tune             settings of `moerge tune`, saved as tune.yaml (or file=NAME)
+    yaml broken           the same as yaml, except that it must be refused; later blocks show how
     console               `$ ` starts a command, moerge's or `echo $?`; the lines below are its output, `...` being anything
     text output           what the python block before it printed
     text, json, math      not code
@@ -131,8 +132,10 @@ class Session:
         registry._entry_points.cache_clear()
 
     def run_yaml(self, snippet: Snippet) -> None:
-        path = Path(snippet.file or "recipe.yaml")
+        path = Path(snippet.file or ("tune.yaml" if "tune" in snippet.words else "recipe.yaml"))
         path.write_text(snippet.text)
+        if "tune" in snippet.words:
+            return
         recipe: Any = path
         written = yaml.safe_load(snippet.text)
         if "experts" not in written and not is_mergekit(written) and "broken" not in snippet.words:
@@ -295,7 +298,9 @@ def test_command_line_page_names_every_option() -> None:
     assert sorted(name for name in group.commands if f"## moerge {name}" not in text) == []
 
 
-@pytest.mark.parametrize("command", ["plan recipe.yaml", "merge recipe.yaml out", "verify out", "inspect out"])
+@pytest.mark.parametrize(
+    "command", ["plan recipe.yaml", "compare recipe.yaml --quiet", "merge recipe.yaml out", "verify out", "inspect out"]
+)
 def test_command_line_page_names_every_json_key(command: str, session: Session) -> None:
     tiny.write_recipe(Path(), base="models/base", experts={name: f"models/{name}" for name in tiny.EXPERTS})
     if command.endswith(" out") and not command.startswith("merge"):

@@ -116,6 +116,14 @@ def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"there is no {CARD}, so the repository gets no model card"
 
 
+def require_token() -> None:
+    """InputError where this machine has no token for the Hub."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise InputError("no token for the Hub: run `hf auth login`, or set HF_TOKEN to one that may write")
+
+
 def push(upload: Upload, *, private: bool = False, message: str | None = None, show_progress: bool = True) -> Pushed:
     """Upload what `prepare` found to the Hub, which makes the repository and the branch where they do not exist yet.
 
@@ -123,11 +131,10 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None, s
     are not sent again, so an interrupted push goes on where it was. `private` holds for a new repository. Raises InputError
     where the Hub does not let this token write there, MachineError where it cannot be reached.
     """
+    require_token()
     with _explained(upload.repo), _bars(show_progress):
         import huggingface_hub as hub
 
-        if not hub.get_token():
-            raise InputError("no token for the Hub: run `hf auth login`, or set HF_TOKEN to one that may write")
         api = hub.HfApi(library_name="moerge", library_version=version("moerge"))
         repo = api.create_repo(upload.repo, private=private or None, exist_ok=True).repo_id
         if private and not api.model_info(repo).private:

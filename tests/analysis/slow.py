@@ -51,7 +51,9 @@ def expert(models: Models, name: str, names: Sequence[str], weights: Sequence[fl
     mean_N = np.mean([vector(models[other], names) - base_N for other in others], axis=0)
     shares = np.zeros(4)
     for tensor in names:
-        shares += _ties([models[other][tensor] - models["base"][tensor] for other in others], others.index(name), weights, density)
+        shares += _ties(
+            [models[other][tensor] - models["base"][tensor] for other in others], others.index(name), weights, density
+        )
     mass, trimmed, outvoted, survives = shares
     return {
         "parameters": tau_N.size,

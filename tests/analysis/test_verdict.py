@@ -17,7 +17,9 @@ from tiny import llama_config, llama_tensors, write_checkpoint, write_recipe
 def compared(tmp_path: Path):
     """Compare experts a, b, ... whose difference to the base is drawn, then scaled by role."""
 
-    def run(*drifts: dict[str, float], opposed: bool = False, ancestors: bool = True, base: bool = True, **sections) -> Comparison:
+    def run(
+        *drifts: dict[str, float], opposed: bool = False, ancestors: bool = True, base: bool = True, **sections
+    ) -> Comparison:
         config = llama_config()
         start = llama_tensors(config)
         write_checkpoint(tmp_path / "base", start, config, dtype="F32")
@@ -56,8 +58,8 @@ def test_experts_that_drifted_merge_with_care(compared) -> None:
     found = compared({"mlp": 0.2}, {"mlp": 0.2}, {"mlp": 0.2})
     assert answers(found)["ffn"] == "merge with care" and answers(found)["attention"] == "merge"
     assert re.fullmatch(
-        r"[ab] and [bc] are 0\.2[89] of their norm apart: a merge keeps a part of what each learned \(the average 3[345]% of its task "
-        r"vector\), a separate copy keeps all",
+        r"[ab] and [bc] are 0\.2[89] of their norm apart: a merge keeps a part of what each learned "
+        r"\(the average 3[345]% of its task vector\), a separate copy keeps all",
         reason(found, "ffn"),
     )
     assert "scales from 0.33 to 0.67; a MoE with separate [ffn] keeps more" in found.advice

@@ -27,14 +27,16 @@ SIZES = {
     "pad_token_id": 0,
 }
 
+GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+
 
 @dataclass(frozen=True)
 class Random:
-    """Three random experts of `config(**SIZES, **changes)` near a random base, merged into the format `moe`."""
+    """Three random experts of `config(**SIZES, **changes)` near a random base, merged into a MoE as `moe` says, or averaged."""
 
     name: str
     config: str
-    moe: dict[str, Any]
+    moe: dict[str, Any] | None
     changes: dict[str, Any]
     dtype: str = "float32"
 
@@ -50,9 +52,20 @@ RANDOM = (
     Random("qwen2_moe, tied", "Qwen2Config", {"format": "qwen2_moe"}, {"tie_word_embeddings": True}),
     Random("qwen3_moe", "Qwen3Config", {"format": "qwen3_moe"}, {"head_dim": 32}),
     Random("qwen3_moe, tied", "Qwen3Config", {"format": "qwen3_moe"}, {"head_dim": 32, "tie_word_embeddings": True}),
-    Random("granitemoe", "GraniteConfig", {"format": "granitemoe"}, {}),
+    Random("granitemoe", "GraniteConfig", {"format": "granitemoe"}, GRANITE),
     Random("flex_olmo", "Olmo2Config", {"format": "flex_olmo"}, {}),
     Random("moerge", "LlamaConfig", {"format": "moerge"}, {}),
+    Random("dense mistral", "MistralConfig", None, {"sliding_window": None}),
+    Random("dense qwen2", "Qwen2Config", None, {}),
+    Random("dense qwen3", "Qwen3Config", None, {"head_dim": 32}),
+    Random("dense olmo2", "Olmo2Config", None, {}),
+    Random("dense granite", "GraniteConfig", None, GRANITE),
+    Random("dense gemma", "GemmaConfig", None, {"head_dim": 32}),
+    Random("dense gemma2", "Gemma2Config", None, {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
+    Random("dense gemma3_text", "Gemma3TextConfig", None, {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
+    Random("dense phi3", "Phi3Config", None, {}),
+    Random("dense gpt_neox", "GPTNeoXConfig", None, {}),
+    Random("dense gpt2", "GPT2Config", None, {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 256}),
 )
 
 
@@ -87,19 +100,21 @@ def write_case(folder: Path, name: str, texts: list[str], demo: Path, make: Call
 
 
 def merge(random: Random, demo: Path, out: Path) -> None:
+    section = {"moe": {"top_k": 2, **random.moe}} if random.moe is not None else {}
     models = out.parent / "experts"
     config, experts = dense_config(random), {}
     base = save(config, models / "base", 0, random.dtype, demo)
     for index in range(3):
         save(config, models / f"expert{index}", index + 1, random.dtype, demo, near=base)
         experts[f"expert{index}"] = str(models / f"expert{index}")
-    moerge.merge({"base": str(models / "base"), "experts": experts, "moe": {"top_k": 2, **random.moe}}, out)
+    moerge.merge({"base": str(models / "base"), "experts": experts, **section}, out)
 
 
 def dense_config(random: Random) -> Any:
     import transformers
 
-    return getattr(transformers, random.config)(**SIZES, **random.changes)
+    sizes = {key: size for key, size in SIZES.items() if not (key == "num_key_value_heads" and "GPT" in random.config)}
+    return getattr(transformers, random.config)(**{**sizes, **random.changes})
 
 
 def save(config: Any, folder: Path, seed: int, dtype: str, demo: Path, *, near: Any = None) -> Any:

@@ -25,8 +25,8 @@ from environments import LLAMA, OPENVINO, VLLM, Environment, transformers
 from moerge.clients import check_folder
 
 HERE = Path(__file__).parent
-TOLERANCE = 1e-4
-"""Of probabilities where all is computed in float32."""
+TOLERANCE = 1e-3
+"""Of probabilities where all is computed in float32: far above its rounding, and below any other difference that was seen."""
 
 
 @dataclass(frozen=True)

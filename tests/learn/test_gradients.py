@@ -99,3 +99,22 @@ def test_top_logits_are_the_whole_target_where_all_are_kept() -> None:
     assert soft_cross_entropy(logits, kept, 1.5).item() == pytest.approx(
         soft_cross_entropy(logits, target, 1.5).item(), abs=1e-12
     )
+
+
+def test_both_implementations_learn_the_same_coefficients(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, learn={"dtype": "float64"})
+    model, raw, slots = learning_model(recipe)
+    first = {key: a_KC.detach().clone() for key, a_KC in raw.items()}
+    learned = []
+    for forward in (lambda: model.forward(IDS, 0), lambda: straightforward(model, slots, raw, IDS)):
+        for key, a_KC in raw.items():
+            a_KC.data.copy_(first[key])
+        optimizer = torch.optim.AdamW(list(raw.values()), lr=0.5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(forward(), make_target()).backward()
+            optimizer.step()
+        learned.append({key: torch.sigmoid(a_KC.detach()).clone() for key, a_KC in raw.items()})
+    for key, c_KC in learned[0].items():
+        torch.testing.assert_close(c_KC, learned[1][key], rtol=1e-7, atol=1e-9)
+        assert (c_KC - torch.sigmoid(first[key])).abs().max() > 0.05

@@ -88,12 +88,13 @@ def test_a_crew_works_in_order_with_one_model_a_thread(models: Path, tmp_path: P
             return model, model.losses(each, 1), torch.get_num_threads()
 
         batches = list(crew.run(look, ids))
-        assert [len(batch) for batch in batches] == [3, 3, 1]
+        assert [len(batch) for batch in batches] == [1, 3, 3]
         seen = [result for batch in batches for result in batch]
         assert all(torch.equal(losses, wanted) for (_, losses, _), wanted in zip(seen, expected, strict=True))
         assert {threads for *_, threads in seen} == {1}
-        twins = [each for each, *_ in batches[0]]
-        assert [each for each, *_ in batches[1]] == twins and len({id(twin) for twin in twins}) == 3
+        twins = [each for each, *_ in batches[1]]
+        assert [each for each, *_ in batches[2]] == twins and len({id(twin) for twin in twins}) == 3
+        assert [each for each, *_ in batches[0]] == twins[:1] == [model]
         weights = [{name: tensor.data_ptr() for name, tensor in twin._model.named_parameters()} for twin in twins]
         assert weights[0] == weights[1] == weights[2]
         assert crew.spread(lambda number: number * 2, range(5)) == [0, 2, 4, 6, 8]

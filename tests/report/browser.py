@@ -10,6 +10,7 @@ with Browser() as browser:
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -31,6 +32,15 @@ def executable() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are none of the numbers that Chromium reads from and writes to, 3 and 4."""
+    low = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 50) for end in low]
+    for end in low:
+        os.close(end)
+    return high[0], high[1]
+
+
 class Browser:
     """A running browser; use it in a `with` statement."""
 
@@ -38,11 +48,11 @@ class Browser:
         path = executable()
         assert path is not None, "look at executable() first"
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
-        to_read, self._write = os.pipe()
-        self._read, to_write = os.pipe()
+        to_read, self._write = _pipe()
+        self._read, to_write = _pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
         flags += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={self._profile.name}"]
-        command = ["/bin/sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", path, *flags]
+        command = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", path, *flags]
         self._process = subprocess.Popen(
             command, pass_fds=(to_read, to_write), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

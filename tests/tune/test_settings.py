@@ -92,6 +92,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0"}
         ({}, {**TWO, "ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP is set, but moerge tune does not shard with FSDP"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "1"}, "does not shard with DeepSpeed"),
         ({"processes": 2}, {}, "processes is 2, but 1 process runs: start it with torchrun --nproc_per_node 2 -m moerge tune"),
+        ({"sharding": "fsdp2"}, {}, "sharding is fsdp2, but one process runs, with nothing to share: use torchrun"),
         ({"processes": 1}, TWO, "processes is 1, but 2 processes run"),
         ({"batch": 3}, TWO, "batch is 3, which accumulation 1 times 2 processes do not divide"),
     ],

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from tune_models import make_moe, rows, write_tuning
 
 from command import moerge
+from moerge.errors import InputError
 from moerge.learn.watch import Watch
 from moerge.modeling import register
-from moerge.tune.run import tune
+from moerge.tune.run import _load_sharded, tune
 from tiny import read_values
 
 
@@ -315,6 +316,11 @@ def test_a_teacher_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
     path = write_tuning(folder, data=data, losses={"distillation": {"weight": 1.0}})
     failed = moerge("tune", path, folder / "strange-out")
     assert failed.code == 2 and "has another vocabulary than the model, so its logits mean other tokens" in failed.err
+
+
+def test_a_model_that_was_not_sharded_is_not_taken_for_one(folder: Path) -> None:
+    with pytest.raises(InputError, match="did not shard .* over 1 processes: leave out 'sharding', which gives DDP"):
+        _load_sharded(folder / "moe", 1)
 
 
 def test_a_loss_that_is_no_number_stops(folder: Path) -> None:

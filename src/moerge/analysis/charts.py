@@ -187,7 +187,8 @@ def _line(axes: Any, index: int, label: str, points: Iterable[tuple[int | None, 
     known = [(layer, value) for layer, value in points if layer is not None and value is not None]
     marker = figures.MARKERS[index % len(figures.MARKERS)]
     xs, ys = [layer for layer, _ in known], [value for _, value in known]
-    axes.plot(xs, ys, color=figures.colour(index), marker=marker, markersize=3, linewidth=1.2, label=label)
+    style = figures.DASHES[index // len(figures.PALETTE) % len(figures.DASHES)]
+    axes.plot(xs, ys, style, color=figures.colour(index), marker=marker, markersize=3, linewidth=1.2, label=label)
 
 
 def _finish(figure: Figure, panels: Sequence[Any], labels: Sequence[str]) -> None:

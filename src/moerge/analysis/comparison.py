@@ -61,18 +61,15 @@ class Comparison:
     def write(self, folder: Path) -> tuple[Path, ...]:
         """Write `compare.json`, `verdict.csv`, `pairs.csv`, `experts.csv`, and figures where matplotlib is installed.
 
-        Returns the files' paths. The folder is made if need be. Raises InputError if it cannot be.
+        Returns the files' paths. The folder is made if need be. Raises MachineError if they cannot be written.
         """
         data = self.to_json()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out: {folder} cannot be a folder: {error.strerror}") from None
-        written = [folder / "compare.json"]
-        written[0].write_bytes(to_json(data))
+        files = {folder / "compare.json": to_json(data)}
         for name, key in (("verdict", "verdicts"), ("pairs", "pairs"), ("experts", "rows")):
-            written.append(folder / f"{name}.csv")
-            written[-1].write_text(figures.as_csv(data[key]), encoding="utf-8")
+            files[folder / f"{name}.csv"] = figures.as_csv(data[key]).encode()
+        for path, content in files.items():
+            figures.write_file(path, content)
+        written = list(files)
         if figures.available():
             for name, chart in charts.charts(self.similarity).items():
                 written += figures.save(chart.draw(), folder, name, chart.title, chart.description)

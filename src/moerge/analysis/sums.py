@@ -119,7 +119,7 @@ def _add_block(
     tau_KN: np.ndarray, base_N: np.ndarray, has_base: bool, lowest_K: np.ndarray, weights_K: np.ndarray, total: np.ndarray
 ) -> None:
     experts, size = tau_KN.shape
-    sums = np.zeros((total.size, _LANES))
+    sums, counts = np.zeros((total.size, _LANES)), np.zeros((total.size, _LANES), np.uint32)
     elected = np.empty(STRIP, np.bool_)
     for start in range(0, size, STRIP):
         stop = min(start + STRIP, size)
@@ -135,16 +135,18 @@ def _add_block(
                 if has_base:
                     _add_dot(tau_KN[k, first:last], base_N[first:last], sums[row])
                 _add_expert(tau_KN[k, first:last], lowest_K[k], weights_K[k], elected[first - start :], sums[row + 1 :])
+                _count_changed(tau_KN[k, first:last], counts[row + 3])
             row += _OF_EXPERT
         for i in range(experts):
             for j in range(i + 1, experts):
                 for first in range(start, stop, _LANES):
                     last = min(first + _LANES, stop)
                     _add_pair(tau_KN[i, first:last], tau_KN[j, first:last], sums[row:])
+                    _count_pair(tau_KN[i, first:last], tau_KN[j, first:last], counts[row + 2 :])
                 row += _OF_PAIR
     for row in range(total.size):
         for lane in range(_LANES):
-            total[row] += sums[row, lane]
+            total[row] += sums[row, lane] + counts[row, lane]
 
 
 @kernel
@@ -174,13 +176,11 @@ def _add_dot(a_L: np.ndarray, b_L: np.ndarray, sum_L: np.ndarray) -> None:
 
 @kernel
 def _add_expert(tau_L: np.ndarray, lowest: np.float32, weight: np.float32, elected_L: np.ndarray, sums_FL: np.ndarray) -> None:
-    square_L, mass_L, changed_L, kept_L, elected_mass_L = sums_FL[0], sums_FL[1], sums_FL[2], sums_FL[3], sums_FL[4]
+    square_L, mass_L, kept_L, elected_mass_L = sums_FL[0], sums_FL[1], sums_FL[3], sums_FL[4]
     for i in range(tau_L.size):
         tau = np.float64(tau_L[i])
-        size = abs(tau)
         square_L[i] += tau * tau
-        mass_L[i] += size
-        changed_L[i] += 1.0 if size > 0 else 0.0
+        mass_L[i] += abs(tau)
     for i in range(tau_L.size):
         size = abs(tau_L[i])
         kept = np.float64(size) if size >= lowest else 0.0
@@ -190,13 +190,28 @@ def _add_expert(tau_L: np.ndarray, lowest: np.float32, weight: np.float32, elect
 
 @kernel
 def _add_pair(a_L: np.ndarray, b_L: np.ndarray, sums_FL: np.ndarray) -> None:
-    dot_L, weight_L, conflicts_L, both_L = sums_FL[0], sums_FL[1], sums_FL[2], sums_FL[3]
+    dot_L, weight_L = sums_FL[0], sums_FL[1]
     for i in range(a_L.size):
         product = np.float64(a_L[i]) * np.float64(b_L[i])
         dot_L[i] += product
         weight_L[i] += abs(product)
-        conflicts_L[i] += 1.0 if product < 0 else 0.0
-        both_L[i] += 1.0 if product != 0 else 0.0
+
+
+@kernel
+def _count_changed(tau_L: np.ndarray, changed_L: np.ndarray) -> None:
+    for i in range(tau_L.size):
+        changed_L[i] += np.uint32(tau_L[i] != np.float32(0))
+
+
+@kernel
+def _count_pair(a_L: np.ndarray, b_L: np.ndarray, counts_FL: np.ndarray) -> None:
+    """Opposite signs, and pairs of which none is zero."""
+    conflicts_L, both_L = counts_FL[0], counts_FL[1]
+    a_bits_L, b_bits_L = a_L.view(np.uint32), b_L.view(np.uint32)
+    for i in range(a_L.size):
+        both = np.uint32((a_L[i] != np.float32(0)) & (b_L[i] != np.float32(0)))
+        both_L[i] += both
+        conflicts_L[i] += both & ((a_bits_L[i] ^ b_bits_L[i]) >> np.uint32(31))
 
 
 def names_of(sums: Sequence[TensorSums]) -> tuple[str, ...]:

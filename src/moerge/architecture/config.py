@@ -63,6 +63,8 @@ def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) ->
     for name, key in family.keys.items() if family else ():
         if known.get(key) is not None:
             language.setdefault(name, known[key])
+    if "n_positions" in language:  # GPT-2: llama.cpp's converter reads the old name, which transformers 5 dropped
+        language.setdefault("n_ctx", language["n_positions"])
     if family is not None and language is not written:
         written[family.nested] = {**language, "torch_dtype": dtype, "dtype": dtype}
     return {**written, "torch_dtype": dtype, "dtype": dtype}

@@ -36,7 +36,7 @@ def comparison(found: Comparison, written: Sequence[Path], *, quiet: bool, as_js
     if found.unheeded:
         console.print(f"this recipe merges {', '.join(found.unheeded)}, against the verdict", highlight=False)
     if written and not quiet:
-        drawn = "" if available() else " (no figures: pip install 'moerge[figures]')"
+        drawn = "" if available() else escape(" (no figures: pip install 'moerge[figures]')")
         console.print(
             f"written: {', '.join(path.name for path in written)} in {escape(str(written[0].parent))}{drawn}", highlight=False
         )

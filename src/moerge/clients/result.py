@@ -15,6 +15,8 @@ from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.tokenizer import companion_files
 
 _SENTENCEPIECE = "tokenizer.model"
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+"""By their number of layers llama.cpp tells the largest Gemmas, whose attention is scaled in another way."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Result:
         return "bpe" if model.get("byte_fallback") else "byte-level bpe"
 
     @property
+    def tokenizer_class(self) -> str:
+        """What tokenizer_config.json calls the tokenizer, "" if nothing."""
+        try:
+            settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        except ValueError:
+            return ""
+        return str(settings.get("tokenizer_class") or "") if isinstance(settings, dict) else ""
+
+    @property
     def experts(self) -> int:
         """Experts of each layer, 0 in a dense model."""
         found = self.config.get("num_local_experts") or self.config.get("num_experts") or 0
@@ -88,6 +99,15 @@ class Result:
         """Whether the heads together are wider or narrower than the model."""
         heads, width, hidden = (self.config.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size"))
         return isinstance(heads, int) and isinstance(width, int) and heads * width != hidden
+
+    @property
+    def odd_attention_scale(self) -> bool:
+        """Whether a Gemma's attention is scaled by something else than its heads' width, or in a 27B the width over the heads."""
+        keys = ("query_pre_attn_scalar", "head_dim", "hidden_size", "num_attention_heads", "num_hidden_layers")
+        scalar, width, hidden, heads, layers = (self.config.get(key) for key in keys)
+        if not isinstance(hidden, int) or not isinstance(heads, int) or scalar is None:
+            return False
+        return bool(scalar != (hidden // heads if layers == _LAYERS_OF_27B.get(self.model_type) else width))
 
     @property
     def rope_type(self) -> str:

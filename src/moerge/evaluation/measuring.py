@@ -178,10 +178,10 @@ class TextTask:
             )
         if not all(math.isfinite(row["nats"]) for row in rows):
             raise InputError(f"{loaded.name} does not give finite numbers on {self.name}: try another --dtype")
-        short = (
-            f"{self.name}: {self.text.short} documents of {self.text.location} end within the {self.given} characters that are "
-        )
-        return rows, (short + "given and were left out",) if self.text.short else ()
+        if not self.text.short:
+            return rows, ()
+        left_out = f"{self.text.short} of {self.text.short + len(documents)} documents of {self.text.location}"
+        return rows, (f"{self.name}: {left_out} end within the {self.given} characters that are given and were left out",)
 
     def scores(self, checkpoint: str, rows: Sequence[Row]) -> tuple[Score, ...]:
         """Perplexity and bits per byte."""

@@ -78,6 +78,11 @@ def evaluate(
     routed = [routes_sequences(name) for name in names]  # of all, so that a wrong path shows at once
     if any(routed) and settings.given is None:
         settings = replace(settings, given=GIVEN)
+    if any(routed) and settings.texts and not settings.given:
+        raise InputError(
+            f"--given 0: {names[routed.index(True)]} routes by the beginning of a document: give it some characters that are "
+            "not predicted"
+        )
     run = _Run(store, settings, _tasks(settings), counting or _uncounted)
     warnings = run.held_out(names)
     found: list[_Done] = []

@@ -63,7 +63,10 @@ class TextRoute:
 
 @dataclass(frozen=True)
 class Routes:
-    """How texts are routed. `level` is "sequence" or "token"; `digest` is of all tensors, None where moerge did not merge them."""
+    """How texts are routed. `level` is "sequence" or "token".
+
+    `digest` is that of the model's tensors, None where moerge did not merge them.
+    """
 
     checkpoint: str
     level: str

@@ -25,7 +25,7 @@ from moerge.learn.model import BASE, MergingModel, Slot
 from moerge.learn.settings import Learning
 from moerge.learn.slots import make_slots
 from moerge.learn.targets import Sample, Targets, target_bytes
-from moerge.learn.training import History, Trainer, interleave
+from moerge.learn.training import History, Trainer, evaluations, interleave
 from moerge.learn.watch import Watch
 from moerge.methods.method import TaskVectorMethod
 from moerge.planning.plan import Plan
@@ -133,7 +133,8 @@ class _Job:
         distinct = {(sample.task, sample.index): sample for sample in (*train, *heldout)}.values()
         updates = math.ceil(len(train) * settings.epochs / settings.accumulation)
         stages = 2 if settings.extra else 1
-        steps = stages * (len(train) * settings.epochs + len(heldout) * (updates + 1))
+        looks = len(evaluations(updates, len(heldout), settings.accumulation)) + 1
+        steps = stages * (len(train) * settings.epochs + len(heldout) * looks)
         if settings.objective == "entropy":
             self.watch.begin(steps)
             return

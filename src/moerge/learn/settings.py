@@ -18,7 +18,7 @@ class Learning(BaseModel):
     `granularity: tensor` learns one coefficient for each tensor and expert (the code), `layer` one for each layer and expert
     (the paper's text). `extra` is Expert Merging++: the number of further coefficients, as a fraction of the first stage's.
     Of each expert at most `texts` documents of at most `tokens` tokens are used; a fraction `heldout` of them is not trained
-    on but says when to stop (ours): after `patience` updates without improvement, and the best update counts.
+    on but says when to stop (ours): after `patience` looks at it without improvement, and the best of them counts.
     `gamma` weighs the mean distance of the coefficients from their initial value, which is the `scale` of the recipe's merge
     method; infinity keeps them there. `hidden_layers` are numbers of layers, counted from 1, after which hidden states are
     compared; `targets` keeps all logits of the experts or as many of the largest.

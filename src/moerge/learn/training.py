@@ -51,13 +51,16 @@ class Trainer:
         best, kept = self._evaluate(heldout, history, 0), self._copy()
         order = [sample for _ in range(settings.epochs) for sample in train]
         groups = [order[start : start + settings.accumulation] for start in range(0, len(order), settings.accumulation)]
+        looks, since = set(evaluations(len(groups), len(heldout), settings.accumulation)), 0
         for update, group in enumerate(groups, 1):
             self._update(group, optimizer, history, update)
             schedule.step()
-            now = self._evaluate(heldout, history, update)
+            if update not in looks:
+                continue
+            now, since = self._evaluate(heldout, history, update), since + 1
             if now < best or not heldout:
-                best, kept, history.best = now, self._copy(), update
-            elif settings.patience and update - history.best >= settings.patience:
+                best, kept, history.best, since = now, self._copy(), update, 0
+            elif settings.patience and since >= settings.patience:
                 history.stopped_early = True
                 break
         for key, values in kept.items():
@@ -108,6 +111,12 @@ class Trainer:
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {key: a_KC.detach().clone() for key, a_KC in self.raw.items()}
+
+
+def evaluations(updates: int, heldout: int, accumulation: int) -> list[int]:
+    """After which updates the held-out texts run: never more of them than of the texts trained on, and after the last."""
+    every = max(1, math.ceil(heldout / accumulation))
+    return sorted({*range(every, updates + 1, every), updates})
 
 
 def interleave(by_task: Mapping[int, Sequence[Any]]) -> list[Any]:

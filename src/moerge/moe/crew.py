@@ -47,6 +47,7 @@ class Crew:
         self._threads = threads if model.on_cpu else 1
         self._models = [model, *(model.twin() for _ in range(self._threads - 1))]
         self._pool = ThreadPoolExecutor(self._threads)
+        self._begun = False
 
     def __enter__(self) -> Crew:
         return self
@@ -55,9 +56,15 @@ class Crew:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Callable[[RunningMoE, Item], Result], items: Sequence[Item]) -> Iterator[list[Result]]:
-        """`work(model, item)` of all items, in their order, as many at a time as there are threads."""
-        for start in range(0, len(items), self._threads):
-            yield list(self._pool.map(work, self._models, items[start : start + self._threads]))
+        """`work(model, item)` of all items, in their order, as many at a time as there are threads.
+
+        The very first runs alone: libraries import what they need when it is needed, and not all of them in several threads.
+        """
+        start = 0
+        while start < len(items):
+            count = self._threads if self._begun else 1
+            yield list(self._pool.map(work, self._models, items[start : start + count]))
+            start, self._begun = start + count, True
 
     def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work(item)` of all items, in their order; no model takes part."""

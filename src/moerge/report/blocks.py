@@ -160,7 +160,9 @@ def count(value: int) -> Cell:
 
 def number(value: float | None, digits: int = 3, tone: str = "", heat: float | None = None) -> Cell:
     """A number with so many digits after the point; a dash where there is none."""
-    return Cell("–", None, "quiet") if value is None else Cell(f"{value:.{digits}f}", value, tone, heat)
+    if value is None:
+        return Cell("–", None, "quiet")
+    return Cell(f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}"), value, tone, heat)
 
 
 def percent(share: float | None, digits: int = 0, tone: str = "") -> Cell:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def collect(top: Path) -> data.Collected:
             "`moerge compare` or `moerge eval` wrote with --out"
         )
     found["learnings"] = _whole(found["learnings"])
+    warnings += _stale(top, found)
     return data.Collected(folder=plain(top.resolve().name) or "/", warnings=tuple(map(plain, warnings)), **found)  # type: ignore[arg-type]
 
 
@@ -108,6 +110,17 @@ def _whole(learnings: list[data.File]) -> list[data.File]:
     """Without the curves that the coefficients in the same folder have too."""
     named = {file.folder for file in learnings if file.path.endswith(".json")}
     return [file for file in learnings if file.path.endswith(".json") or file.folder not in named]
+
+
+def _stale(top: Path, found: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """Results of a checkpoint that was merged again since; by where they say it lies, which is compared and not opened."""
+    now = {os.path.abspath(top / checkpoint.folder): checkpoint.digest for checkpoint in found["checkpoints"]}
+    measured = [(route.path, route.checkpoint, route.digest) for route in found["routes"]]
+    for evaluation in found["evaluations"]:
+        measured += [(evaluation.path, name, digest) for name, digest in evaluation.digests.items()]
+    for path, name, digest in measured:
+        if digest is not None and now.get(os.path.abspath(name), digest) != digest:
+            yield f"{path} is about {name} before it was merged again: measure it again"
 
 
 def _tuning(source: Source) -> data.File:

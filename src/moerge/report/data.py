@@ -117,7 +117,7 @@ class Route(File):
     level: str
     digest: str | None = None
     experts: tuple[str, ...]
-    texts: Mapping[str, TextRoute]
+    texts: Annotated[Mapping[str, TextRoute], Field(min_length=1)]
     accuracy: Share | None
     oracle_accuracy: Share | None = None
     load: Mapping[str, Share]
@@ -282,7 +282,7 @@ class Measure(Data):
 class Evaluation(File):
     """What `moerge eval --out` wrote. `digests` are those of the checkpoints' tensors, where moerge merged them."""
 
-    checkpoints: tuple[str, ...]
+    checkpoints: Annotated[tuple[str, ...], Field(min_length=1)]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     measures: tuple[Measure, ...]

@@ -70,6 +70,8 @@ def _reason(top: Path, error: OSError) -> str:
 
 def _read(path: Path, top: Path) -> Source:
     shown = path.relative_to(top).as_posix()
+    if plain(shown) != shown:
+        raise InputError(f"{plain(shown)} was left out for the odd characters in its path: rename it")
     if path.is_symlink() or not path.is_file():
         raise InputError(f"{shown} is a link or no file, and was left out: put the file itself there")
     try:

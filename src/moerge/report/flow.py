@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.report.card import Update, updates
 from moerge.report.collect import collect
 from moerge.report.data import Collected
 from moerge.report.find import plain
@@ -22,8 +23,13 @@ _MARK = b'<meta name="generator" content="moerge '
 class Report:
     """What was found in a folder, under a title."""
 
+    folder: Path
     title: str
     found: Collected
+
+    def card_updates(self) -> tuple[Update, ...]:
+        """New model cards for the checkpoints that something was measured of, to `write`. Raises InputError if there are none."""
+        return updates(self.folder, self.found)
 
     def to_json(self) -> dict[str, Any]:
         """What the page shows and embeds."""
@@ -56,4 +62,4 @@ def report(folder: str | Path, *, title: str | None = None) -> Report:
     wrote. Raises InputError if that is nothing.
     """
     found = collect(Path(folder))
-    return Report(plain(title) if title else found.folder, found)
+    return Report(Path(folder), plain(title) if title else found.folder, found)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 LIGHT_GROUND, DARK_GROUND = "#ffffff", "#14171c"
-LIGHT = ("#6b7280", "#2c75e9", "#ed6d4a", "#036a34", "#941a7d", "#907000", "#5321a3")
-DARK = ("#9aa3b2", "#3f79f0", "#fd702a", "#20d87c", "#cb3978", "#f4e306", "#a858cf")
+LIGHT = ("#6b7280", "#2a71e2", "#ed6d4a", "#036a34", "#941a7d", "#907000", "#5321a3")
+DARK = ("#9aa3b2", "#3f79f0", "#fd702a", "#20d87c", "#cb3978", "#f4e306", "#d8a8f8")
 """The first is for the base and for what is left over, the others for experts and models in turn."""
 INKS = ("#ffffff", "#10131a")
 COLOURS = len(LIGHT)

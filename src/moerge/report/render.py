@@ -22,6 +22,10 @@ from moerge.report import palette
 from moerge.report.blocks import Section
 
 _HERE = Path(__file__).parent / "page"
+_CLASSES = (
+    ".fN{fill:var(--cN)}.sN{stroke:var(--cN)}.chart .tN{fill:var(--iN)}.bN{background:var(--cN);border-color:var(--cN)!important}"
+)
+"""What has colour N: areas, lines, text on it, and swatches of legends."""
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -61,9 +65,5 @@ def _hash(script: str) -> str:
 
 def _style() -> str:
     text = (_HERE / "page.css").read_text(encoding="utf-8")
-    classes = "".join(
-        f".f{n}{{fill:var(--c{n})}}.s{n}{{stroke:var(--c{n})}}.b{n}{{background:var(--c{n});border-color:var(--c{n})!important}}.chart .t{n}{{fill:var(--i{n})}}"
-        for n in range(palette.COLOURS)
-    )
-    text = text.replace("COLOURS", classes)
+    text = text.replace("COLOURS", "".join(_CLASSES.replace("N", str(number)) for number in range(palette.COLOURS)))
     return text.replace("LIGHT", palette.variables(palette.LIGHT)).replace("DARK", palette.variables(palette.DARK))

@@ -1,7 +1,7 @@
 """Charts as SVG that fits any width: horizontal positions are percentages, so bars stretch and letters do not.
 
-A drawing is the inside of an `<svg width="100%" height="...">`; colours are CSS classes, so light and dark are the page's business.
-Everything that is not markup is escaped by markupsafe. The same data give the same text.
+A drawing is the inside of an `<svg width="100%" height="...">`; colours are CSS classes, so light and dark are the page's
+business. Everything that is not markup is escaped by markupsafe. The same data give the same text.
 """
 
 from __future__ import annotations
@@ -165,9 +165,10 @@ def lines(
 
 def _path(line: Line, across: Scale, level: Callable[[float], float], height: int) -> Iterable[Markup]:
     places = [(_short(across.at(x)), _short(level(y))) for x, y in line.points]
-    stretched = '<svg viewBox="0 0 100 {}" preserveAspectRatio="none" width="100%" height="{}"><polyline class="s{} d{}" points="{}"/></svg>'
     points = " ".join(",".join(place) for place in places)
-    yield Markup(stretched).format(height, height, line.colour, line.dash % 4, points)
+    stretched = '<svg viewBox="0 0 100 {}" preserveAspectRatio="none" width="100%" height="{}">'
+    drawn = '<polyline class="s{} d{}" points="{}"/></svg>'
+    yield Markup(stretched).format(height, height) + Markup(drawn).format(line.colour, line.dash % 4, points)
     for x, y in places if len(places) <= _MOST_POINTS else ():
         yield Markup('<circle class="f{}" cx="{}%" cy="{}" r="3"/>').format(line.colour, x, y)
 

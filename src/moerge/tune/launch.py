@@ -43,6 +43,9 @@ def check_launch(request: Request, environment: Mapping[str, str] = os.environ) 
         many = "process runs" if processes == 1 else "processes run"
         wanted = _TORCHRUN.format(settings.processes)
         raise request.error(("processes",), f" is {settings.processes}, but {processes} {many}: start it with {wanted}")
+    if settings.sharding != "none" and processes == 1:
+        wanted = _TORCHRUN.format("N")
+        raise request.error(("sharding",), f" is {settings.sharding}, but one process runs, with nothing to share: use {wanted}")
     if settings.batch % (settings.accumulation * processes):
         parts = f"accumulation {settings.accumulation} times {processes} processes"
         raise request.error(("batch",), f" is {settings.batch}, which {parts} do not divide")
@@ -88,4 +91,6 @@ def explain(error: Exception) -> MoergeError | None:
 
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return MachineError("the GPU's memory is full: raise 'accumulation', lower 'length', or set gradient_checkpointing")
+    if any(sign in str(error) for sign in ("No space left", "PytorchStreamWriter failed writing")):
+        return MachineError("no space left for a training checkpoint: free some and run the same command again with --resume")
     return None

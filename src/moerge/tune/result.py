@@ -106,7 +106,8 @@ def _card(facts: Mapping[str, Any]) -> str:
             f"{settings['batch']} sequences of {settings['length']} tokens, {facts['tokens']:,} tokens in all. Trained: "
             f"{', '.join(settings['train'])}, {facts['trained_parameters']:,} of {facts['parameters']['all']:,} parameters. "
             f"AdamW, learning rate {settings['learning_rate']:g} ({settings['schedule']}), "
-            f"weight decay {settings['weight_decay']:g}. Losses: `{losses}`. Cross-entropy of the last step: {last['cross_entropy']:.4f} nats a token.",
+            f"weight decay {settings['weight_decay']:g}. Losses: `{losses}`. "
+            f"Cross-entropy of the last step: {last['cross_entropy']:.4f} nats a token.",
             "\n## Text\n\n| source | weight | drawn | tokens |\n|---|---|---|---|",
             *rows,
             f"\n`{FACTS}` has every setting and digest, `{METRICS}` every step.\n",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def tune(
         try:
             on_main(lambda: job.prepare(resume=resume, force=force))
             job.train(arguments)
+            job.gather()
             on_main(lambda: job.finish(force=force))
         except InputError:
             if rank() == 0:
@@ -124,6 +126,26 @@ def _skeleton(folder: Path) -> tuple[Any, Any]:
         raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
 
 
+def _load_sharded(folder: Path, processes: int) -> Any:
+    """The model in float32, each process with a part of every parameter. Raises InputError where transformers cannot."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+
+    from moerge.inference.loading import without_progress_bars
+
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
+    auto: Any = AutoModelForCausalLM
+    with without_progress_bars():
+        model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(fsdp_size=processes))
+    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
+    return model
+
+
 @dataclass
 class _Job:
     request: Request
@@ -132,11 +154,12 @@ class _Job:
     device: str
     processes: int
     result: TuneResult | None = None
+    begun: bool = False
 
     def prepare(self, *, resume: bool, force: bool) -> None:
         """On the first process: the folder, the tokens, the teachers' targets. The others find all of it there."""
         from moerge.tune.result import weights_digest
-        from moerge.tune.teachers import check_space, run_teachers
+        from moerge.tune.teachers import check_space
 
         models = _locate(self.request)
         self.inputs = {
@@ -147,21 +170,38 @@ class _Job:
         self.recipe = (read_manifest(models[""].folder) or {}).get("recipe")
         self.work.open(facts, {name or "the model": m.folder for name, m in models.items()}, resume=resume, force=force)
         with machine_errors(self.work.root):
-            outlook, _, tokenizer, config = self.outlook()
+            outlook, _, _, _ = self.outlook
+            if self.work.fresh:
+                remedy = "write OUT to another disk"
+                check_space(_KEPT * outlook.checkpoint_bytes, self.work.root, "two training checkpoints", remedy)
             if outlook.lessons:
-                settings = self.request.settings
-                self.watch.note(
-                    f"the teachers' targets for {outlook.lessons.sequences * settings.length:,} tokens take "
-                    f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
-                )
-                remedy = "lower losses.distillation.top, or write to another disk"
-                check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
-                tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
-                folders = {name: m.folder for name, m in models.items() if name}
-                vocabulary = tokenizer.get_vocab()
-                run_teachers(self.request, outlook.lessons, folders, tokens, config, vocabulary, self.device)
-            check_space(_KEPT * outlook.checkpoint_bytes, self.work.root, "two training checkpoints", "write OUT to another disk")
+                self._teach(outlook, {name: m.folder for name, m in models.items() if name})
 
+    def _teach(self, outlook: Outlook, teachers: Mapping[str, Path]) -> None:
+        from moerge.tune.teachers import check_space, run_teachers
+
+        settings, lessons, (_, _, tokenizer, config) = self.request.settings, outlook.lessons, self.outlook
+        assert lessons is not None
+        amount = lessons.sequences * settings.length
+        size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
+        self.watch.note(f"the teachers' targets for {amount:,} tokens take {size}")
+        if self.work.fresh:
+            remedy = "lower losses.distillation.top, or write to another disk"
+            check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
+        self._begin(amount)
+        tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
+        vocabulary, advance = tokenizer.get_vocab(), self.watch.advance
+        run_teachers(self.request, lessons, teachers, tokens, config, vocabulary, self.device, advance)
+
+    def _begin(self, lessons: int = 0) -> None:
+        """Say how many tokens are to come, once."""
+        settings = self.request.settings
+        if not self.begun:
+            left = settings.total_steps - _step(self.work.latest())
+            self.watch.begin(lessons + left * settings.batch * settings.length)
+            self.begun = True
+
+    @cached_property
     def outlook(self) -> tuple[Outlook, Schedule, Any, Any]:
         """The outlook, what is trained when, the tokenizer and the model's config; tokens that are there are not made again."""
         from moerge.tune.outlook import make_outlook
@@ -217,27 +257,30 @@ class _Job:
         from moerge.tune.trainer import Sequences, TuneTrainer
 
         settings, checkpoint = self.request.settings, self.work.latest()
-        self.forecast, schedule, _, _ = self.outlook()
+        forecast, schedule, _, _ = self.outlook
         source = _locate(self.request)[""]
-        model = load(checkpoint or source.folder, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        if settings.sharding == "none":
+            model = load(checkpoint or source.folder, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        else:
+            model = _load_sharded(checkpoint or source.folder, self.processes)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in schedule.ever)
         if settings.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        done = _step(checkpoint)
         self.metrics = Metrics(self.work.metrics, settings.dying, self.watch.note)
         if rank() == 0:
             self.metrics.begin(done)
-        self.watch.begin((settings.total_steps - done) * settings.batch * settings.length)
-        lessons = self.forecast.lessons
+        self._begin()
+        lessons = forecast.lessons
         trainer = TuneTrainer(
             model=model,
             args=arguments,
-            train_dataset=Sequences(self.forecast.mixture, self.forecast.tokens, lessons),
+            train_dataset=Sequences(forecast.mixture, forecast.tokens, lessons),
             settings=settings,
             schedule=schedule,
-            names=self.forecast.mixture.names,
+            names=forecast.mixture.names,
             metrics=self.metrics,
             layers=lessons.files.layers if lessons else (),
             advance=self.watch.advance,
@@ -250,17 +293,36 @@ class _Job:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self.seconds, self.resumed = time.perf_counter() - begun, done
 
+    def gather(self) -> None:
+        """Of a sharded model, put the parts together on the disk."""
+        if self.request.settings.sharding == "none":
+            return
+        from moerge.inference.loading import without_progress_bars
+
+        with without_progress_bars(), machine_errors(self.work.root):
+            self.trainer.model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
+            self.trainer.accelerator.wait_for_everyone()
+
     def finish(self, *, force: bool) -> None:
         """On the first process: write the result and publish it."""
+        from moerge.inference.loading import load
         from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_result
 
         source = _locate(self.request)[""]
         with machine_errors(self.work.root):
-            write_result(self.trainer.model, self.work, source, self.request.settings.save_dtype or stored_dtype(source))
+            model = self.trainer.model
+            if self.request.settings.sharding != "none":
+                model = load(self.work.gathered, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+            write_result(model, self.work, source, self.request.settings.save_dtype or stored_dtype(source))
         trained = {"recipe": self.recipe, "resumed_after_step": self.resumed, "seconds": self.seconds, "last": self.metrics.last}
-        facts = facts_of(self.forecast, self.inputs, trained)
+        facts = facts_of(self.outlook[0], self.inputs, trained)
         self.work.publish(files_of(facts, self.work), replace=force)
         self.result = TuneResult(self.work.target, facts)
+
+
+def _step(checkpoint: Path | None) -> int:
+    """The step that a training checkpoint was made after."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -95,7 +95,8 @@ class Tuning(_Strict):
 
     `batch` is the number of sequences of an optimiser step over all processes; `accumulation` divides it into parts that run
     one after the other. `steps` or `tokens` says how long. `dtype` is what is computed in; the trained weights and AdamW's
-    moments are float32 whatever it is. `save_dtype` is what OUT stores, by default what the model is stored in. `dying` is the
+    moments are float32 whatever it is. `sharding: fsdp2` gives each process a part of every
+    parameter. `save_dtype` is what OUT stores, by default what the model is stored in. `dying` is the
     fraction of an even share below which an expert counts as dying.
     """
 
@@ -120,6 +121,7 @@ class Tuning(_Strict):
     save_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     device: str | None = None
     processes: Count | None = None
+    sharding: Literal["none", "fsdp2"] = "none"
     save_every: Count = 500
     dying: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
     seed: Annotated[int, Field(ge=0)] = 0

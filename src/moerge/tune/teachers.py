@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,9 @@ def run_teachers(
     student: Any,
     vocabulary: Mapping[str, int],
     device: str,
+    advance: Callable[[int], None],
 ) -> None:
-    """Run every teacher over its sources; what an interrupted run has left is not made again.
+    """Run every teacher over its sources; what an interrupted run has left is not made again. `advance` is told tokens.
 
     `teachers` are folders by source, `student` the trained model's config. Raises InputError for a teacher with another
     vocabulary or, where hidden states are compared, another width.
@@ -89,6 +90,7 @@ def run_teachers(
     for folder in dict.fromkeys(teachers.values()):
         names = [name for name in lessons.needed if teachers[name] == folder]
         left = {name: [n for n in lessons.needed[name] if not lessons.files.file(f"{name}/{n}").exists()] for name in names}
+        advance(settings.length * sum(len(lessons.needed[name]) - len(left[name]) for name in names))
         if not any(left.values()):
             continue
         teacher = load(folder, dtype=settings.dtype, device=device)
@@ -98,6 +100,7 @@ def run_teachers(
             for start in range(0, len(left[name]), rows):
                 numbers = left[name][start : start + rows]
                 _run(teacher.model, lessons.files, tokens[name], name, numbers, int(student.get_text_config().vocab_size))
+                advance(settings.length * len(numbers))
 
 
 def _run(model: Any, files: TargetFiles, tokens: Tokens, name: str, numbers: Sequence[int], vocabulary: int) -> None:

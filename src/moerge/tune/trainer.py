@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
@@ -24,6 +25,9 @@ from moerge.tune.settings import Tuning
 from moerge.tune.teachers import Lessons
 from moerge.tune.tokens import Tokens
 from moerge.tune.work import mark_complete
+
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""Trainer's names in a training checkpoint."""
 
 
 class Sequences(Dataset[dict[str, torch.Tensor]]):
@@ -72,11 +76,16 @@ class TuneTrainer(Trainer):
         advance: Callable[[int], None],
         **options: Any,
     ) -> None:
+        self.sharded = settings.sharding != "none"
+        arguments = options["args"]
+        # Trainer would refuse to checkpoint a sharded model's optimizer, since it does not know how; we do
+        arguments.save_only_model = self.sharded
         super().__init__(data_collator=collate, callbacks=[_Complete(self)], **options)
+        arguments.save_only_model = False
         self.model_accepts_loss_kwargs = False  # else Trainer would not divide the loss by the number of parts
         self._settings, self._schedule, self._names = settings, schedule, names
         self._metrics, self._layers, self._advance = metrics, layers, advance
-        model: Any = self.model
+        self._model = model = cast(Any, self.model)
         self._by_sequence = model.config.model_type == MODEL_TYPE
         self._top_k = [module.top_k for module in router_modules(model).values()]
         self._parameters = dict(model.named_parameters())
@@ -134,9 +143,8 @@ class TuneTrainer(Trainer):
     def _routed(self, output: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Scores [N, E] before the softmax and load [E], for each layer with a router; one for a sequence-routed model."""
         if self._by_sequence:
-            model: Any = self.model
             chosen_BE = (output.routing.alpha.detach() > 0).float()
-            scores_BE = output.routing.scores.float() / model.config.routing.get("temperature", 1.0)
+            scores_BE = output.routing.scores.float() / self._model.config.routing.get("temperature", 1.0)
             return [(scores_BE, chosen_BE.sum(0) / chosen_BE.sum())]
         if not self._top_k:
             return []
@@ -152,10 +160,19 @@ class TuneTrainer(Trainer):
         step.drawn_S = drawn_S if step.drawn_S is None else step.drawn_S + drawn_S
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """As Trainer's; what is still closed gets no gradient, so that AdamW leaves it and its moments alone."""
+        """As Trainer's; what is still closed gets no gradient, so that AdamW leaves it and its moments alone.
+
+        An expert without a sequence has the gradient zero, as it has on several processes and as experts that lie in one tensor
+        always have: its moments and weight decay go on.
+        """
         loss: torch.Tensor = super().training_step(*args, **options)
-        for name in self._schedule.closed(self.state.global_step):
-            self._parameters[name].grad = None
+        closed = self._schedule.closed(self.state.global_step)
+        for name in self._schedule.ever:
+            parameter = self._parameters[name]
+            if name in closed:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,6 +210,36 @@ class TuneTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """In order: the mixture has shuffled already, and whatever the number of processes the batches are the same."""
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer's; of a sharded model the whole state, as one process would have it."""
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self._model, self._adamw, options=whole)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / _OPTIMIZER)
+            torch.save(self._scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What `_save_optimizer_and_scheduler` saved, each process its part."""
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self._model, self._adamw, state, options=whole)
+        self._scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+    @property
+    def _adamw(self) -> Any:
+        wrapped: Any = self.optimizer
+        return wrapped.optimizer
+
+    @property
+    def _scheduler(self) -> Any:
+        return self.lr_scheduler
 
     def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
         """Nothing: the model was loaded from there already. Trainer's own way compares names as they are in memory with names as

@@ -29,10 +29,11 @@ class Work:
         self.target = target
         self.root = target.parent / f".{target.name}.moerge-tuning"
         self.tokens, self.targets, self.result = self.root / "tokens", self.root / "targets", self.root / "result"
+        self.gathered = self.root / "gathered"
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / METRICS
         self.board = self.root / "tensorboard"
         self._lock: Any = None
-        self._fresh = False
+        self.fresh = False
 
     def open(self, facts: Mapping[str, Any], sources: Mapping[str, Path], *, resume: bool, force: bool) -> None:
         """Begin or continue. `facts` are settings and inputs, `sources` the folders of the models that are read.
@@ -56,7 +57,7 @@ class Work:
                 self._compare(json.loads(left.read_text()), facts)
             else:
                 self._empty()
-                self._fresh = True
+                self.fresh = True
             for folder in (self.tokens, self.targets, self.checkpoints):
                 folder.mkdir(exist_ok=True)
             left.write_bytes(to_json(facts))
@@ -114,7 +115,7 @@ class Work:
 
     def discard(self) -> None:
         """Remove what this run began, unless it has come as far as a training checkpoint."""
-        if self._fresh and not (self.checkpoints.is_dir() and self.latest()):
+        if self.fresh and not (self.checkpoints.is_dir() and self.latest()):
             shutil.rmtree(self.root, ignore_errors=True)
 
     def close(self) -> None:

@@ -25,9 +25,12 @@ def compare(
 ) -> None:
     """Show how alike a recipe's experts are, per layer and role, and which roles can be merged."""
     from moerge.analysis import compare as run_compare
+    from moerge.analysis.figures import check_folder
     from moerge.cli import show_comparison
     from moerge.cli.progress import Progress
 
+    if out is not None:
+        check_folder(out, "--out")
     with Progress("comparing", quiet=quiet) as progress:
         found = run_compare(recipe, density=density, threads=threads, progress=progress.start)
     written = found.write(out) if out is not None else ()

@@ -30,6 +30,8 @@ def push(
     from moerge.cli import show_hub
     from moerge.cli.progress import Progress
 
+    if not dry_run:  # before minutes of verifying
+        hub.require_token()
     with Progress("verifying", quiet=quiet) as progress:
         advance = progress.start(open_folder(checkpoint).nbytes)
         upload = hub.prepare(checkpoint, repo, revision=revision, progress=advance)

@@ -17,7 +17,12 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.html", help="Default: DIR/report.html.", show_default=False)
     ] = None,
-    title: Annotated[str | None, typer.Option("--title", help="Of the page; default: the folder's name.", show_default=False)] = None,
+    title: Annotated[
+        str | None, typer.Option("--title", help="Of the page; default: the folder's name.", show_default=False)
+    ] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Also write what was measured into the checkpoints' model cards.")
+    ] = False,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
@@ -27,9 +32,12 @@ def report(
     from moerge.report.flow import NAME
 
     made = make_report(folder, title=title)
+    cards = made.card_updates() if update_card else ()
     path = out or folder / NAME
     made.write(path)
-    show_reporting.reported(made, path, quiet=quiet, as_json=json)
+    for card in cards:
+        card.write()
+    show_reporting.reported(made, path, cards, quiet=quiet, as_json=json)
 
 
 COMMANDS = (report,)

@@ -25,9 +25,11 @@ from moerge.report.blocks import (
 )
 from moerge.report.data import Collected, Difference, Evaluation, Score
 from moerge.report.sections.demo import demo, demo_glance
-from moerge.report.sections.labels import listed, short_names
+from moerge.report.sections.labels import listed, plural, short_names
 from moerge.report.svg import Dot, dots
 
+_ENOUGH = 20
+"""Documents below which a bootstrap over them is known to give intervals that are too short."""
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "nats_per_byte")
 _DRAWN = ("exact_match", "pass@1", "bits_per_byte")
 _UNITS = {"exact_match": ("exact match", "%"), "pass@1": ("pass@1", "%")}
@@ -62,6 +64,11 @@ def _evaluation(evaluation: Evaluation, names: Mapping[str, str]) -> Iterator[Bl
             yield _overview(scores, evaluation, names)
     if evaluation.differences:
         yield _differences(evaluation, names)
+    few = min((score.documents for score in evaluation.scores), default=_ENOUGH)
+    if few < _ENOUGH:
+        yield Text(
+            f"Some figures are over {plural(few, 'document')}: the bootstrap's intervals are too short for so few.", "warning"
+        )
     yield from (Text(warning, "warning") for measure in evaluation.measures for warning in measure.warnings)
     yield Fold("All figures", [_all(evaluation, names)])
     if evaluation.settings:
@@ -224,6 +231,5 @@ def _glance(evaluation: Evaluation, names: Mapping[str, str]) -> list[str]:
         ]
     better, worse = judged.count("better"), judged.count("worse")
     against = names.get(evaluation.differences[0].against, evaluation.differences[0].against)
-    return [
-        f"Of {len(judged)} paired differences from `{against}`, {better} are clearly better and {worse} clearly worse (95% intervals)."
-    ]
+    counted = f"{better} are clearly better and {worse} clearly worse (95% intervals)"
+    return [f"Of {len(judged)} paired differences from `{against}`, {counted}."]

@@ -20,11 +20,11 @@ _THIN = (
     "would be."
 )
 _PAPER = {
-    "sequence": "In the paper, perplexity routing gives the largest weight, or an equal one, to the expert of the text's domain on "
-    "GSM8K, MATH, NQ and TriviaQA; on HumanEval math has 45% and code 43%, on MBPP math has 44% and code 22%. It finds "
+    "sequence": "In the paper, perplexity routing gives the largest weight, or an equal one, to the expert of the text's domain "
+    "on GSM8K, MATH, NQ and TriviaQA; on HumanEval math has 45% and code 43%, on MBPP math has 44% and code 22%. It finds "
     "perplexity better than task vectors (figure 9).",
-    "token": "In the paper, fine-tuned routers send 0.28 of GSM8K to the math expert after averaging, 0.35 after TIES and 0.46 after "
-    "DARE. A random router that was not fine-tuned cannot know domains.",
+    "token": "In the paper, fine-tuned routers send 0.28 of GSM8K to the math expert after averaging, 0.35 after TIES and 0.46 "
+    "after DARE. A random router that was not fine-tuned cannot know domains.",
 }
 _TABLE_2 = {
     "GSM8K": (23, 2, 43, 32),
@@ -141,8 +141,8 @@ def _summary(named: Sequence[tuple[str, Route]]) -> Table:
         ]
         for name, route in named
     ]
-    note = "Means over the texts, each counting the same. Balance is E · Σ first · load over the E experts: near 1 where all get the "
-    note += "same, E where one gets everything."
+    note = "Means over the texts, each counting the same. Balance is E · Σ first · load over the E experts: near 1 where all get "
+    note += "the same, E where one gets everything."
     return Table("Accuracy and load balance", columns, rows, note)
 
 

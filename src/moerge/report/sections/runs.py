@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moerge.report.blocks import Block, Column, Listing, Section, Table, Text, words
 from moerge.report.data import Collected
+from moerge.report.sections.labels import plural
 
 _COMMANDS = {
     "evaluations": "Benchmarks and held-out text, with standard errors: `moerge eval CHECKPOINT... --out DIR/NAME`.",
@@ -25,9 +26,9 @@ def runs(found: Collected) -> Section:
     note = "Manifests hold no dates, so that the same recipe gives the same bytes: the times are the files' own."
     blocks: list[Block] = [Table("Files on this page", columns, rows, note)]
     if found.warnings:
-        blocks += [Text("Left out, because it could not be read:", "warning"), Listing(found.warnings)]
+        blocks += [Text("What is wrong with the files:", "warning"), Listing(found.warnings)]
     missing = [text for kind, text in _COMMANDS.items() if not getattr(found, kind)]
     if missing:
         blocks += [Text("Not on this page yet, and what makes it:"), Listing(missing)]
-    left = [f"{len(found.warnings)} files could not be read: see the end."] if found.warnings else []
+    left = [f"{plural(len(found.warnings), 'file')} left out, or out of date: see the end."] if found.warnings else []
     return Section("runs", "What was run when", blocks, left)

@@ -28,8 +28,8 @@ _MOST_LINES = 6
 _FATES = (("survives", 3), ("outvoted", 2), ("trimmed", 0))
 _TONES = {"merge": "good", "merge with care": "care", "keep separate": "apart"}
 _PAPER = (
-    "The paper's figure 4 finds low similarity between its math and its code expert in attention as well as in feed-forward layers, "
-    "which speaks against plain averages of either."
+    "The paper's figure 4 finds low similarity between its math and its code expert in attention as well as in feed-forward "
+    "layers, which speaks against plain averages of either."
 )
 
 
