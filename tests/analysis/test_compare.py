@@ -141,6 +141,14 @@ def test_a_mergekit_file(folder: Path) -> None:
     assert rows_of(compare(folder / "mergekit.yaml")) == rows_of(own)
 
 
+def test_a_mergekit_moe_file(folder: Path) -> None:
+    """Its attention is the base's alone, but all that the experts have is compared."""
+    experts = [{"source_model": str(folder / name), "positive_prompts": ["w3"]} for name in EXPERTS]
+    written = {"base_model": str(folder / "base"), "gate_mode": "random", "experts": experts}
+    (folder / "moe-mergekit.yaml").write_text(json.dumps(written))
+    assert rows_of(compare(folder / "moe-mergekit.yaml")) == rows_of(compare(write_recipe(folder, merge={"method": "average"})))
+
+
 def test_slices_compare_the_layers_that_are_stacked(folder: Path, models: slow.Models) -> None:
     """Layer 0 of math with layer 1 of code, then a layer of one model alone, where there is nothing to compare."""
     sources = [{"model": str(folder / "math"), "layer_range": [0, 1]}, {"model": str(folder / "code"), "layer_range": [1, 2]}]

@@ -128,7 +128,7 @@ def same(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config a forward pass depends on, for comparing: `to_dict` repeats what it found in the file."""
     added = {"rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "rope_local_base_freq"}
     added |= {"dtype", "torch_dtype", "transformers_version", "num_experts", "head_dim", "hidden_size", "text_config"}
-    added |= {"architectures", "num_local_experts", "_name_or_path"}
+    added |= {"architectures", "num_local_experts", "_name_or_path", "n_ctx"}
     kept = {key: value for key, value in config.items() if key not in added}
     if "type" in (kept.get("rope_parameters") or ()):
         kept["rope_parameters"] = {key: value for key, value in kept["rope_parameters"].items() if key != "type"}

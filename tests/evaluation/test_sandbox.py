@@ -67,8 +67,8 @@ def test_the_kernel_refuses_what_the_hook_does_not_see() -> None:
 
 def test_an_endless_loop_is_ended() -> None:
     begun = time.monotonic()
-    outcome = run_program("while True:\n    pass", seconds=0.5)
-    assert (outcome.passed, outcome.reason) == (False, "took longer than 0.5 s")
+    outcome = run_program("while True:\n    pass", seconds=1)
+    assert (outcome.passed, outcome.reason) == (False, "took longer than 1 s")
     assert time.monotonic() - begun < 30
 
 

@@ -26,7 +26,7 @@ MOE = {**DENSE, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok":
 
 
 GELU = (
-    "computes GELU from a table in half precision, so probabilities differ by up to about 3e-4: "
+    "computes GELU approximately in this architecture, so probabilities differ by up to about 3e-4: "
     "choose another client where that matters"
 )
 

@@ -104,7 +104,7 @@ def test_every_figure_has_words_and_its_data_as_a_table(page: str) -> None:
     said = {str(attributes["id"]) for tag, attributes in outline.elements if tag in ("title", "desc") and "id" in attributes}
     for chart in charts:
         assert chart["role"] == "img"
-        assert set(str(chart["aria-labelledby"]).split()) <= said
+        assert {chart["aria-labelledby"], chart["aria-describedby"]} <= said
     for tag in ("title", "desc", "caption", "figcaption"):
         words = [text.strip() for name, text in outline.text if name == tag]
         assert words and all(words)

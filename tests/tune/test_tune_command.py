@@ -175,6 +175,26 @@ def test_memory_saving_does_not_change_what_is_learned(folder: Path) -> None:
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+def test_held_out_text_is_measured_from_the_untouched_model_on(folder: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "moe")
+    tokens = [int(word[1:]) for word in json.loads((folder / "math.jsonl").read_text().splitlines()[0])["text"].split()]
+    (folder / "heldout.txt").write_text(" ".join(f"w{token}" for token in tokens))
+    settings: dict[str, Any] = {"heldout": {"math": "heldout.txt"}, "evaluate_every": 2, "steps": 3, "save_every": 1}
+    run(folder, "measured", **settings)
+    found = rows(folder / "measured")
+    assert [(row["step"], "heldout" in row) for row in found] == [(0, True), (1, False), (2, True), (3, True)]
+    ids = torch.tensor([tokens[:16]])
+    assert found[0]["heldout"]["math"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-6)
+    tuned: Any = AutoModelForCausalLM.from_pretrained(folder / "measured")
+    assert found[3]["heldout"]["math"] == pytest.approx(tuned(ids, labels=ids).loss.item(), rel=1e-6)
+    run(folder, "unmeasured", steps=3, save_every=1)
+    assert changed(folder / "measured", folder / "unmeasured") == set()
+    with pytest.raises(KeyboardInterrupt):
+        tune(write_tuning(folder, **settings), folder / "measured-parts", watch=stop_after(3))
+    tune(write_tuning(folder, **settings), folder / "measured-parts", resume=True)
+    assert rows(folder / "measured-parts") == found
+
+
 def test_a_mixture_routed_by_sequence(by_sequence: Path) -> None:
     facts = run(by_sequence, "out", losses={"load_balance": 0.1, "router_z": 0.01}, save_every=2)
     found = rows(by_sequence / "out")
@@ -319,7 +339,7 @@ def test_a_teacher_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_not_sharded_is_not_taken_for_one(folder: Path) -> None:
-    with pytest.raises(InputError, match="did not shard .* over 1 processes: leave out 'sharding', which gives DDP"):
+    with pytest.raises(InputError, match=r"did not shard .* over 1 processes: leave out 'sharding', which gives DDP"):
         _load_sharded(folder / "moe", 1)
 
 

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
-"""Okabe and Ito (2008), in an order in which neighbours differ also in grey."""
+"""Okabe and Ito's colours (2008)."""
 MARKERS = "osD^vPX*"
+"""For lines, so that they differ without colour."""
 DASHES = ("-", "--", ":", "-.")
 HATCHES = ("", "//", "..", "\\\\", "xx", "++", "--", "oo")
-"""For series beyond the palette, so that no two look the same."""
+"""Dashes of lines and hatches of areas, for series beyond the palette: no two look the same."""
 MISSING = "#dddddd"
 """The colour of cells without a value."""
-GOOD_IS_HIGH, GOOD_IS_LOW, AMOUNT = "RdBu", "RdBu_r", "viridis"
-"""Colour maps: red means conflict and blue agreement, whichever is larger; `viridis` for amounts that are neither."""
+GOOD_IS_HIGH, GOOD_IS_LOW = "RdBu", "RdBu_r"
+"""Colour maps: red means conflict and blue agreement, whichever is larger."""
 PIXELS_PER_INCH = 150
 MOST_CELLS_WITH_NUMBERS = 160
 """In a larger heatmap numbers would be too small to read."""

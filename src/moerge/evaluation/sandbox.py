@@ -7,6 +7,7 @@ one: run models that you do not trust in a container or a virtual machine.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import signal
@@ -19,6 +20,9 @@ from pathlib import Path
 from moerge.errors import MachineError
 
 SECONDS = 10.0
+"""Of processor time: a verdict must not depend on what else the machine does."""
+_PATIENCE = 5
+"""Wall-clock time for each second of processor time, for programs that wait."""
 MEMORY_BYTES = 2**30
 _SAID_BYTES = 400
 _NOBODY = 65534
@@ -37,8 +41,8 @@ def run_program(program: str, *, seconds: float = SECONDS, memory_bytes: int = M
 
     A program that ends early has not passed, whatever its exit code. It gets an empty folder of its own that is removed
     afterwards, no environment, no input; what it prints is dropped. It may neither write to files nor start processes or
-    threads, nor read files but Python's own. `seconds` are of wall-clock and of processor time. Raises MachineError where
-    the system cannot set the limits.
+    threads, nor read files but Python's own. `seconds` are of processor time. Raises MachineError where the system cannot set
+    the limits.
     """
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="moerge-", ignore_cleanup_errors=True) as folder:
@@ -60,7 +64,7 @@ def _source(program: str, token: str, seconds: float, memory_bytes: int) -> str:
     facts = {
         "PROGRAM": program,
         "TOKEN": token,
-        "SECONDS": int(seconds) + 1,
+        "SECONDS": math.ceil(seconds),
         "MEMORY": memory_bytes,
         "NOBODY": _NOBODY,
         "SAID": _SAID_BYTES,
@@ -86,11 +90,13 @@ def _run(source: str, folder: str, seconds: float) -> str | None:
             start_new_session=True,
         )
         try:
-            process.communicate(source.encode(), timeout=seconds)
+            process.communicate(source.encode(), timeout=_PATIENCE * seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
             _kill_group(process)
+        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return None
         os.set_blocking(reading, False)
         try:
             return os.read(reading, 4 * _SAID_BYTES).decode(errors="replace")

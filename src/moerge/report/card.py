@@ -190,15 +190,14 @@ def _plain(text: str) -> str:
 def with_section(text: str, new: str, path: Path) -> str:
     """The card with its measured section replaced, or put before how to use the model, or at the end."""
     match = _METADATA.match(text)
-    if match:
-        return match[0] + with_section(text[match.end() :], new, path)
-    counts = (text.count(BEGIN), text.count(END))
-    if counts == (1, 1) and text.index(BEGIN) < text.index(END):
-        return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
+    head, body = (match[0], text[match.end() :]) if match else ("", text)
+    counts = (body.count(BEGIN), body.count(END))
+    if counts == (1, 1) and body.index(BEGIN) < body.index(END):
+        return head + body[: body.index(BEGIN)] + new + body[body.index(END) + len(END) :]
     if counts != (0, 0):
         raise InputError(f"{path} should have {BEGIN} and {END} once each: remove what is left of them, and try again")
-    before, use, after = text.rpartition(_USE)
-    return f"{before}\n{new}\n{use}{after}" if use else f"{text.rstrip()}\n\n{new}\n"
+    before, use, after = body.rpartition(_USE)
+    return head + (f"{before}\n{new}\n{use}{after}" if use else f"{body.rstrip()}\n\n{new}\n")
 
 
 def with_metadata(text: str, name: str, scores: Sequence[Score], path: Path) -> str:

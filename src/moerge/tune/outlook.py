@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moerge.calibration.texts import read_documents
+from moerge.errors import InputError
 from moerge.tune.mixture import Mixture
 from moerge.tune.parts import Parts, Schedule, check_losses, hidden_layers, make_schedule, parts_of
 from moerge.tune.settings import Request, Tuning
@@ -27,6 +29,7 @@ class Outlook:
     tokens: tuple[Tokens, ...]
     parameters: Mapping[str, int]
     trained: int
+    heldout: Mapping[str, Tokens]
     lessons: Lessons | None
     lesson_bytes: int
     processes: int
@@ -69,6 +72,7 @@ class Outlook:
             "parameters": dict(self.parameters),
             "trained_parameters": self.trained,
             "sources": self.sources(),
+            "heldout": {name: {"tokens": t.sequences * t.length, "digest": t.digest} for name, t in self.heldout.items()},
             "target_bytes": self.lesson_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
         }
@@ -93,6 +97,7 @@ def make_outlook(
         tokens,
         {part: sum(sizes[name] for name in names) for part, names in parts.items()},
         sum(sizes[name] for name in schedule.ever),
+        {name: _heldout(request, work.tokens / "heldout", name, tokenizer) for name in settings.heldout},
         lessons,
         lesson_bytes(request, lessons, model.config) if lessons else 0,
         processes,
@@ -112,14 +117,21 @@ def _needs(mixture: Mixture) -> Sequence[tuple[str, int]]:
 
 
 def _tokenise(request: Request, folder: Path, name: str, sequences: int, tokenizer: Any) -> Tokens:
-    from moerge.errors import InputError
-
     settings, file = request.settings, folder / f"{name}.bin"
     try:
         documents = documents_of(settings.data[name], request.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=sequences, file=file)
     except InputError as error:
         raise request.error(("data", name), f": {error}") from None
+
+
+def _heldout(request: Request, folder: Path, name: str, tokenizer: Any) -> Tokens:
+    settings, file = request.settings, folder / f"{name}.bin"
+    try:
+        documents = read_documents(settings.heldout[name], relative_to=request.folder)
+        return tokenise(documents, tokenizer, length=settings.length, sequences=settings.heldout_sequences, file=file)
+    except InputError as error:
+        raise request.error(("heldout", name), f": {error}") from None
 
 
 def _warnings(outlook: Outlook) -> list[str]:

@@ -135,12 +135,15 @@ def _load_sharded(folder: Path, processes: int) -> Any:
     from moerge.inference.loading import without_progress_bars
 
     try:
-        from transformers.distributed import DistributedConfig
-    except ImportError:
+        from transformers import distributed as untyped
+
+        distributed: Any = untyped
+        shards = distributed.DistributedConfig(fsdp_size=processes)
+    except (ImportError, AttributeError):
         raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
     auto: Any = AutoModelForCausalLM
     with without_progress_bars():
-        model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(fsdp_size=processes))
+        model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards)
     if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
     return model
@@ -283,6 +286,7 @@ class _Job:
             names=forecast.mixture.names,
             metrics=self.metrics,
             layers=lessons.files.layers if lessons else (),
+            heldout=forecast.heldout,
             advance=self.watch.advance,
         )
         trainer.remove_callback(PrinterCallback)
@@ -300,7 +304,8 @@ class _Job:
         from moerge.inference.loading import without_progress_bars
 
         with without_progress_bars(), machine_errors(self.work.root):
-            self.trainer.model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
+            model: Any = self.trainer.model
+            model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
             self.trainer.accelerator.wait_for_everyone()
 
     def finish(self, *, force: bool) -> None:

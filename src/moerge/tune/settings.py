@@ -96,7 +96,8 @@ class Tuning(_Strict):
     `batch` is the number of sequences of an optimiser step over all processes; `accumulation` divides it into parts that run
     one after the other. `steps` or `tokens` says how long. `dtype` is what is computed in; the trained weights and AdamW's
     moments are float32 whatever it is. `sharding: fsdp2` gives each process a part of every
-    parameter. `save_dtype` is what OUT stores, by default what the model is stored in. `dying` is the
+    parameter. `save_dtype` is what OUT stores, by default what the model is stored in. `heldout` are texts by name whose
+    cross-entropy is measured before the first step, every `evaluate_every` steps and after the last. `dying` is the
     fraction of an even share below which an expert counts as dying.
     """
 
@@ -123,6 +124,9 @@ class Tuning(_Strict):
     processes: Count | None = None
     sharding: Literal["none", "fsdp2"] = "none"
     save_every: Count = 500
+    heldout: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], str] = Field(default_factory=dict)
+    heldout_sequences: Count = 32
+    evaluate_every: Count = 100
     dying: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
     seed: Annotated[int, Field(ge=0)] = 0
 

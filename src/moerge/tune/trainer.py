@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +73,7 @@ class TuneTrainer(Trainer):
         names: Sequence[str],
         metrics: Metrics,
         layers: Sequence[int],
+        heldout: Mapping[str, Tokens],
         advance: Callable[[int], None],
         **options: Any,
     ) -> None:
@@ -85,6 +86,7 @@ class TuneTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # else Trainer would not divide the loss by the number of parts
         self._settings, self._schedule, self._names = settings, schedule, names
         self._metrics, self._layers, self._advance = metrics, layers, advance
+        self._heldout = heldout
         self._model = model = cast(Any, self.model)
         self._by_sequence = model.config.model_type == MODEL_TYPE
         self._top_k = [module.top_k for module in router_modules(model).values()]
@@ -180,14 +182,42 @@ class TuneTrainer(Trainer):
         if "grad_norm" not in logs:
             return
         row = self._row(logs)
+        if row["step"] % self._settings.evaluate_every == 0 or row["step"] == self._settings.total_steps:
+            row |= self.heldout_losses()
         wrong = not_finite(row)
         if wrong:
             raise InputError(f"{wrong} is not a number after step {row['step']}: lower learning_rate, or look at the data")
         if self.is_world_process_zero():
             self._metrics.add(row)
         self._advance(self._settings.batch * self._settings.length)
-        super().log({key: value for key, value in row.items() if isinstance(value, int | float)})
+        flat = {f"heldout/{name}": loss for name, loss in row.get("heldout", {}).items()}
+        super().log({key: value for key, value in row.items() if isinstance(value, int | float)} | flat)
         self.state.log_history.clear()  # metrics.jsonl has it; every checkpoint would hold all of it again
+
+    @torch.no_grad()
+    def heldout_losses(self) -> dict[str, dict[str, float]]:
+        """Cross-entropy on each held-out text, in nats a token. Every process runs all of it, as shards need."""
+        found = {}
+        self._model.eval()
+        for name, tokens in self._heldout.items():
+            count = min(tokens.sequences, self._settings.heldout_sequences)
+            total, rows = 0.0, self.args.per_device_train_batch_size
+            for start in range(0, count, rows):
+                numbers = range(start, min(start + rows, count))
+                ids_BT = torch.stack([torch.from_numpy(tokens.sequence(number)) for number in numbers]).to(self.args.device)
+                with self.compute_loss_context_manager():
+                    logits_BTV = self._model(input_ids=ids_BT, use_cache=False).logits.float()
+                total += float(losses.cross_entropy(logits_BTV, ids_BT)) * len(numbers)
+            found[name] = total / count
+        self._model.train()
+        self._begun = time.perf_counter()
+        return {"heldout": found} if found else {}
+
+    def before_training(self) -> None:
+        """The row of step 0, where there is something to say."""
+        found = self.heldout_losses()
+        if found and self.is_world_process_zero():
+            self._metrics.add({"step": 0, "tokens": 0, **found})
 
     def _row(self, logs: dict[str, float]) -> dict[str, Any]:
         step, self._step = self._step, _Step()
@@ -228,8 +258,12 @@ class TuneTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
-        whole = StateDictOptions(full_state_dict=True)
+        whole = StateDictOptions(full_state_dict=True, strict=False)
+        saved = set(state["state"])
         set_optimizer_state_dict(self._model, self._adamw, state, options=whole)
+        for name, parameter in self._parameters.items():
+            if name not in saved:  # not open yet: torch has made up a state, which would count as a step
+                self._adamw.state.pop(parameter, None)
         self._scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
 
     @property
@@ -248,10 +282,14 @@ class TuneTrainer(Trainer):
 
 
 class _Complete(TrainerCallback):
-    """Marks training checkpoints that are whole on the disk, all processes' parts of them."""
+    """Marks training checkpoints that are whole on the disk, all processes' parts of them; begins with the held-out texts."""
 
     def __init__(self, trainer: TuneTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step == 0:
+            self._trainer.before_training()
 
     def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         self._trainer.accelerator.wait_for_everyone()
