@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import moerge
 from moerge.demo.runtime import import_models_extra, load, settled
 from moerge.demo.text import Corpus, make_corpora
 from moerge.demo.train import TRAININGS, Training, _new_model, _steps, _train, pack, train_tokenizer
@@ -79,7 +79,7 @@ def main() -> None:
             continue
         with settled(seed):
             rows += measure(corpora, folder, seed)
-        settings = {"scale": options.scale, "rows": ROWS, "moerge": moerge.__version__, "cases": [vars(case) for case in CASES]}
+        settings = {"scale": options.scale, "rows": ROWS, "moerge": version("moerge"), "cases": [asdict(case) for case in CASES]}
         options.results.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
         options.results.with_suffix(".md").write_text(tables(rows))
 

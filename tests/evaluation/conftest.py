@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 import moerge
-from tiny import make_models, write_recipe
+from tiny import VOCABULARY, make_models, write_json, write_recipe, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +25,20 @@ def bench() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base` and `math`, and `routed`, which routes sequences to its experts by perplexity."""
+    """A folder with dense models, `native` (a Mixtral), and `routed`, which routes sequences to its experts by perplexity.
+
+    `spaced` is `math` with a tokenizer that drops the space in front of a text's first word, as SentencePiece's do.
+    """
     folder = tmp_path_factory.mktemp("models")
     make_models(folder, dtype="F32", config={"torch_dtype": "float32"})
-    recipe = write_recipe(folder, moe={"format": "moerge", "separate": ["ffn", "attention"]})
-    moerge.merge(recipe, folder / "routed", threads=1)
+    for name, moe in {
+        "native": {"router": {"std": 2.0}},
+        "routed": {"format": "moerge", "separate": ["ffn", "attention"]},
+    }.items():
+        moerge.merge(write_recipe(folder, f"{name}.yaml", moe=moe), folder / name, threads=1)
+    shutil.copytree(folder / "math", folder / "spaced")
+    write_tokenizer(folder / "spaced", ["<unk>", "<s>", "</s>", *(f"▁w{index}" for index in range(3, VOCABULARY))])
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    tokenizer = json.loads((folder / "spaced/tokenizer.json").read_text())
+    write_json(folder / "spaced/tokenizer.json", {**tokenizer, "pre_tokenizer": metaspace, "decoder": metaspace})
     return folder

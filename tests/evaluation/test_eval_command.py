@@ -100,6 +100,8 @@ def test_the_table(folder: Path) -> None:
     result = command("eval", "base", "math", *TEXTS, "--limit", 2)
     assert result.code == 0, result
     number = r"-?\+?\d+\.\d+"
+    quiet = command("eval", "base", "math", *TEXTS, "--limit", 2, "--quiet")
+    assert (quiet.code, quiet.out) == (0, "")
     text = " ".join(result.out.split())
     assert re.search(rf"perplexity math code base {number} ± {number} {number} ± {number} math ", text), text
     assert "± standard error (bootstrap over documents); documents: math 2, code 2" in text

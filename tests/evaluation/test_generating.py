@@ -30,7 +30,7 @@ def ask(loaded: Loaded, prompts: list[str], *, until: tuple[str, ...] = (), toke
     return model.generate_until([Request((prompt, {"until": list(until), "max_gen_toks": tokens})) for prompt in prompts])
 
 
-@pytest.fixture(scope="module", params=["math", "routed"])
+@pytest.fixture(scope="module", params=["math", "native", "routed", "spaced"])
 def loaded(request: pytest.FixtureRequest, checkpoints: Path) -> Loaded:
     return load(checkpoints / request.param)
 

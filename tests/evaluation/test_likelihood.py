@@ -73,7 +73,9 @@ def test_every_token_but_the_first_window_s_has_half_a_window_before_it() -> Non
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_a_batch_changes_nothing(dense: Loaded, batch_size: int) -> None:
+@pytest.mark.parametrize("name", ["math", "native"])
+def test_a_batch_changes_nothing(checkpoints: Path, name: str, batch_size: int) -> None:
+    dense = load(checkpoints / name)
     alone = [document_losses(dense, [document], window=8)[0] for document in DOCUMENTS]
     together = document_losses(dense, DOCUMENTS, window=8, batch_size=batch_size)
     assert [(loss.tokens, loss.bytes) for loss in together] == [(loss.tokens, loss.bytes) for loss in alone]

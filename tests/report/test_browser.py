@@ -65,21 +65,33 @@ def test_charts_have_the_colours_of_the_scheme(browser: Browser, html: Path) -> 
     assert not set(fills[0]) & set(fills[1])
 
 
+OVERLAPPING = """
+[...document.querySelectorAll('svg.chart')].flatMap(chart => {
+  const boxes = [...chart.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+  return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(([_, b]) =>
+    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
+  ).map(([other, _]) => [chart.querySelector('title').textContent, name, other]));
+})
+"""
+
+
 @pytest.mark.parametrize("width", [1280, 375])
 def test_labels_in_charts_do_not_overlap(browser: Browser, html: Path, width: int) -> None:
     page = browser.open(html, width=width)
     page.run(OPEN)
-    overlapping = page.run(
-        """
-        [...document.querySelectorAll('svg.chart')].flatMap(chart => {
-          const boxes = [...chart.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
-          return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(([_, b]) =>
-            a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
-          ).map(([other, _]) => [chart.querySelector('title').textContent, name, other]));
-        })
-        """
-    )
-    assert overlapping == []
+    assert page.run(OVERLAPPING) == []
+    page.close()
+
+
+def test_long_names_fit_on_a_phone(browser: Browser, results: Path) -> None:
+    for path in [*results.rglob("route.json"), *results.rglob("results.json"), *results.rglob("compare.json")]:
+        held = path.read_text().replace("merged/", "merged/a-model-with-a-name-that-says-all-about-it-")
+        path.write_text(held.replace('"math"', '"mathematics-of-the-secondary-school-and-beyond-it"'))
+    report(results, title="report_of_an_experiment_whose_name_has_no_spaces").write(results / "report.html")
+    page = browser.open(results / "report.html", width=375)
+    page.run(OPEN)
+    assert page.run("document.documentElement.scrollWidth") == 375
+    assert page.run(OVERLAPPING) == []
     page.close()
 
 

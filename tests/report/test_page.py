@@ -164,8 +164,8 @@ def test_what_is_missing_is_left_out_with_the_command_that_makes_it(tmp_path: Pa
 def test_what_it_says(page: str) -> None:
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for words in (
-        "Of 2 paired differences from base , 1 are clearly better and 0 clearly worse (95% intervals).",
-        "by-sequence sends 100% of sequences to the text&#39;s own expert first, the most of 2 models.",
+        "2 paired differences from base : 1 clearly better, 0 clearly worse, 1 not clear (95% intervals).",
+        "by-sequence sends 100% of sequences to the text&#39;s own expert first; none of the 2 models sends more.",
         "70% to math, n = 8",
         "n = 1,200",
         "50.0 ± 6.9",
@@ -186,6 +186,13 @@ def test_few_documents_are_pointed_out(results: Path) -> None:
     assert (
         "Some figures are over 3 documents: the bootstrap&#39;s intervals are too short for so few." in report(results).to_html()
     )
+
+
+def test_a_recipe_against_the_verdict(results: Path) -> None:
+    path = results / "compare" / "compare.json"
+    assert "against the verdict" not in report(results).to_html()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "unheeded": ["attention", "ffn"]}))
+    assert "This recipe merges attention and ffn, against the verdict." in report(results).to_html()
 
 
 def test_the_command(results: Path) -> None:

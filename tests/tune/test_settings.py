@@ -74,6 +74,12 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load_tuning(tmp_path / "none.yaml")
 
 
+def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
+    (tmp_path / "tune.yaml").write_text("- model: moe\n")
+    with pytest.raises(InputError, match="should be a mapping with keys such as 'model' and 'data'"):
+        load_tuning(tmp_path / "tune.yaml")
+
+
 def request(**changes: Any) -> Request:
     return load_tuning({**GOOD, **changes})
 

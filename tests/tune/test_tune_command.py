@@ -112,7 +112,7 @@ def test_the_first_loss_is_the_untouched_models(folder: Path) -> None:
         (["router", "model.layers.1.self_attn.*"], lambda name: ".gate." in name or "layers.1.self_attn" in name),
     ],
 )
-def test_only_what_is_named_is_trained(folder: Path, train: Any, expected: Callable[[str], bool], tmp_path: Path) -> None:
+def test_only_what_is_named_is_trained(folder: Path, train: Any, expected: Callable[[str], bool]) -> None:
     name = "part-" + (train if isinstance(train, str) else "list")
     run(folder, name, train=train, steps=2)
     after = read_values(folder / name)
@@ -151,6 +151,23 @@ def test_six_steps_are_three_and_three_more(folder: Path, accumulation: int) -> 
     assert result is not None and result.facts["resumed_after_step"] == 3
     assert rows(folder / whole) == rows(folder / parts)
     assert changed(folder / whole, folder / parts) == set()
+
+
+def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tuning(folder, steps=3, save_every=2)
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("moerge.tune.work.take_name", killed)
+        tune(path, folder / "published")
+    assert not (folder / "published").exists()
+    result = tune(path, folder / "published", resume=True)
+    assert result is not None and result.facts["resumed_after_step"] == 3
+    run(folder, "at-once", steps=3, save_every=2)
+    assert rows(folder / "published") == rows(folder / "at-once")
+    assert changed(folder / "published", folder / "at-once") == set()
 
 
 def test_what_is_continued_must_be_what_was_begun(folder: Path) -> None:
@@ -306,6 +323,7 @@ def test_a_dry_run_tells_shares_and_how_long_the_data_lasts(folder: Path) -> Non
         ),
         ({"data": {"x": "none.txt"}}, "data.x: there is no file or folder"),
         ({"data": {"x": "short.txt"}}, "data.x: holds 3 tokens, less than one sequence of length 16"),
+        ({"length": None}, "length is 2048, but the model has positions for 128: lower it"),
         ({"device": "cuda:7"}, "device is 'cuda:7': use cpu or cuda"),
         ({"processes": 2}, "processes is 2, but 1 process runs"),
     ],

@@ -12,12 +12,14 @@ from moerge.cli.console import new_table, print_json, print_warnings
 from moerge.evaluation.result import Difference, Evaluation, Score
 
 
-def evaluation(found: Evaluation, *, as_json: bool) -> None:
+def evaluation(found: Evaluation, *, quiet: bool, as_json: bool) -> None:
     """Print a table of the benchmarks, one of the texts, and the differences."""
     if as_json:
         print_json(found.to_json())
         return
     print_warnings(found.warnings)
+    if quiet:
+        return
     console = Console()
     _benchmarks(console, found)
     _texts(console, found)

@@ -214,6 +214,15 @@ LIMITS = (
         "measured; conversion/base.py",
     ),
     Limit(
+        OPENVINO,
+        ("gemma", "gemma2", "gemma3_text"),
+        lambda result: True,
+        "note",
+        "exports a Gemma with transformers 5.0 or older only",
+        "install that for the export",
+        "measured with 5.5.4, which it refuses",
+    ),
+    Limit(
         VLLM,
         (),
         lambda result: not result.tokenizer,

@@ -18,6 +18,9 @@ Model = TypeVar("Model", bound=BaseModel)
 _MAX_ENTRIES = 100_000
 """Aliases expand: a few lines of YAML can mean more entries than fit in memory."""
 
+_SUCH_AS = {"recipe": "'experts' and 'merge'", "tuning file": "'model' and 'data'"}
+"""Keys of a kind of file, for messages."""
+
 _PLAINLY = {
     "missing": "is missing",
     "dict_type": "should be a mapping",
@@ -90,7 +93,7 @@ def read_document(path: Path, what: str = "recipe") -> Document:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
         if not isinstance(data, dict) or node is None:
-            raise InputError(f"{path} should be a mapping with keys such as 'experts' and 'merge'")
+            raise InputError(f"{path} should be a mapping with keys such as {_SUCH_AS[what]}")
         lines: dict[Key, int] = {}
         _collect_lines(node, (), lines, str(path))
     except RecursionError:

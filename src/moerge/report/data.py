@@ -233,13 +233,14 @@ def _without_parts(value: Any) -> Any:
 
 
 class Comparison(File):
-    """What `moerge compare --out` wrote."""
+    """What `moerge compare --out` wrote. `unheeded` are roles that should stay separate and that the recipe merges."""
 
     recipe: str
     models: Mapping[str, str]
     experts: tuple[str, ...]
     compared: str
     densities: tuple[float, ...] = ()
+    unheeded: tuple[str, ...] = ()
     advice: str
     verdicts: tuple[Verdict, ...]
     pairs: Annotated[tuple[PairRow, ...], BeforeValidator(_without_parts)]

@@ -14,6 +14,8 @@ from typing import ClassVar
 from markupsafe import Markup
 
 _TEXT, _BAR, _THIN = 17, 20, 5
+_ACROSS = 44
+"""Letters that fit beside each other on a phone; longer labels lose their middle, and tables have them whole."""
 _MOST_POINTS = 40
 """Longer lines have no dot at each point."""
 _LABELLED = 0.09
@@ -64,9 +66,9 @@ def stacked_bars(bars: Sequence[Bar]) -> Drawing:
     """Bars below each other, each with its label on a line of its own."""
     parts, y = [], 0
     for bar in bars:
-        parts.append(_above(bar.label, bar.note, y))
-        y += _TEXT
-        parts.append(_stack(bar.shares, y, _BAR, labelled=True))
+        words, height = _above(bar.label, bar.note, y)
+        y += height
+        parts += [words, _stack(bar.shares, y, _BAR, labelled=True)]
         y += _BAR
         if bar.thin:
             parts.append(_stack(bar.thin, y + 2, _THIN, labelled=False))
@@ -75,11 +77,16 @@ def stacked_bars(bars: Sequence[Bar]) -> Drawing:
     return Drawing(Markup("").join(parts), max(1, y - 8))
 
 
-def _above(label: str, note: str, y: int) -> Markup:
-    left = Markup('<text class="halo" x="0" y="{}">{}</text>').format(y + 12, label)
-    beside = '<text class="note halo" x="100%" y="{}" text-anchor="end">{}</text>'
-    right = Markup(beside).format(y + 12, note) if note else Markup("")
-    return left + right
+def _above(label: str, note: str, y: int) -> tuple[Markup, int]:
+    """A label to the left and a note to the right of it, or below where a phone has no room for both; and their height."""
+    if len(label) > _ACROSS:
+        label = f"{label[: _ACROSS // 2]}…{label[-(_ACROSS // 2) :]}"
+    below = _TEXT if len(label) + len(note) > _ACROSS else 0
+    words = Markup('<text class="halo" x="0" y="{}">{}</text>').format(y + 12, label)
+    if note:
+        beside = '<text class="note halo" x="100%" y="{}" text-anchor="end">{}</text>'
+        words += Markup(beside).format(y + 12 + below, note)
+    return words, _TEXT + below
 
 
 def _stack(shares: Sequence[tuple[int, float]], y: int, height: int, *, labelled: bool) -> Markup:
@@ -119,21 +126,28 @@ def dots(points: Sequence[Dot], axis: str, *, reference: tuple[float, str] | Non
     """Values with error bars on one horizontal axis, with a line at a value to compare with."""
     ends = [end for dot in points for end in (dot.low, dot.high)] + ([reference[0]] if reference else [])
     scale = Scale.over(ends)
-    bottom = 34 * len(points) + (14 if reference else 0)
-    parts = [_vertical(scale.at(tick), bottom, "grid") for tick in scale.ticks]
+    parts, y = [], 14 if reference else 0
     if reference:
-        parts.append(_vertical(scale.at(reference[0]), bottom, "mark"))
         parts.append(_beside(scale.at(reference[0]), 10, reference[1]))
-    for row, dot in enumerate(points):
-        y = 34 * row + (14 if reference else 0)
-        parts.append(_above(dot.label, dot.note, y))
-        parts.append(Markup('<line class="grid" x1="0" x2="100%" y1="{}" y2="{}"/>').format(y + 23, y + 23))
-        bar = '<line class="s{}" x1="{}%" x2="{}%" y1="{}" y2="{}"/><circle class="f{}" cx="{}%" cy="{}" r="5"/>'
-        places = (_short(scale.at(dot.low)), _short(scale.at(dot.high)), y + 23, y + 23)
-        parts.append(Markup(bar).format(dot.colour, *places, dot.colour, _short(scale.at(dot.value)), y + 23))
+    for dot in points:
+        words, height = _above(dot.label, dot.note, y)
+        y += height
+        parts += [words, *_dot(dot, scale, y + 6, reference)]
+        y += 17
+    bottom = y
+    parts[:0] = [_vertical(scale.at(tick), 0, bottom, "grid") for tick in scale.ticks]
     parts += [_tick(scale, tick, bottom + 13) for tick in scale.ticks]
     parts.append(Markup('<text class="note" x="50%" y="{}" text-anchor="middle">{}</text>').format(bottom + 29, axis))
     return Drawing(Markup("").join(parts), bottom + 34)
+
+
+def _dot(dot: Dot, scale: Scale, y: int, reference: tuple[float, str] | None) -> Iterable[Markup]:
+    yield Markup('<line class="grid" x1="0" x2="100%" y1="{}" y2="{}"/>').format(y, y)
+    if reference:  # beside the dots only, since it would cross the letters above them
+        yield _vertical(scale.at(reference[0]), y - 8, y + 8, "mark")
+    error = '<line class="s{}" x1="{}%" x2="{}%" y1="{}" y2="{}"/>'
+    yield Markup(error).format(dot.colour, _short(scale.at(dot.low)), _short(scale.at(dot.high)), y, y)
+    yield Markup('<circle class="f{}" cx="{}%" cy="{}" r="5"/>').format(dot.colour, _short(scale.at(dot.value)), y)
 
 
 def lines(
@@ -173,8 +187,8 @@ def _path(line: Line, across: Scale, level: Callable[[float], float], height: in
         yield Markup('<circle class="f{}" cx="{}%" cy="{}" r="3"/>').format(line.colour, x, y)
 
 
-def _vertical(at: float, bottom: int, name: str) -> Markup:
-    return Markup('<line class="{}" x1="{}%" x2="{}%" y1="0" y2="{}"/>').format(name, _short(at), _short(at), bottom)
+def _vertical(at: float, top: int, bottom: int, name: str) -> Markup:
+    return Markup('<line class="{}" x1="{}%" x2="{}%" y1="{}" y2="{}"/>').format(name, _short(at), _short(at), top, bottom)
 
 
 def _beside(at: float, y: int, text: str) -> Markup:

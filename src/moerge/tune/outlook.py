@@ -84,6 +84,7 @@ def make_outlook(
     """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values."""
     settings, parts = request.settings, parts_of(model)
     check_losses(request, model, parts)
+    _check_length(request, model.config.get_text_config())
     schedule = make_schedule(request, parts)
     check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
     weights = {name: source.weight for name, source in settings.data.items()}
@@ -105,6 +106,12 @@ def make_outlook(
     for warning in _warnings(outlook):
         note(warning)
     return outlook, parts, schedule
+
+
+def _check_length(request: Request, config: Any) -> None:
+    most, length = getattr(config, "max_position_embeddings", None), request.settings.length
+    if isinstance(most, int) and 0 < most < length:
+        raise request.error(("length",), f" is {length}, but the model has positions for {most}: lower it")
 
 
 def _rows_needed(tokenizer: Any) -> int:

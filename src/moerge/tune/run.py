@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from moerge.tune.parts import Schedule
     from moerge.tune.result import TuneResult
 
+_TRANSFORMERS = (5, 5)
+"""Since then routers are modules, and experts a tensor."""
+
 _KEPT = 2
 """Training checkpoints kept: while one is written, the one before stays."""
 
@@ -36,9 +40,12 @@ def require_tune_extra() -> None:
     try:
         import accelerate  # noqa: F401
         import torch  # noqa: F401
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'") from None
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _TRANSFORMERS:
+        wanted = ".".join(map(str, _TRANSFORMERS))
+        raise InputError(f"tuning needs transformers {wanted} or newer, and this is {transformers.__version__}: upgrade it")
 
 
 def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
@@ -121,7 +128,9 @@ def _skeleton(folder: Path) -> tuple[Any, Any]:
         auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
             model = auto.from_config(AutoConfig.from_pretrained(folder))
-        return model, AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer.model_max_length = sys.maxsize  # documents are cut afterwards
+        return model, tokenizer
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
 

@@ -87,7 +87,7 @@ def evaluate(
         **chosen,
     )
     found = run_evaluate(checkpoints, settings, out=out, resume=resume, counting=_counting(quiet))
-    show_evaluation.evaluation(found, as_json=json)
+    show_evaluation.evaluation(found, quiet=quiet, as_json=json)
 
 
 def _counting(quiet: bool) -> Any:

@@ -121,7 +121,7 @@ def _facts(run: Tuned) -> Facts:
     pairs += [("took", f"{run.seconds:,.0f} s")] if run.seconds is not None else []
     for name, model in run.models.items():
         about = model if isinstance(model, dict) else {"location": model}
-        pairs.append((name, ", ".join(f"{key} {value}" for key, value in about.items())))
+        pairs.append((name, ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)))
     return Facts(pairs)
 
 

@@ -231,5 +231,5 @@ def _glance(evaluation: Evaluation, names: Mapping[str, str]) -> list[str]:
         ]
     better, worse = judged.count("better"), judged.count("worse")
     against = names.get(evaluation.differences[0].against, evaluation.differences[0].against)
-    counted = f"{better} are clearly better and {worse} clearly worse (95% intervals)"
-    return [f"Of {len(judged)} paired differences from `{against}`, {counted}."]
+    counted = f"{better} clearly better, {worse} clearly worse, {len(judged) - better - worse} not clear (95% intervals)"
+    return [f"{plural(len(judged), 'paired difference')} from `{against}`: {counted}."]

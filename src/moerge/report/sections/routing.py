@@ -175,5 +175,5 @@ def _glance(named: Sequence[tuple[str, Route]]) -> list[str]:
         return [f"{plural(len(named), 'model')} routed, none on texts that have an expert of their name."]
     accuracy, name, route = max(judged, key=lambda entry: entry[0])
     what = "sequences" if route.level == "sequence" else "token choices"
-    others = f", the most of {len(judged)} models" if len(judged) > 1 else ""
+    others = f"; none of the {len(judged)} models sends more" if len(judged) > 1 else ""
     return [f"`{name}` sends {100 * accuracy:.0f}% of {what} to the text's own expert first{others}."]

@@ -51,6 +51,8 @@ def similarity(found: Collected, colours: Mapping[str, int]) -> Section | None:
 def _comparison(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[Block]:
     yield Text(f"Advice: {comparison.advice}.", "advice")
     yield _verdicts(comparison)
+    if comparison.unheeded:
+        yield Text(f"This recipe merges {listed(comparison.unheeded)}, against the verdict.", "warning")
     yield from (Text(warning, "warning") for warning in comparison.warnings)
     if any(pair.scope == "layer" and pair.layer is not None for pair in comparison.pairs):
         yield _cosines(comparison)

@@ -1,0 +1,201 @@
+"""Figure 10 in small: held-out perplexity against tokens tuned, for merges of the demo's experts and for baselines.
+
+    python experiments/tuning.py --seeds 0 1 2 --work DIR --results experiments/results/tuning.json
+
+For each seed: train the demo's base and experts, merge them in every way, tune every result on the same sequences in the same
+order, and measure perplexity on held-out text of every domain on the way. What is finished in --work is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import moerge
+from moerge.demo.progress import counting
+from moerge.demo.runtime import import_models_extra
+from moerge.demo.text import DOMAINS, make_corpora, write_corpora
+from moerge.demo.train import TRAININGS, WINDOW, total_steps, train_models
+from moerge.tune.metrics import read_metrics
+from moerge.tune.run import tune
+
+EXPERTS = ("math", "code", "knowledge")
+BATCH, POINTS = 8, 10
+BTX = "BTX: average"
+TIES, DARE = {"method": "ties", "density": 0.8, "scale": 0.3333}, {"method": "dare", "density": 0.8, "scale": 0.3333}
+RANDOM, RIDGE = {"router": {"kind": "random"}}, {"router": {"kind": "ridge"}}
+BY_SEQUENCE = {"format": "moerge", "separate": ["ffn", "attention"], "router": {"kind": "perplexity"}}
+BALANCED = {"load_balance": 0.01}
+Curve = list[tuple[int, float]]
+"""Tokens tuned, and the geometric mean of the domains' perplexities."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the figure: how it is merged, and how it is tuned. `moe` None is a dense merge, `merge` None the base."""
+
+    merge: Mapping[str, Any] | None
+    moe: Mapping[str, Any] | None = None
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    distil: bool = False
+    copies: bool = False
+    without: str | None = None
+
+
+ROWS = {
+    BTX: Row({"method": "average"}, RANDOM, {"losses": BALANCED}),
+    "TIES": Row(TIES, RANDOM, {"losses": BALANCED}),
+    "DARE": Row(DARE, RANDOM, {"losses": BALANCED}),
+    "TIES, ridge": Row(TIES, RIDGE, {"losses": BALANCED}),
+    "TIES, ridge, distilled": Row(TIES, RIDGE, {"losses": {**BALANCED, "distillation": {"weight": 1.0}}}, distil=True),
+    "separate attention, PPL": Row(TIES, BY_SEQUENCE),
+    "router only": Row({"method": "average"}, RANDOM, {"losses": BALANCED, "train": "router"}),
+    "random routing": Row({"method": "average"}, RANDOM, {"train": "experts+backbone"}),
+    "sparse upcycling": Row({"method": "average"}, RANDOM, {"losses": BALANCED}, copies=True),
+    "dense: the base": Row(None),
+    "dense: average": Row({"method": "average"}),
+    "three experts": Row({"method": "average"}, {**RANDOM, "include_base": False}, {"losses": BALANCED}),
+    "three experts, no general text": Row(
+        {"method": "average"}, {**RANDOM, "include_base": False}, {"losses": BALANCED}, without="general"
+    ),
+}
+
+
+def main() -> None:
+    """Run the seeds, print the table, write the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies text and the experts' training steps")
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="the paper's 1e-5 is for a billion parameters")
+    parser.add_argument("--heldout", type=int, default=40, help="sequences of each domain to measure on")
+    parser.add_argument("--work", type=Path, required=True, help="where models are kept")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "tuning.json")
+    options = parser.parse_args()
+    import_models_extra()
+    curves: dict[str, dict[int, Curve]] = {}
+    for seed in options.seeds:
+        folder = options.work.absolute() / f"seed-{seed}-scale-{options.scale:g}"
+        train(folder, seed, options.scale)
+        for name in options.rows:
+            begun = time.perf_counter()
+            curves.setdefault(name, {})[seed] = run(name, folder, seed, options)
+            print(f"seed {seed}, {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        report(curves, options)
+
+
+def train(folder: Path, seed: int, scale: float) -> None:
+    """The demo's base and experts, unless `folder` holds them."""
+    if (folder / "trained").exists():
+        return
+    corpora = make_corpora(seed, scale=scale)
+    write_corpora(corpora, folder / "text")
+    with counting(total_steps(scale)) as advance:
+        train_models(corpora, folder / "models", seed=seed, scale=scale, on_step=lambda name, loss: advance(name))
+    (folder / "trained").touch()
+
+
+def run(name: str, folder: Path, seed: int, options: argparse.Namespace) -> Curve:
+    """The curve of one row; a merge and a tuning that are there are taken as they are."""
+    row = ROWS[name]
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+    merged = folder / "models" / "base" if row.merge is None else folder / f"{slug}-merged"
+    if not merged.exists():
+        moerge.merge(recipe(row, folder, seed), merged)
+    out = folder / f"{slug}-tuned-{options.tokens}-{options.learning_rate:g}"
+    if not out.exists():
+        tune(tuning(row, folder, merged, seed, options), out, resume=True)
+    found = [(entry["tokens"], entry["heldout"]) for entry in read_metrics(out / "metrics.jsonl") if "heldout" in entry]
+    return [(tokens, math.exp(statistics.fmean(nats.values()))) for tokens, nats in found]
+
+
+def recipe(row: Row, folder: Path, seed: int) -> Mapping[str, Any]:
+    """How a row is merged."""
+    models = {name: str(folder / "models" / ("base" if row.copies else name)) for name in EXPERTS}
+    texts = {"base": "general", **{name: name for name in EXPERTS}}
+    ridge = row.moe is not None and row.moe["router"]["kind"] == "ridge"
+    calibration = {name: str(folder / "text" / domain / "train.jsonl") for name, domain in texts.items()} if ridge else {}
+    found = {"base": str(folder / "models" / "base"), "experts": models, "merge": {**(row.merge or {}), "seed": seed}}
+    return {**found, **({"moe": dict(row.moe)} if row.moe else {}), **({"calibration": calibration} if ridge else {})}
+
+
+def tuning(row: Row, folder: Path, merged: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """How a row is tuned: on what the base and all experts were trained on, as in the paper's table 5."""
+    weights = {
+        domain: statistics.fmean(training.mixture.get(domain, 0.0) for training in TRAININGS.values()) for domain in DOMAINS
+    }
+    data = {}
+    for domain in DOMAINS:
+        if domain != row.without:
+            teacher = str(folder / "models" / ("base" if domain == "general" else domain))
+            source = {"path": str(folder / "text" / domain / "train.jsonl"), "weight": weights[domain]}
+            data[domain] = {**source, **({"teacher": teacher} if row.distil else {})}
+    steps = max(1, round(options.tokens / (BATCH * WINDOW)))
+    return {
+        "model": str(merged),
+        "data": data,
+        "steps": steps,
+        "batch": BATCH,
+        "length": WINDOW,
+        "seed": seed,
+        "learning_rate": options.learning_rate,
+        "warmup": min(20, steps // 10),
+        "save_every": max(1, steps // 4),
+        "heldout": {domain: str(folder / "text" / domain / "heldout.jsonl") for domain in DOMAINS},
+        "heldout_sequences": options.heldout,
+        "evaluate_every": max(1, steps // POINTS),
+        "save_dtype": "float32",
+        **row.tuning,
+    }
+
+
+def tokens_to_reach(curve: Curve, perplexity: float) -> float | None:
+    """Where a curve first is as low as this, on straight lines between its points."""
+    for (tokens, value), (after, lower) in zip([curve[0], *curve], curve, strict=False):
+        if lower <= perplexity:
+            return after if value == lower else tokens + (after - tokens) * (value - perplexity) / (value - lower)
+    return None
+
+
+def report(curves: Mapping[str, Mapping[int, Curve]], options: argparse.Namespace) -> None:
+    """Print what each row starts and ends with and how many tokens it needs for what BTX has at its end; write the curves."""
+    table = Table("row", "at 0", "early", "at the end", "tokens to BTX's end, saved", box=SIMPLE_HEAD)
+    summary: dict[str, Any] = {}
+    for name, by_seed in curves.items():
+        saved = []
+        for seed, curve in by_seed.items():
+            goal = curves.get(BTX, {}).get(seed)
+            needed = tokens_to_reach(curve, goal[-1][1]) if goal else None
+            saved.append(None if needed is None or goal is None else 1 - needed / goal[-1][0])
+        places = {"start": 0, "early": 1, "end": -1}
+        summary[name] = {key: [curve[place][1] for curve in by_seed.values()] for key, place in places.items()}
+        summary[name]["saved"] = saved
+        known = [value for value in saved if value is not None]
+        shown = f"{statistics.fmean(known):.0%} ({len(known)} of {len(saved)} seeds)" if known else "not reached"
+        table.add_row(name, *(_spread(summary[name][key]) for key in places), shown)
+    Console(width=120).print(table)
+    settings = {key: value for key, value in vars(options).items() if key not in ("work", "results")}
+    written = {"settings": settings, "summary": summary, "curves": curves}
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
