@@ -135,12 +135,14 @@ def measure(corpora: Mapping[str, Corpus], folder: Path, seed: int) -> Iterator[
             yield row | {"loss_own": own, "lost": lost}
 
 
-def compare(case: Case, folder: Path) -> dict[str, dict[str, float]]:
+def compare(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     """What `moerge compare` says of each role, and of all of them together."""
     from moerge.analysis import compare as run
 
     found = run({"base": str(folder / "base"), "experts": {e: str(folder / _folder(case, e)) for e in EXPERTS}})
-    return {verdict.role: {**verdict.to_json()} for verdict in found.verdicts} | {"all": {}}
+    figures = {verdict.role: verdict.to_json() for verdict in found.verdicts}
+    judged = ("answer", "reason")  # what follows from these results, not what they rest on
+    return {role: {key: row[key] for key in row if key not in judged} for role, row in figures.items()} | {"all": {}}
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
