@@ -148,6 +148,15 @@ CASES: list[tuple[str, str, Result, Result]] = [
         result("llama", files={"tokenizer.json": UNIGRAM}),
     ),
     ("transformers-4", "needs version 4.51 or newer for Qwen3: choose another client", result("qwen3"), result("qwen2")),
+    *(
+        (
+            client,
+            f'leaves out Gemma 2\'s soft cap of attention scores by default{versions}: load it with attn_implementation="eager"',
+            result("gemma2"),
+            result("gemma3_text"),
+        )
+        for client, versions in (("transformers-4", ""), ("transformers", " in version 5.5, and not in 5.23"))
+    ),
     (
         "transformers-4",
         "expects heads that together are as wide as the model in GraniteMoe: choose another client",
