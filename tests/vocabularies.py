@@ -17,7 +17,17 @@ import numpy as np
 
 from moerge.checkpoint.dtypes import DTYPES
 from moerge.checkpoint.tokenizer import token_ids
-from tiny import decode, encode, llama_config, llama_tensors, read_values, write_checkpoint, write_json, write_tokenizer
+from tiny import (
+    decode,
+    encode,
+    llama_config,
+    llama_tensors,
+    read_values,
+    write_checkpoint,
+    write_json,
+    write_recipe,
+    write_tokenizer,
+)
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -65,3 +75,18 @@ def row(folder: Path, tensor: str, text: str) -> np.ndarray:
     ids = token_ids(folder)
     assert ids is not None
     return read_values(folder)[tensor][ids[text]]
+
+
+def padded(tmp_path: Path, **rows: int) -> Path:
+    """A recipe of three models with one vocabulary, of which those that `rows` names have more rows."""
+    for name in ("base", "a", "b"):
+        write_model(tmp_path / name, ["w3", "w4", "w5"], rows=rows.get(name))
+    return write_recipe(tmp_path, experts=("a", "b"))
+
+
+def differing(tmp_path: Path, **sections: Any) -> Path:
+    """A recipe of a base, an expert with two more tokens in another order, and one like the base."""
+    write_model(tmp_path / "base", ["w3", "w4"])
+    write_model(tmp_path / "a", ["w4", "w3"], added=["<|im_start|>", "<|im_end|>"])
+    write_model(tmp_path / "b", ["w3", "w4"])
+    return write_recipe(tmp_path, experts=("a", "b"), **sections)
