@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -98,7 +97,6 @@ def _measure(options: Any) -> dict[str, float]:
     torch.manual_seed(0)
     ids_1T = torch.randint(SHAPE["vocab_size"], (1, options.tokens))
     folder, experts = options.folder, options.experts[0]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = {"ordinary": _ordinary, "streamed": _streamed, "straightforward": _straightforward}[options.case](
         folder, experts, ids_1T
     )
@@ -107,8 +105,13 @@ def _measure(options: Any) -> dict[str, float]:
         begun = time.perf_counter()
         step()
         times.append(time.perf_counter() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(times[1:]), "peak_bytes": peak * 1024, "before_bytes": before * 1024}
+    return {"seconds": statistics.median(times[1:]), "peak_bytes": _peak_bytes()}
+
+
+def _peak_bytes() -> int:
+    """The most that this process held; getrusage would count what its parent held when it started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _loss(logits_1TV: Any, ids_1T: Any) -> Any:

@@ -135,3 +135,10 @@ def test_few_targets_are_much_like_all(tmp_path: Path) -> None:
     assert most.by_tensor == whole.by_tensor
     assert few.by_tensor != whole.by_tensor
     assert np.isfinite(list(few.means().values())).all()
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    models = make_models(tmp_path, dtype="F32", tied=True)
+    found = run(make_recipe(tmp_path, models=models, learn={"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0}))
+    assert len(found.coefficients.by_tensor) == 14
+    assert {row for rows in found.coefficients.by_tensor.values() for row in rows} != {(0.3,)}

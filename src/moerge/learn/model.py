@@ -176,7 +176,9 @@ def _skeleton(config: Mapping[str, Any], device: str) -> Any:
         raise InputError(f"transformers {version('transformers')} has no {architecture!r}, so its coefficients cannot be learned")
     dtype = getattr(torch, str(config.get("dtype", "float32")))
     with no_init_weights():
-        return kind._from_config(known, dtype=dtype).to(device)
+        model = kind._from_config(known, dtype=dtype).to(device)
+    model.tie_weights()  # which is left out together with the drawing of weights
+    return model
 
 
 def _values(tensor: Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
