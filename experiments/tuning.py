@@ -9,7 +9,6 @@ order, and measure perplexity on held-out text of every domain on the way. What 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -18,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from tuning_report import BTX, Curve, Report, show, write
 
 import moerge
 from moerge.demo.progress import counting
@@ -32,25 +30,28 @@ from moerge.tune.run import tune
 
 EXPERTS = ("math", "code", "knowledge")
 BATCH, POINTS = 8, 10
-BTX = "BTX: average"
 TIES, DARE = {"method": "ties", "density": 0.8, "scale": 0.3333}, {"method": "dare", "density": 0.8, "scale": 0.3333}
 RANDOM, RIDGE = {"router": {"kind": "random"}}, {"router": {"kind": "ridge"}}
 BY_SEQUENCE = {"format": "moerge", "separate": ["ffn", "attention"], "router": {"kind": "perplexity"}}
 BALANCED = {"load_balance": 0.01}
-Curve = list[tuple[int, float]]
-"""Tokens tuned, and the geometric mean of the domains' perplexities."""
+BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the figure: how it is merged, and how it is tuned. `moe` None is a dense merge, `merge` None the base."""
+    """One line of the figure: how it is merged, and how it is tuned. `moe` None is a dense merge, `merge` None the base.
+
+    `copies` merges copies of the base, `without` leaves out a domain's text.
+    """
 
     merge: Mapping[str, Any] | None
     moe: Mapping[str, Any] | None = None
     tuning: Mapping[str, Any] = field(default_factory=dict)
     distil: bool = False
     copies: bool = False
+    experts: tuple[str, ...] = EXPERTS
     without: str | None = None
+    group: str = "merge"
 
 
 ROWS = {
@@ -60,14 +61,14 @@ ROWS = {
     "TIES, ridge": Row(TIES, RIDGE, {"losses": BALANCED}),
     "TIES, ridge, distilled": Row(TIES, RIDGE, {"losses": {**BALANCED, "distillation": {"weight": 1.0}}}, distil=True),
     "separate attention, PPL": Row(TIES, BY_SEQUENCE),
-    "router only": Row({"method": "average"}, RANDOM, {"losses": BALANCED, "train": "router"}),
-    "random routing": Row({"method": "average"}, RANDOM, {"train": "experts+backbone"}),
-    "sparse upcycling": Row({"method": "average"}, RANDOM, {"losses": BALANCED}, copies=True),
-    "dense: the base": Row(None),
-    "dense: average": Row({"method": "average"}),
-    "three experts": Row({"method": "average"}, {**RANDOM, "include_base": False}, {"losses": BALANCED}),
-    "three experts, no general text": Row(
-        {"method": "average"}, {**RANDOM, "include_base": False}, {"losses": BALANCED}, without="general"
+    "router only": Row({"method": "average"}, RANDOM, {"losses": BALANCED, "train": "router"}, group=BASELINE),
+    "random routing": Row({"method": "average"}, RANDOM, {"train": "experts+backbone"}, group=BASELINE),
+    "sparse upcycling": Row({"method": "average"}, RANDOM, {"losses": BALANCED}, copies=True, group=BASELINE),
+    "dense: the base": Row(None, group=BASELINE),
+    "dense: average": Row({"method": "average"}, group=BASELINE),
+    "three experts": Row({"method": "average"}, RANDOM, {"losses": BALANCED}, experts=("code", "knowledge"), group=BASELINE),
+    "three experts, no math text": Row(
+        {"method": "average"}, RANDOM, {"losses": BALANCED}, experts=("code", "knowledge"), without="math", group=BASELINE
     ),
 }
 
@@ -86,6 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     import_models_extra()
     curves: dict[str, dict[int, Curve]] = {}
+    settings = {key: value for key, value in vars(options).items() if key not in ("work", "results")}
+    settings["groups"] = {name: row.group for name, row in ROWS.items()}
     for seed in options.seeds:
         folder = options.work.absolute() / f"seed-{seed}-scale-{options.scale:g}"
         train(folder, seed, options.scale)
@@ -93,7 +96,9 @@ def main() -> None:
             begun = time.perf_counter()
             curves.setdefault(name, {})[seed] = run(name, folder, seed, options)
             print(f"seed {seed}, {name}: {time.perf_counter() - begun:.0f} s", flush=True)
-        report(curves, options)
+        found = Report(curves, {**settings, "seeds": list(next(iter(curves.values())))})
+        write(found, options.results)
+    show(found, Console(width=140))
 
 
 def train(folder: Path, seed: int, scale: float) -> None:
@@ -123,8 +128,8 @@ def run(name: str, folder: Path, seed: int, options: argparse.Namespace) -> Curv
 
 def recipe(row: Row, folder: Path, seed: int) -> Mapping[str, Any]:
     """How a row is merged."""
-    models = {name: str(folder / "models" / ("base" if row.copies else name)) for name in EXPERTS}
-    texts = {"base": "general", **{name: name for name in EXPERTS}}
+    models = {name: str(folder / "models" / ("base" if row.copies else name)) for name in row.experts}
+    texts = {"base": "general", **{name: name for name in row.experts}}
     ridge = row.moe is not None and row.moe["router"]["kind"] == "ridge"
     calibration = {name: str(folder / "text" / domain / "train.jsonl") for name, domain in texts.items()} if ridge else {}
     found = {"base": str(folder / "models" / "base"), "experts": models, "merge": {**(row.merge or {}), "seed": seed}}
@@ -159,42 +164,6 @@ def tuning(row: Row, folder: Path, merged: Path, seed: int, options: argparse.Na
         "save_dtype": "float32",
         **row.tuning,
     }
-
-
-def tokens_to_reach(curve: Curve, perplexity: float) -> float | None:
-    """Where a curve first is as low as this, on straight lines between its points."""
-    for (tokens, value), (after, lower) in zip([curve[0], *curve], curve, strict=False):
-        if lower <= perplexity:
-            return after if value == lower else tokens + (after - tokens) * (value - perplexity) / (value - lower)
-    return None
-
-
-def report(curves: Mapping[str, Mapping[int, Curve]], options: argparse.Namespace) -> None:
-    """Print what each row starts and ends with and how many tokens it needs for what BTX has at its end; write the curves."""
-    table = Table("row", "at 0", "early", "at the end", "tokens to BTX's end, saved", box=SIMPLE_HEAD)
-    summary: dict[str, Any] = {}
-    for name, by_seed in curves.items():
-        saved = []
-        for seed, curve in by_seed.items():
-            goal = curves.get(BTX, {}).get(seed)
-            needed = tokens_to_reach(curve, goal[-1][1]) if goal else None
-            saved.append(None if needed is None or goal is None else 1 - needed / goal[-1][0])
-        places = {"start": 0, "early": 1, "end": -1}
-        summary[name] = {key: [curve[place][1] for curve in by_seed.values()] for key, place in places.items()}
-        summary[name]["saved"] = saved
-        known = [value for value in saved if value is not None]
-        shown = f"{statistics.fmean(known):.0%} ({len(known)} of {len(saved)} seeds)" if known else "not reached"
-        table.add_row(name, *(_spread(summary[name][key]) for key in places), shown)
-    Console(width=120).print(table)
-    settings = {key: value for key, value in vars(options).items() if key not in ("work", "results")}
-    written = {"settings": settings, "summary": summary, "curves": curves}
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-
-
-def _spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 if __name__ == "__main__":

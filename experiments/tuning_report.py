@@ -1,0 +1,173 @@
+"""What experiments/tuning.py found: figure 10 as a table, Markdown, JSON and a picture, and its two questions answered."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from moerge.analysis import figures
+from moerge.analysis.figures import chart, colour, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BTX = "BTX: average"
+AGAINST_AVERAGE = ("TIES", "DARE")
+SHOWN = (0.0, 0.1, 0.25, 0.5, 1.0)
+"""Points of the table, as fractions of all tokens; the nearest measured ones."""
+Curve = list[tuple[int, float]]
+"""Tokens tuned, and the geometric mean of the domains' perplexities."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The curves of every row by seed, in the table's order."""
+
+    curves: Mapping[str, Mapping[int, Curve]]
+    settings: Mapping[str, Any]
+
+    def points(self) -> list[int]:
+        """Numbers of the points that the table shows."""
+        tokens = [point for point, _ in next(iter(next(iter(self.curves.values())).values()))]
+        return sorted({min(range(len(tokens)), key=lambda i: abs(tokens[i] - share * tokens[-1])) for share in SHOWN})
+
+    def tokens(self, point: int) -> int:
+        """Tokens tuned at a point."""
+        return next(iter(next(iter(self.curves.values())).values()))[point][0]
+
+    def saved(self, name: str) -> list[float | None]:
+        """The fraction of BTX's tokens that a row does not need for what BTX has at its end, by seed; None: not reached."""
+        found = []
+        for seed, curve in self.curves[name].items():
+            goal = self.curves[BTX][seed][-1]
+            needed = tokens_to_reach(curve, goal[1])
+            found.append(None if needed is None else 1 - needed / goal[0])
+        return found
+
+    def ahead(self, name: str, point: int) -> list[float]:
+        """By what fraction a row's perplexity is lower than the average's at a point, by seed."""
+        return [1 - curve[point][1] / self.curves[BTX][seed][point][1] for seed, curve in self.curves[name].items()]
+
+    def rows(self) -> list[list[str]]:
+        """The table: perplexities at some points, and the tokens saved."""
+        return [
+            [name, *(spread([curve[point][1] for curve in curves.values()]) for point in self.points()), self._savings(name)]
+            for name, curves in self.curves.items()
+        ]
+
+    def header(self) -> list[str]:
+        """Its columns."""
+        return ["row", *(f"{self.tokens(point):,}" for point in self.points()), "tokens saved"]
+
+    def _savings(self, name: str) -> str:
+        if name == BTX:
+            return ""
+        saved = self.saved(name)
+        known = [100 * value for value in saved if value is not None]
+        reached = "" if len(known) == len(saved) else f" ({len(known)} of {len(saved)} seeds)"
+        return f"{spread(known, 0)} %{reached}" if known else "not reached"
+
+    def against_average(self) -> list[list[str]]:
+        """How much lower TIES' and DARE's perplexities are than the average's, point by point."""
+        places = range(len(next(iter(self.curves[BTX].values()))))
+        names = [name for name in AGAINST_AVERAGE if name in self.curves]
+        return [
+            [f"{self.tokens(place):,}", *(f"{spread([100 * v for v in self.ahead(name, place)], 1)} %" for name in names)]
+            for place in places
+        ]
+
+
+def tokens_to_reach(curve: Curve, perplexity: float) -> float | None:
+    """Where a curve first is as low as this, on straight lines between its points."""
+    for (tokens, value), (after, lower) in zip([curve[0], *curve], curve, strict=False):
+        if lower <= perplexity:
+            return after if value == lower else tokens + (after - tokens) * (value - perplexity) / (value - lower)
+    return None
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def show(report: Report, console: Console) -> None:
+    """The table on the terminal."""
+    table = Table(*report.header(), box=SIMPLE_HEAD)
+    for row in report.rows():
+        table.add_row(*row)
+    console.print(table)
+
+
+def write(report: Report, path: Path) -> None:
+    """JSON, Markdown and the picture, all named after `path`."""
+    content = {"settings": report.settings, "curves": report.curves}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    lines = [
+        "Perplexity, the geometric mean over the domains' held-out text, by tokens tuned; mean ± standard deviation over seeds.",
+        "",
+        *_markdown(report.header(), report.rows()),
+        "",
+        "How much lower than the average's perplexity, paired by seed:",
+        "",
+        *_markdown(["tokens", *(name for name in AGAINST_AVERAGE if name in report.curves)], report.against_average()),
+    ]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if figures.available():
+        title = "Perplexity against tokens of fine-tuning"
+        figures.save(draw(report), path.parent, path.stem, title, f"{title}, one line for each way of merging.")
+
+
+def read(path: Path) -> Report:
+    """What `write` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    curves = {
+        name: {int(seed): [(tokens, value) for tokens, value in curve] for seed, curve in by_seed.items()}
+        for name, by_seed in content["curves"].items()
+    }
+    return Report(curves, content["settings"])
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    ruler = "|".join(["---", *("---:" for _ in header[1:])])
+    return [f"| {' | '.join(header)} |", f"|{ruler}|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+@chart
+def draw(report: Report) -> Figure:
+    """Merges on the left, baselines on the right; the band is the standard deviation over seeds."""
+    figure = new_figure(9.0, 4.2)
+    panels: Any = figure.subplots(1, 2, sharey=True)
+    names = list(report.curves)
+    merges = [name for name in names if report.settings.get("groups", {}).get(name) != "baseline"]
+    for axes, group in zip(panels, (merges, [BTX, *(name for name in names if name not in merges)]), strict=True):
+        for index, name in enumerate(group):
+            _line(axes, report.curves[name], name, index)
+        axes.set(xlabel="tokens tuned, thousands", yscale="log")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
+        axes.legend(frameon=False)
+    panels[0].set(ylabel="held-out perplexity, geometric mean over domains")
+    return figure
+
+
+def _line(axes: Any, by_seed: Mapping[int, Curve], name: str, index: int) -> None:
+    tokens = [point / 1000 for point, _ in next(iter(by_seed.values()))]
+    columns = list(zip(*([value for _, value in curve] for curve in by_seed.values()), strict=True))
+    means = [statistics.fmean(column) for column in columns]
+    style = {"marker": figures.MARKERS[index % 8], "linestyle": figures.DASHES[index % 4]}
+    axes.plot(tokens, means, color=colour(index), label=name, markersize=3, linewidth=1.2, **style)
+    if len(by_seed) > 1:
+        low, high = zip(
+            *((m - statistics.stdev(c), m + statistics.stdev(c)) for m, c in zip(means, columns, strict=True)), strict=True
+        )
+        axes.fill_between(tokens, low, high, color=colour(index), alpha=0.15, linewidth=0)
