@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 EXPERTS = ("math", "code", "knowledge")
 TEXTS = (5, 10, 50)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TUNED: dict[str, Mapping[str, Any]] = {
+    "task arithmetic": {"method": "task_arithmetic"},
+    "TIES, density 0.8": {"method": "ties", "density": 0.8},
+    "DARE, density 0.8": {"method": "dare", "density": 0.8},
+}
+"""Methods whose scale is tuned."""
 ROW, ROWS = 128, 40
 """Tokens of a row of held-out text, and rows of each domain."""
 PUBLISHED = {"tokens": ROW, "heldout": 0.0, "gamma": 0.8}
@@ -82,9 +88,11 @@ def run_seed(seed: int, scale: float, folder: Path) -> dict[str, Measured]:
         found["each expert on its own text"] = {"perplexity": _own(heldout, experts), "kl": 0.0}
         found |= _training_free(folder, seed, measure)
         for texts in TEXTS:
-            tuned = _tuned(folder, corpora, texts, measure)
-            scale = next(iter(tuned.values()))["scale"]
-            found |= tuned | _learned(folder, seed, texts, scale, measure)
+            scales = _tuned(folder, corpora, texts)
+            for method, scale in scales.items():
+                measured = measure(f"merged/{_slug(f'{method}, scale {scale:g}')}")
+                found[f"{method}, tuned on {texts} texts"] = {**measured, "scale": scale}
+            found |= _learned(folder, seed, texts, scales, measure)
         return found
 
 
@@ -104,14 +112,19 @@ def _training_free(folder: Path, seed: int, measure: Callable[[str], Measured]) 
     recipes: dict[str, Mapping[str, Any]] = {
         "average": {"method": "average"},
         "TIES, density 0.8, scale 1/3": {"method": "ties", "density": 0.8, "scale": 1 / 3},
-        "TIES, density 0.2, scale 1": {"method": "ties", "density": 0.2, "scale": 1.0, "aggregate": "mean"},
+        "TIES, density 0.2, scale 1, mean": {"method": "ties", "density": 0.2, "scale": 1.0, "aggregate": "mean"},
         "DARE, density 0.8, scale 1/3": {"method": "dare", "density": 0.8, "scale": 1 / 3, "seed": seed},
     }
-    recipes |= {f"task arithmetic, scale {scale:g}": {"method": "task_arithmetic", "scale": scale} for scale in SCALES}
-    found = {}
-    for name, merge in recipes.items():
+    seeds = {"DARE, density 0.8": {"seed": seed}}
+    grid = {
+        f"{name}, scale {scale:g}": {**merge, **seeds.get(name, {}), "scale": scale}
+        for name, merge in TUNED.items()
+        for scale in SCALES
+    }
+    for name, merge in (recipes | grid).items():
         moerge.merge(_recipe(folder, merge), folder / "merged" / _slug(name), force=True)
-        found[name] = measure(f"merged/{_slug(name)}")
+    shown = [*recipes, *(f"task arithmetic, scale {scale:g}" for scale in SCALES)]
+    found = {name: measure(f"merged/{_slug(name)}") for name in shown}
     best = min(SCALES, key=lambda scale: found[f"task arithmetic, scale {scale:g}"]["perplexity"])
     found["task arithmetic, best scale on the held-out text itself"] = {
         **found[f"task arithmetic, scale {best:g}"],
@@ -120,29 +133,33 @@ def _training_free(folder: Path, seed: int, measure: Callable[[str], Measured]) 
     return found
 
 
-def _tuned(folder: Path, corpora: Mapping[str, Corpus], texts: int, measure: Callable[[str], Measured]) -> dict[str, Measured]:
-    """Task arithmetic with the scale that is best on the texts that learning gets."""
+def _tuned(folder: Path, corpora: Mapping[str, Corpus], texts: int) -> dict[str, float]:
+    """Each method's scale that is best on the texts that learning gets."""
     seen = {expert: _documents(folder, corpora[expert].train[:texts]) for expert in EXPERTS}
-    losses = {}
-    for scale in SCALES:
-        model = load(folder / "merged" / _slug(f"task arithmetic, scale {scale:g}")).eval()
-        losses[scale] = statistics.fmean(_nats(model, seen[expert]) for expert in EXPERTS)
-    best = min(SCALES, key=lambda scale: losses[scale])
-    found = measure(f"merged/{_slug(f'task arithmetic, scale {best:g}')}")
-    return {f"task arithmetic, tuned on {texts} texts": {**found, "scale": best}}
+
+    def loss(method: str, scale: float) -> float:
+        model = load(folder / "merged" / _slug(f"{method}, scale {scale:g}")).eval()
+        return statistics.fmean(_nats(model, seen[expert]) for expert in EXPERTS)
+
+    return {method: min(SCALES, key=lambda scale: loss(method, scale)) for method in TUNED}
 
 
-def _learned(folder: Path, seed: int, texts: int, scale: float, measure: Callable[[str], Measured]) -> dict[str, Measured]:
-    """Learned coefficients that start from `scale`, which is also that of embedding, head and norms."""
-    start, longer = {"method": "task_arithmetic", "scale": min(scale, 0.95)}, {**LONGER, "epochs": EPOCHS[texts]}
+def _learned(
+    folder: Path, seed: int, texts: int, scales: Mapping[str, float], measure: Callable[[str], Measured]
+) -> dict[str, Measured]:
+    """Learned coefficients that start from the method's tuned scale, which is also that of embedding, head and norms."""
+    start, of_ties = ({**TUNED[name], "scale": min(scales[name], 0.95)} for name in ("task arithmetic", "TIES, density 0.8"))
+    longer = {**LONGER, "epochs": EPOCHS[texts]}
     settings: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         "Expert Merging, published settings, from 0.1": ({**start, "scale": 0.1}, PUBLISHED),
         "Expert Merging, from 0.3": ({**start, "scale": 0.3}, longer),
         "AdaMerging": (start, {**longer, "objective": "entropy", "gamma": 0.0}),
         "Expert Merging": (start, longer),
         "Expert Merging++": (start, {**longer, "extra": 1.0}),
+        "Expert Merging++, 8 for each matrix": (start, {**longer, "extra": 7.0}),
+        **(dict(_stages(start, longer)) if texts == max(TEXTS) else {}),
         "Expert Merging, layers": (start, {**longer, "granularity": "layer"}),
-        "Expert Merging, TIES directions": ({**start, "method": "ties", "density": 0.8}, longer),
+        "Expert Merging, TIES directions": (of_ties, longer),
     }
     found = {}
     for name, (merge, learning) in settings.items():
@@ -153,6 +170,14 @@ def _learned(folder: Path, seed: int, texts: int, scale: float, measure: Callabl
         seconds = time.perf_counter() - begun
         found[full] = {**measure(f"learned/{out.name}"), "seconds": seconds, **result.coefficients.means()}
     return found
+
+
+def _stages(
+    start: Mapping[str, Any], longer: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[Mapping[str, Any], Mapping[str, Any]]]]:
+    """What a second stage gains by itself, and by many coefficients."""
+    yield "Expert Merging, a second stage without more coefficients", (start, {**longer, "extra": 1e-9})
+    yield "Expert Merging++, 32 for each matrix", (start, {**longer, "extra": 31.0})
 
 
 def _slug(name: str) -> str:
@@ -228,6 +253,7 @@ def report(found: Mapping[str, Mapping[int, Measured]], options: Any, console: C
         table.add_row(name, *cells)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     console.print(table)
+    lines += ["", *_paired(found)]
     data = {
         "seeds": sorted(next(iter(found.values()))),
         "scale": options.scale,
@@ -237,6 +263,41 @@ def report(found: Mapping[str, Mapping[int, Measured]], options: Any, console: C
     options.results.write_text(json.dumps({**data, "models": found}, indent=1) + "\n")
     title = f"# Learned coefficients: held-out text, mean ± standard deviation over seeds {data['seeds']}"
     options.results.with_suffix(".md").write_text("\n".join([title, "", *lines]) + "\n")
+
+
+def _paired(found: Mapping[str, Mapping[int, Measured]]) -> list[str]:
+    """What learning gains over tuned task arithmetic, and more coefficients over fewer, seed by seed."""
+    rivals = {
+        "task arithmetic, tuned on": (
+            "TIES, density 0.8, tuned on",
+            "DARE, density 0.8, tuned on",
+            "AdaMerging",
+            "Expert Merging",
+        ),
+        "Expert Merging": (
+            "Expert Merging, a second stage without more coefficients",
+            "Expert Merging++",
+            "Expert Merging++, 8 for each matrix",
+            "Expert Merging++, 32 for each matrix",
+        ),
+    }
+    lines = ["| against | model | perplexity, % | KL, % | seeds ahead in both |", "|---|---|---|---|---|"]
+    for texts in TEXTS:
+        for rival, names in rivals.items():
+            theirs = found[_with(rival, texts)]
+            for name in names:
+                ours = found.get(_with(name, texts), {})
+                if len(ours) < len(theirs):
+                    continue
+                changes = [[100 * (ours[seed][key] / theirs[seed][key] - 1) for seed in theirs] for key in ("perplexity", "kl")]
+                ahead = sum(max(both) < 0 for both in zip(*changes, strict=True))
+                cells = [_with(rival, texts), _with(name, texts), *map(_spread, changes), f"{ahead} of {len(theirs)}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _with(name: str, texts: int) -> str:
+    return f"{name} {texts} texts" if name.endswith(" on") else f"{name}, {texts} texts"
 
 
 def _spread(values: list[float]) -> str:

@@ -12,7 +12,6 @@ from moerge.analysis import figures
 from moerge.analysis.charts import charts
 from moerge.analysis.similarity import Expert, Pair, Region, Similarity
 from moerge.analysis.verdict import judge
-from moerge.errors import MachineError
 
 pytest.importorskip("matplotlib")
 
@@ -118,14 +117,6 @@ def test_scales_end_at_round_numbers(values: list[float | None], ends: tuple[flo
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert figures.short(value) == text
-
-
-def test_files_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(MachineError, match=r"file/a\.csv cannot be written: "):
-        figures.write_file(tmp_path / "file" / "a.csv", b"1")
-    figures.write_file(tmp_path / "new" / "a.csv", b"1")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.csv"]
 
 
 def test_csv_has_one_column_a_key() -> None:

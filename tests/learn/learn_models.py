@@ -59,6 +59,7 @@ def straightforward(model: MergingModel, slots: Sequence[Slot], raw: Mapping[str
             slot = by_name[f"{name}.weight"]
             base = module.parametrizations.weight.original.to(torch.float64)
             theta_N = base.reshape(-1)
+            assert slot.directions is not None
             tau_KN = torch.from_numpy(slot.directions.read()).to(torch.float64)
             c_KC = torch.sigmoid(raw[slot.key])
             parts = [

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from learn_models import make_recipe
+from learn_models import make_recipe, slots_of
 
 from command import moerge, start
-from moerge.learn.coefficients import read_coefficients
+from moerge.learn.coefficients import Coefficients, read_coefficients
+from moerge.learn.run import with_coefficients
 from moerge.memory import merge_state_dicts
+from moerge.pipeline import merge as run_merge
+from moerge.planning.build import build_plan
 from tiny import make_models, read_tensors, read_values
 
 LEARN = {"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0}
@@ -52,7 +55,8 @@ def test_the_coefficients_merge_again_to_the_same_bytes_without_torch(tmp_path: 
     written["merge"] = {"method": "coefficients", "file": "out/coefficients.json"}
     del written["learn"], written["calibration"]
     recipe.write_text(yaml.safe_dump(written, sort_keys=False))
-    process = start("merge", recipe, tmp_path / "again", env={**os.environ, "PYTHONPATH": str(_without_torch(tmp_path))})
+    env = {**os.environ, "PYTHONPATH": str(_without_torch(tmp_path))}
+    process = start("merge", recipe, tmp_path / "again", "--quiet", env=env)
     assert process.communicate()[1] == ""
     assert process.returncode == 0
     first, second = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "again")
@@ -82,14 +86,63 @@ def test_what_a_moe_keeps_separate_runs_through_its_own_expert_and_does_not_lear
     assert (merged[up] == code["model.layers.1.mlp.up_proj.weight"]).all()
 
 
-def test_untouched_coefficients_are_the_merge_itself(tmp_path: Path) -> None:
-    recipe = write(tmp_path, merge={"method": "ties", "density": 0.5, "scale": 0.3}, learn={"gamma": float("inf")})
-    moerge("learn", recipe, tmp_path / "out", "--quiet")
+DIRECTIONS = [
+    {"method": "ties", "density": 0.5},
+    {"method": "ties", "density": 0.5, "scope": "model"},
+    {"method": "ties", "density": {"knowledge": 0.8, "math": 0.2, "code": 0.5}},
+    {"method": "dare", "density": 0.5, "seed": 7},
+    {"method": "della", "density": 0.5, "aggregate": "sum"},
+    {"method": "breadcrumbs", "density": 0.5, "gamma": 0.1},
+    {"method": "breadcrumbs", "density": 0.5, "gamma": 0.1, "scope": "row"},
+]
+
+
+def name_of(merge: dict[str, Any]) -> str:
+    return " ".join(str(value) for value in merge.values())
+
+
+@pytest.mark.parametrize("merge", DIRECTIONS, ids=name_of)
+def test_untouched_coefficients_are_the_merge_itself(tmp_path: Path, merge: dict[str, Any]) -> None:
+    recipe = write(tmp_path, merge={**merge, "scale": 0.3}, learn={"gamma": float("inf")})
+    assert moerge("learn", recipe, tmp_path / "out", "--quiet").code == 0
     tensors = {name: read_values(tmp_path / name) for name in ("base", "math", "code", "knowledge")}
     base = tensors.pop("base")
-    expected = merge_state_dicts(base, tensors, method="ties", density=0.5, scale=0.3)
+    expected = merge_state_dicts(base, tensors, scale=0.3, **merge)
     for name, theta in read_values(tmp_path / "out").items():
         np.testing.assert_allclose(theta, expected[name], rtol=0, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("merge", [DIRECTIONS[1], {"method": "breadcrumbs", "density": 0.5, "scope": "model"}], ids=name_of)
+def test_a_threshold_of_the_model_spans_the_backbone_of_a_moe_alone(tmp_path: Path, merge: dict[str, Any]) -> None:
+    moe = {"include_base": False, "top_k": 1, "router": {"kind": "random"}}
+    recipe = write(tmp_path, merge={**merge, "scale": 0.3}, moe=moe, learn={"gamma": float("inf")})
+    assert moerge("learn", recipe, tmp_path / "out", "--quiet").code == 0
+    written = yaml.safe_load(recipe.read_text())
+    del written["learn"]
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    assert moerge("merge", tmp_path / "plain.yaml", tmp_path / "plain", "--quiet").code == 0
+    learned, plain = read_values(tmp_path / "out"), read_values(tmp_path / "plain")
+    for name, theta in plain.items():
+        np.testing.assert_allclose(learned[name], theta, rtol=0, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("merge", DIRECTIONS, ids=name_of)
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "backbone"])
+def test_what_learns_is_what_is_merged_afterwards(tmp_path: Path, merge: dict[str, Any], moe: bool) -> None:
+    sections: dict[str, Any] = {"moe": {"include_base": False, "top_k": 1, "router": {"kind": "random"}}} if moe else {}
+    recipe = make_recipe(tmp_path, merge={**merge, "scale": 0.3}, learn={}, **sections)
+    rows = {slot.name: ((0.2,), (0.3,), (0.4,)) for slot in slots_of(recipe)}
+    found = Coefficients(tuple(recipe.experts), rows, {}, 0.3, {"method": recipe.method.name, **recipe.method.model_dump()})
+    run_merge(build_plan(with_coefficients(recipe, found)), tmp_path / "out")
+    merged, base = read_values(tmp_path / "out"), read_values(tmp_path / "base")
+    compared = 0
+    for slot in slots_of(recipe):
+        if slot.directions is not None and not slot.own:
+            tau_N = np.array([0.2, 0.3, 0.4], np.float32) @ slot.directions.read()
+            expected = base[slot.name] + tau_N.reshape(base[slot.name].shape)
+            np.testing.assert_allclose(merged[slot.name], expected, rtol=0, atol=2e-7, err_msg=slot.name)
+            compared += 1
+    assert compared == (15 if moe else 21)
 
 
 @pytest.mark.parametrize(

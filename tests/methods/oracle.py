@@ -21,6 +21,11 @@ def density_for(kept: int, size: int) -> float:
     return 1.0 if kept == size else (kept - 0.5) / size
 
 
+def part_of(arrays: Model, prefix: str) -> Model:
+    """The arrays below a prefix."""
+    return {name.removeprefix(f"{prefix}/"): array for name, array in arrays.items() if name.startswith(f"{prefix}/")}
+
+
 @dataclass
 class Oracle:
     """One file of cases."""
@@ -36,7 +41,7 @@ class Oracle:
         self.arrays = load_file(self.folder / f"{self.name}.safetensors")
 
     def model(self, prefix: str) -> Model:
-        return {name.removeprefix(f"{prefix}/"): array for name, array in self.arrays.items() if name.startswith(f"{prefix}/")}
+        return part_of(self.arrays, prefix)
 
     def merge(self, case_id: str, method: str, **parameters: Any) -> Model:
         models = self.cases[case_id]["params"].get("models", range(4))

@@ -10,16 +10,18 @@ import numpy as np
 import oracles_elementwise
 import oracles_sparse
 import oracles_spectral
+import oracles_statistics
 import pytest
 from oracle import Oracle
+from oracles_statistics import StatisticsOracle
 
 import moerge
 import reference
 
-TABLES = (oracles_elementwise, oracles_sparse, oracles_spectral)
+TABLES = (oracles_elementwise, oracles_sparse, oracles_spectral, oracles_statistics)
 FILES = sorted({file for table in TABLES for file in (*table.COMPARED, *table.NOT_OURS)})
-ELSEWHERE = {"fisher_tf", "fisher_torch", "regmean", "moe_forward"}
-"""Compared where statistics and routed models are tested."""
+ELSEWHERE = {"moe_forward"}
+"""Compared where routed models are tested."""
 
 
 def together(name: str) -> dict[str, dict[str, Any]]:
@@ -37,18 +39,19 @@ COMPARED, NOT_OURS = together("COMPARED"), together("NOT_OURS")
 
 
 @pytest.fixture(scope="module")
-def loaded(oracles: Path) -> Callable[[str], Oracle]:
-    known = {name: Oracle(name, oracles) for name in FILES}
+def loaded(oracles: Path) -> Callable[[str], Any]:
+    kinds = dict.fromkeys(FILES, Oracle) | dict.fromkeys(oracles_statistics.COMPARED, StatisticsOracle)
+    known = {name: kind(name, oracles) for name, kind in kinds.items()}
     return known.__getitem__
 
 
 @pytest.mark.parametrize(("file", "case_id"), [(file, case_id) for file in FILES for case_id in COMPARED[file]])
-def test_it_equals_the_published_implementation(file: str, case_id: str, loaded: Callable[[str], Oracle]) -> None:
+def test_it_equals_the_published_implementation(file: str, case_id: str, loaded: Callable[[str], Any]) -> None:
     COMPARED[file][case_id](loaded(file), case_id)
 
 
 @pytest.mark.parametrize(("file", "case_id"), [(file, case_id) for file in FILES for case_id in NOT_OURS[file]])
-def test_what_is_not_ours_really_differs(file: str, case_id: str, loaded: Callable[[str], Oracle]) -> None:
+def test_what_is_not_ours_really_differs(file: str, case_id: str, loaded: Callable[[str], Any]) -> None:
     oracle, (_, nearest) = loaded(file), NOT_OURS[file][case_id]
     if nearest is None:
         assert oracle.cases[case_id]["kind"] == "error"
@@ -57,7 +60,7 @@ def test_what_is_not_ours_really_differs(file: str, case_id: str, loaded: Callab
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_no_case_is_forgotten(file: str, loaded: Callable[[str], Oracle]) -> None:
+def test_no_case_is_forgotten(file: str, loaded: Callable[[str], Any]) -> None:
     assert not COMPARED[file].keys() & NOT_OURS[file].keys()
     assert COMPARED[file].keys() | NOT_OURS[file].keys() == loaded(file).cases.keys()
 
@@ -71,7 +74,7 @@ EDGES = ["near", "same", "opposite", "almost_opposite", "orthogonal", "zero"]
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("edge", EDGES)
-def test_slerp_of_their_edge_inputs_is_the_formula(edge: str, t: float, loaded: Callable[[str], Oracle]) -> None:
+def test_slerp_of_their_edge_inputs_is_the_formula(edge: str, t: float, loaded: Callable[[str], Any]) -> None:
     """They publish inputs only: parallel, opposite, orthogonal and zero vectors."""
     arrays = loaded("slerp_stock").arrays
     first_N, second_N = arrays[f"in/edge_{edge}_a"], arrays[f"in/edge_{edge}_b"]
@@ -80,7 +83,22 @@ def test_slerp_of_their_edge_inputs_is_the_formula(edge: str, t: float, loaded: 
     np.testing.assert_allclose(merged, expected_N, rtol=1e-6, atol=1e-6)
 
 
-def test_every_edge_input_of_slerp_is_used(loaded: Callable[[str], Oracle]) -> None:
+def test_every_edge_input_of_slerp_is_used(loaded: Callable[[str], Any]) -> None:
     arrays = loaded("slerp_stock").arrays
     found = {name.removeprefix("in/edge_")[:-2] for name in arrays if name.startswith("in/edge_")}
     assert found == set(EDGES)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_only_the_statistic_of_mergelm_differs_not_the_merge(batch: int, loaded: Callable[[str], Any]) -> None:
+    oracle = loaded("fisher_torch")
+    examples = [oracle.arrays[f"in/x{k}"] for k in range(2)]
+    oracle.check(f"mergelm_end2end_batch{batch}", oracles_statistics.gathered_mlp(oracle, examples, batch, exact=False))
+
+
+def test_too_little_text_does_not_blow_up(loaded: Callable[[str], Any]) -> None:
+    oracle = loaded("regmean")
+    merged = oracles_statistics.regmean_of(oracle, "gramfew", alpha=1)
+    largest = max(float(np.abs(network["0.weight"]).max()) for network in oracle.models("net"))
+    assert float(np.abs(oracle.model("fb_few_a1.0")["0.weight"]).max()) > 20 * largest
+    assert float(np.abs(merged["0.weight"]).max()) < largest

@@ -22,6 +22,7 @@ from moerge.checkpoint.tensor import ArrayTensor
 from moerge.learn.directions import Directions
 from moerge.methods import merge_method
 from moerge.methods.random import stream_key
+from moerge.planning.operations import Merge, Source
 
 SUMS = st.fixed_dictionaries({"elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])})
 ONE = {"scale": 1, "aggregate": "sum", "elect": "none"}
@@ -210,11 +211,13 @@ def test_della_of_three_dimensions_ranks_along_the_last() -> None:
 )
 def test_what_coefficients_are_learned_for_adds_up_to_the_merge(method: str, settings: dict[str, Any]) -> None:
     stack = np.random.default_rng(0).integers(-50, 50, (4, 6, 8)).astype(np.float32)
-    names = ("expert0", "expert1", "expert2")
     tensors = [ArrayTensor("w", F32, array.shape, array.reshape(-1)) for array in stack]
+    base, *experts = [
+        Source(name, tensor) for name, tensor in zip(("base", "expert0", "expert1", "expert2"), tensors, strict=True)
+    ]
     with ThreadPoolExecutor(1) as pool:
-        chosen = merge_method(method)(**settings)
-        directions = Directions("w", tensors[0], tuple(tensors[1:]), names, chosen, pool).read()
+        learned_for = Merge(merge_method(method)(**settings), tuple(experts), (1.0, 1.0, 1.0), base)
+        directions = Directions(learned_for, pool).read()
     expected = merge(method, stack[0], stack[1:], scale=1, **settings)
     np.testing.assert_allclose(stack[0] + directions.sum(axis=0).reshape(6, 8), expected, rtol=1e-6)
 

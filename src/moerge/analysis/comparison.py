@@ -13,6 +13,7 @@ from moerge.analysis.similarity import Similarity, measure, summarise, work_byte
 from moerge.analysis.verdict import Verdict, advise, judge
 from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
+from moerge.files import write_whole
 from moerge.pipeline import default_threads
 from moerge.recipe import Recipe, load_recipe
 
@@ -68,7 +69,7 @@ class Comparison:
         for name, key in (("verdict", "verdicts"), ("pairs", "pairs"), ("experts", "rows")):
             files[folder / f"{name}.csv"] = figures.as_csv(data[key]).encode()
         for path, content in files.items():
-            figures.write_file(path, content)
+            write_whole(path, content)
         written = list(files)
         if figures.available():
             for name, chart in charts.charts(self.similarity).items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from moerge.errors import InputError, MachineError
+from moerge.errors import InputError
+from moerge.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def save(figure: Figure, folder: Path, name: str, title: str, description: str) 
     """Write `folder/name.svg` and `.png`; their paths."""
     paths = tuple(folder / f"{name}.{kind}" for kind in ("svg", "png"))
     for path in paths:
-        write_file(path, encoded(figure, path.suffix[1:], title, description))
+        write_whole(path, encoded(figure, path.suffix[1:], title, description))
     return paths
 
 
@@ -116,19 +117,6 @@ def check_folder(folder: Path, option: str) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise InputError(f"{option}: {folder} cannot be a folder: {there} is a file")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it, its folder made if need be; MachineError if that fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise MachineError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from moerge.analysis.compared import Part, densities, operation_of, part_of
 from moerge.analysis.sums import ExpertSums, PairSums, TensorSums, names_of, read, statistic
-from moerge.methods.method import Measurement, MergeMethod
+from moerge.methods.method import Measurement
 from moerge.planning.execute import Execution
-from moerge.planning.operations import Merge, Output
+from moerge.planning.operations import Merge
 from moerge.planning.plan import Plan
 from moerge.planning.schedule import Job, run_jobs
 
@@ -115,29 +113,16 @@ class Similarity:
 
 def measure(plan: Plan, threads: int, advance: Callable[[int], None] = lambda nbytes: None) -> list[TensorSums]:
     """The sums of every output of a compared plan; `advance` is told the bytes read, `work_bytes` of them in all."""
-    execution = Execution(_Nowhere(), advance=advance)
+    execution = Execution(advance=advance)
     operations = [operation_of(output) for output in plan.outputs]
     found: list[TensorSums | None] = [None] * len(operations)
-    thresholds: dict[MergeMethod, Any] = {}
-
-    def of_model(method: MergeMethod, spanned: Sequence[Merge]) -> Job:
-        size = sum(operation.experts[0].tensor.size for operation in spanned)
-        steps = method.measure(len(spanned[0].experts), size)
-        thresholds[method] = yield from execution.measure(steps, method.measures, spanned)
 
     def of_tensor(index: int, operation: Merge) -> Job:
-        method, lowest_K = operation.method, thresholds.get(operation.method)
-        if method.measures and lowest_K is None:
-            steps = method.measure(len(operation.experts), operation.experts[0].tensor.size)
-            lowest_K = yield from execution.measure(steps, method.measures, [operation])
+        lowest_K = yield from execution.statistic(operation)
         total = yield from execution.measure(_once(operation, lowest_K), 1, [operation])
         found[index] = read(operation, total)
 
-    spanning: dict[MergeMethod, list[Merge]] = defaultdict(list)
-    for operation in operations:
-        if operation.method.spans_model:
-            spanning[operation.method].append(operation)
-    run_jobs((of_model(method, spanned) for method, spanned in spanning.items()), threads)
+    execution.measure_model(operations, threads)
     run_jobs((of_tensor(index, operation) for index, operation in enumerate(operations)), threads)
     return [sums for sums in found if sums is not None]
 
@@ -150,19 +135,6 @@ def work_bytes(plan: Plan) -> int:
     """Bytes that comparing reads, at most."""
     operations = map(operation_of, plan.outputs)
     return sum((1 + op.method.measures) * sum(source.tensor.nbytes for source in op.values) for op in operations)
-
-
-class _Nowhere:
-    """A store that nothing is written to, since nothing is merged."""
-
-    def write(self, output: Output, start: int, data: np.ndarray) -> None:
-        raise AssertionError(output.name)
-
-    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
-        raise AssertionError(output.name)
-
-    def finished(self, output: Output) -> bool:
-        raise AssertionError(output.name)
 
 
 def summarise(plan: Plan, sums: Sequence[TensorSums]) -> Similarity:

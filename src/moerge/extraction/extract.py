@@ -23,13 +23,12 @@ from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
 from moerge.extraction.writer import AdapterWriter, Shape
 from moerge.linear_algebra import Map, leading_svd
-from moerge.methods.codec import decode
 from moerge.moe.crew import one_thread_each
 from moerge.pipeline import Progress, default_threads
 from moerge.planning.build import build_plan
 from moerge.planning.operations import Source
 from moerge.planning.plan import Plan
-from moerge.planning.reading import WINDOW
+from moerge.planning.reading import WINDOW, Stream, read_values
 from moerge.recipe import load_recipe
 
 DEFAULT_RANK = 16
@@ -135,11 +134,11 @@ class _Extraction:
     def _whole(self, target: Target) -> float:
         """Store the expert's own tensor; the squared norm of its task vector."""
         base, expert = target.pair
-        values_N = _whole_tensor(expert)
+        values_N = read_values(expert)
         for name in _saved_names(target, self.plan):
             self.writer.add(f"{_PREFIX}{name}", values_N.reshape(target.output.shape))
             self.saved[name.rpartition(".")[0]] = None
-        return _squares(values_N - _whole_tensor(base))
+        return _squares(values_N - read_values(base))
 
     def _low_rank(self, target: Target, tau_RC: np.ndarray, total: float) -> int:
         """Store the factors of a task vector; what they do not express is left in it."""
@@ -212,27 +211,14 @@ class _Extraction:
 
 def _task_vector(base: Source, expert: Source) -> np.ndarray:
     """expert - base [N] in float32, with no second copy of either."""
+    of_base, of_expert = Stream(base, digested=False), Stream(expert, digested=False)
     values_N = np.empty(expert.tensor.size, np.float32)
     base_N = np.empty(min(WINDOW, values_N.size), np.float32)
     for start in range(0, values_N.size, WINDOW):
         part_N = values_N[start : start + WINDOW]
-        _read(base, start, base_N[: part_N.size])
-        _read(expert, start, part_N, base_N[: part_N.size])
+        of_base.fill_finite(base_N[: part_N.size])
+        of_expert.fill_finite(part_N, base_N[: part_N.size])
     return values_N
-
-
-def _whole_tensor(source: Source) -> np.ndarray:
-    values_N = np.empty(source.tensor.size, np.float32)
-    for start in range(0, values_N.size, WINDOW):
-        _read(source, start, values_N[start : start + WINDOW])
-    return values_N
-
-
-def _read(source: Source, start: int, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
-    tensor = source.tensor
-    stored_N = tensor.open().read(start, np.empty(out_N.size, tensor.dtype.storage))
-    if not decode(stored_N, tensor.dtype, out_N, base_N):
-        raise InputError(f"{source.model}: tensor {tensor.name!r} holds NaN or infinity: repair it first")
 
 
 def _squares(values: np.ndarray) -> float:

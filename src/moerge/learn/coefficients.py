@@ -11,6 +11,7 @@ from typing import Any
 
 from moerge.checkpoint.reader import read_json
 from moerge.errors import InputError
+from moerge.files import write_whole
 
 FORMAT = 1
 FILE = "coefficients.json"
@@ -45,10 +46,8 @@ class Coefficients:
         }
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        beside = path.with_name(path.name + ".part")
-        beside.write_bytes(to_json(self.to_json()))
-        beside.replace(path)
+        """Write the file, whole or not at all. MachineError if it cannot be written."""
+        write_whole(path, to_json(self.to_json()))
 
     def means(self) -> dict[str, float]:
         """The mean coefficient of each expert over tensors."""

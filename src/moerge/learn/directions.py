@@ -9,78 +9,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moerge.checkpoint.tensor import Tensor
-from moerge.errors import InputError
-from moerge.methods.codec import decode
 from moerge.methods.method import Block, TaskVectorMethod
-from moerge.methods.random import stream_key
+from moerge.planning.operations import Merge, Source
+from moerge.planning.reading import read_values
+from moerge.planning.whole import columns_of
 
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 1 << 20
-"""Elements read at a time."""
-
-
-def read_values(tensor: Tensor, base_N: np.ndarray | None = None) -> np.ndarray:
-    """All elements as float32, flat; with `base_N`, their differences to it. InputError for NaN and infinity."""
-    values_N = np.empty(tensor.size, np.float32)
-    elements = tensor.open()
-    for start in range(0, tensor.size, _PIECE):
-        stop = min(start + _PIECE, tensor.size)
-        piece = elements.read(start, np.empty(stop - start, tensor.dtype.storage))
-        if not decode(piece, tensor.dtype, values_N[start:stop], None if base_N is None else base_N[start:stop]):
-            raise InputError(f"tensor {tensor.name!r} holds NaN or infinity: repair or drop this expert")
-    return values_N
-
 
 @dataclass(frozen=True)
 class Directions:
-    """The task vectors of one tensor as the merge method sees them: trimmed, elected or thinned out.
+    """The task vectors of a tensor's merge as its method sees them: trimmed, elected or thinned out.
 
-    `experts` are the K experts' tensors under `names`, `base` the base's.
+    `statistic` is what the method measured before.
     """
 
-    name: str
-    base: Tensor
-    experts: tuple[Tensor, ...]
-    names: tuple[str, ...]
-    method: TaskVectorMethod
+    merge: Merge
     pool: ThreadPoolExecutor
     statistic: Any = None
 
     @property
+    def base(self) -> Source:
+        """The base's tensor."""
+        assert self.merge.base is not None
+        return self.merge.base
+
+    @property
     def size(self) -> int:
         """Number of elements."""
-        return self.base.size
-
-    def raw(self) -> np.ndarray:
-        """theta_k - theta_base [K, N] as float32, nothing trimmed."""
-        return self._differences(read_values(self.base))
+        return self.base.tensor.size
 
     def read(self) -> np.ndarray:
         """tau [K, N] as float32."""
-        base_N = read_values(self.base)
-        tau_KN = self._differences(base_N)
-        seed = self.method.random_seed
-        keys = (
-            []
-            if seed is None
-            else [stream_key(seed, name, tensor.name) for name, tensor in zip(self.names, self.experts, strict=True)]
-        )
-        weights_K = np.ones(len(self.names), np.float32)
-        keys_K = np.array(keys, np.uint64)
-        shape = self.base.shape
-        rows = (self.size // shape[-1], shape[-1]) if self.method.unit == "rows" and len(shape) > 1 else (1, self.size)
-        self.method.direct(Block(tau_KN, weights_K, base_N, base_N, self.statistic, keys_K, 0, rows))
+        merge, method = self.merge, self.merge.method
+        assert isinstance(method, TaskVectorMethod)
+        base_N, columns = read_values(self.base), columns_of(self.base.tensor.shape)
+        tau_KN = np.empty((len(merge.experts), self.size), np.float32)
+        list(self.pool.map(lambda expert, tau_N: read_values(expert, base_N, tau_N), merge.experts, tau_KN))
+        shape = (self.size // max(1, columns), columns)
+        method.direct(Block(tau_KN, merge.weights_K, base_N, base_N, self.statistic, merge.keys_K, 0, shape))
         return tau_KN
 
     def norms(self) -> list[float]:
         """||tau_k||, the Frobenius norm for each expert."""
         return [float(np.sqrt(np.dot(tau_N, tau_N))) for tau_N in self.read().astype(np.float64)]
-
-    def _differences(self, base_N: np.ndarray) -> np.ndarray:
-        return np.stack(list(self.pool.map(lambda tensor: read_values(tensor, base_N), self.experts)))
 
 
 def merged(base: torch.Tensor, directions: Directions, coefficients_KC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from moerge.errors import InputError, MachineError
 from moerge.learn.chunks import allocate, importances
 from moerge.learn.coefficients import Coefficients, chunk_count, chunk_size
 from moerge.learn.directions import Directions
-from moerge.learn.model import BASE, MergingModel, Slot
+from moerge.learn.model import BASE, MergingModel, Slot, known_config
 from moerge.learn.settings import Learning
 from moerge.learn.slots import make_slots
 from moerge.learn.targets import Sample, Targets, target_bytes
@@ -57,7 +56,8 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, watch: Wa
     texts = {task: _texts(recipe, name, settings) for task, name in tasks.items()}
     method = recipe.method
     assert isinstance(method, TaskVectorMethod)
-    with ThreadPoolExecutor() as pool, _scratch() as folder:
+    with ThreadPoolExecutor() as pool, tempfile.TemporaryDirectory(prefix="moerge-learn-") as scratch:
+        folder = Path(scratch)
         slots = make_slots(recipe, plan, settings, pool)
         samples = _samples(plan, texts, settings, folder)
         train, heldout = _split(samples, settings)
@@ -68,7 +68,7 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, watch: Wa
             counts = job.more_chunks(slots)
             stages.append(job.stage(counts, job.raw, train, heldout))
         found = job.coefficients(stages)
-    return Learned(found, tuple(stages), tuple(texts.values()), tuple(_warnings(found, recipe)))
+    return Learned(found, tuple(stages), tuple(texts.values()), tuple(_warnings(found)))
 
 
 def _texts(recipe: Recipe, name: str, settings: Learning) -> Texts:
@@ -141,8 +141,8 @@ class _Job:
         itemsize = getattr(torch, settings.dtype).itemsize
         largest = None if settings.targets == "full" else settings.targets
         tokens = sum(sample.ids_1T.shape[1] for sample in distinct)
-        text = _text_config(self.plan.config)
-        nbytes = target_bytes(tokens, text["vocab_size"], text["hidden_size"], len(layers), largest, itemsize)
+        text = known_config(self.plan.config).get_text_config()
+        nbytes = target_bytes(tokens, text.vocab_size, text.hidden_size, len(layers), largest, itemsize)
         free = shutil.disk_usage(self.folder).free
         self.watch.note(f"the experts' targets for {tokens:,} tokens take {nbytes / 1e9:.2f} GB in {self.folder.parent}")
         if nbytes > free:
@@ -186,7 +186,7 @@ class _Job:
         """Chunk counts for the second stage, by importance."""
         groups: dict[str, list[Directions]] = {}
         for slot in slots:
-            if slot.key:
+            if slot.key and slot.directions is not None:
                 groups.setdefault(slot.key, []).append(slot.directions)
         sizes = {key: sum(d.size for d in group) for key, group in groups.items()}
         norms = {}
@@ -212,7 +212,7 @@ class _Job:
         if self.importance:
             learning["importance"] = self.importance
         learning["stages"] = [{"best_update": h.best, "stopped_early": h.stopped_early, "updates": h.rows} for h in stages]
-        sizes = {slot.name: slot.directions.size for slot in self.slots}
+        sizes = {slot.name: slot.base.tensor.size for slot in self.slots}
         chunks = {name: chunk_size(sizes[name], len(row[0])) for name, row in rows.items() if len(row[0]) > 1}
         return Coefficients(tuple(self.recipe.experts), rows, chunks, self.initial, directions, learning)
 
@@ -223,7 +223,7 @@ def _cuttable(count: int, group: Sequence[Directions]) -> int:
 
 
 def _hidden_layers(settings: Learning, plan: Plan) -> tuple[int, ...]:
-    layers = int(_text_config(plan.config)["num_hidden_layers"])
+    layers = int(known_config(plan.config).get_text_config().num_hidden_layers)
     if settings.hidden_weight == 0 or settings.objective == "entropy":
         return ()
     if settings.hidden_layers == "middle":
@@ -234,26 +234,10 @@ def _hidden_layers(settings: Learning, plan: Plan) -> tuple[int, ...]:
     return settings.hidden_layers
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = config.get("text_config")
-    found = {**config, **nested} if isinstance(nested, Mapping) else dict(config)
-    for plain, old in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")):
-        found.setdefault(plain, found.get(old))
-    return found
-
-
-def _warnings(found: Coefficients, recipe: Recipe) -> Iterator[str]:
+def _warnings(found: Coefficients) -> Iterator[str]:
     for expert, mean in found.means().items():
         if mean < OFF * found.fixed:
             yield (
                 f"learning switched {expert} off: its mean coefficient is {mean:.3g}, from {found.fixed:.3g}; "
                 "look at its calibration text, or give it a weight in learn.task_weights"
             )
-    if recipe.overrides:
-        yield "merge.overrides are not used by learned coefficients"
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="moerge-learn-") as folder:
-        yield Path(folder)

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
-from moerge.learn.directions import Directions, inner_products, merged, read_values
+from moerge.learn.directions import Directions, inner_products, merged
+from moerge.planning.operations import Source
+from moerge.planning.reading import read_values
 
 BASE = -1
 """The base's number among the experts."""
@@ -30,29 +31,22 @@ BASE = -1
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of the model: the base's, the K experts', and how it is merged.
+    """A tensor of the model, by its name in the checkpoint: the base's, and the experts' `directions`.
 
-    `key` names the coefficients that it learns; "" for a tensor that does not learn. `own` marks what stays separate in a MoE:
-    each text runs through its own expert's tensor.
+    Without `directions` there is nothing to merge: the result has the base's tensor. `key` names the coefficients that it
+    learns; "" for a tensor that does not learn. `own` marks what stays separate in a MoE: each text runs through its own
+    expert's tensor.
     """
 
-    directions: Directions
+    name: str
+    base: Source
+    directions: Directions | None = None
     key: str = ""
     own: bool = False
 
-    @property
-    def name(self) -> str:
-        """The tensor's name in the checkpoint."""
-        return self.directions.name
-
-    def of(self, model: int) -> Tensor:
+    def of(self, model: int) -> Source:
         """The tensor of the base or of an expert."""
-        return self.directions.base if model == BASE or self.still else self.directions.experts[model]
-
-    @property
-    def still(self) -> bool:
-        """Whether there is nothing to merge: the result has the base's tensor."""
-        return not self.directions.experts
+        return self.base if model == BASE or self.directions is None else self.directions.merge.experts[model]
 
 
 @dataclass
@@ -75,10 +69,10 @@ class MergedWeight(nn.Module):
         wanted = self._running.task if self._slot.own and self._running.model is None else self._running.model
         if wanted is not None:
             return _values(self._slot.of(wanted), base, self._dtype)
-        raw_KC = self._raw_KC[0]
-        assert raw_KC is not None
+        raw_KC, directions = self._raw_KC[0], self._slot.directions
+        assert raw_KC is not None and directions is not None
         merge: Any = _Merge.apply
-        weight: torch.Tensor = merge(torch.sigmoid(raw_KC), base, self._slot.directions, self._dtype)
+        weight: torch.Tensor = merge(torch.sigmoid(raw_KC), base, directions, self._dtype)
         return weight
 
 
@@ -127,9 +121,9 @@ class MergingModel:
         """Play one of the models, or with None the merge."""
         self.running.model = model
         for parameter, slot in self._rest:
-            if model is None and not slot.still:
-                c_K1 = torch.full((len(slot.directions.experts), 1), self._fixed, device=parameter.device)
-                parameter.data = merged(_values(slot.of(BASE), parameter, torch.float32), slot.directions, c_K1, self._dtype)
+            if model is None and slot.directions is not None:
+                c_K1 = torch.full((len(slot.directions.merge.experts), 1), self._fixed, device=parameter.device)
+                parameter.data = merged(_values(slot.base, parameter, torch.float32), slot.directions, c_K1, self._dtype)
             else:
                 parameter.data = _values(slot.of(BASE if model is None else model), parameter, self._dtype)
 
@@ -138,17 +132,12 @@ class MergingModel:
         self.running.task = task
         return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
 
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return int(self.module.config.get_text_config().num_hidden_layers)
-
     def _parametrize(self, name: str, slot: Slot, raw_KC: torch.Tensor | None) -> None:
         owner, _, attribute = name.rpartition(".")
         module = self.module.get_submodule(owner)
         parameter = getattr(module, attribute)
-        stored = slot.directions.base.dtype.torch_name
-        parameter.data = _values(slot.of(BASE), parameter, getattr(torch, str(stored)))
+        stored = slot.base.tensor.dtype.torch_name
+        parameter.data = _values(slot.base, parameter, getattr(torch, str(stored)))
         weight = MergedWeight(slot, raw_KC, self.running, self._dtype)
         parametrize.register_parametrization(module, attribute, weight, unsafe=True)
 
@@ -163,13 +152,20 @@ class MergingModel:
         enable({"use_reentrant": False})
 
 
+def known_config(config: Mapping[str, Any]) -> Any:
+    """A config.json as transformers knows it."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return transformers.AutoConfig.from_pretrained(folder)
+
+
 def _skeleton(config: Mapping[str, Any], device: str) -> Any:
     import transformers
     from transformers.initialization import no_init_weights
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        known = transformers.AutoConfig.from_pretrained(folder)
+    known = known_config(config)
     architecture = (config.get("architectures") or [""])[0]
     kind = getattr(transformers, str(architecture), None)
     if kind is None:
@@ -181,8 +177,8 @@ def _skeleton(config: Mapping[str, Any], device: str) -> Any:
     return model
 
 
-def _values(tensor: Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(read_values(tensor)).to(like.device, dtype).view(tensor.shape)
+def _values(source: Source, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(read_values(source)).to(like.device, dtype).view(source.tensor.shape)
 
 
 def match_names(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, Slot]) -> dict[str, Slot]:
@@ -195,7 +191,7 @@ def match_names(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, Slot
         endings.setdefault(_last(name), []).append(name)
     found = {}
     for name, parameter in parameters.items():
-        near = [other for other in endings.get(_last(name), ()) if slots[other].directions.base.shape == parameter.shape]
+        near = [other for other in endings.get(_last(name), ()) if slots[other].base.tensor.shape == parameter.shape]
         scores = sorted(((_common(name, other), other) for other in near), reverse=True)
         if not scores or (len(scores) > 1 and scores[0][0] == scores[1][0]):
             raise InputError(f"transformers has a parameter {name!r} that is not among the checkpoint's tensors: cannot learn")

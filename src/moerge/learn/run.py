@@ -73,7 +73,6 @@ def learn(
     dense = whole if recipe.moe is None else build_plan(recipe.model_copy(update={"moe": None}), weights=True)
     learned = learn_coefficients(recipe, dense, settings, watch)
     kept = target.with_name(f"{target.name}.{FILE}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
     learned.coefficients.write(kept)
     plan = build_plan(with_coefficients(recipe, learned.coefficients), weights=True)
     plan = replace(

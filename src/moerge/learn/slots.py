@@ -6,18 +6,17 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from moerge.errors import InputError
 from moerge.learn.directions import Directions
 from moerge.learn.model import Slot
 from moerge.learn.settings import Learning
-from moerge.methods.method import MergeMethod, TaskVectorMethod
-from moerge.planning.measuring import chunked, sampled
+from moerge.methods.method import TaskVectorMethod
+from moerge.pipeline import default_threads
+from moerge.planning.execute import Execution
 from moerge.planning.operations import Merge, Output
 from moerge.planning.plan import Plan
+from moerge.planning.schedule import Job, run_jobs
 from moerge.recipe.rules import matches
 from moerge.recipe.schema import Recipe
 
@@ -53,25 +52,23 @@ def make_slots(recipe: Recipe, plan: Plan, settings: Learning, pool: ThreadPoolE
     """A slot for each float tensor of the plan; those of the roles in `settings` learn, unless a MoE keeps them separate."""
     check_recipe(recipe)
     separate = recipe.moe.separate if recipe.moe else ()
-    method = recipe.method.for_experts(tuple(recipe.experts))
-    assert isinstance(method, TaskVectorMethod)
-    merges: list[Merge] = []
-    slots, still = [], []
+
+    def plays(roles: Sequence[str], output: Output) -> bool:
+        return any(matches(role, output.role, output.name) for role in roles)
+
+    slots = []
     for output in plan.outputs:
-        operation = output.operation
-        if not isinstance(operation, Merge) or operation.base is None:
-            still.append(Slot(Directions(output.name, operation.sources[0].tensor, (), (), method, pool)))
+        merge = output.operation
+        if not isinstance(merge, Merge) or merge.base is None:
+            slots.append(Slot(output.name, merge.sources[0]))
             continue
-        merges.append(operation)
-        experts = tuple(source.tensor for source in operation.experts)
-        names = tuple(source.model for source in operation.experts)
-        directions = Directions(output.name, operation.base.tensor, experts, names, method, pool)
-        own = any(matches(role, output.role, output.name) for role in separate) if output.role else False
-        learns = not own and len(output.shape) == 2 and any(matches(role, output.role, output.name) for role in settings.roles)
-        slots.append(Slot(directions, _key(output, settings.granularity) if learns else "", own))
+        own = bool(output.role) and plays(separate, output)
+        learns = not own and len(output.shape) == 2 and plays(settings.roles, output)
+        key = _key(output, settings.granularity) if learns else ""
+        slots.append(Slot(output.name, merge.base, Directions(merge, pool), key, own))
     if not any(slot.key for slot in slots):
         raise InputError(f"{recipe.source}: no matrix has a role of learn.roles ({', '.join(settings.roles)}): nothing to learn")
-    return still + _measured(slots, merges)
+    return _measured(slots)
 
 
 def _key(output: Output, granularity: str) -> str:
@@ -81,36 +78,18 @@ def _key(output: Output, granularity: str) -> str:
     return f"layers.{layer[1]}" if layer else output.name
 
 
-def _measured(slots: Sequence[Slot], operations: Sequence[Merge]) -> list[Slot]:
-    """The slots with what their method needs to know of a tensor, or of the model, before it trims."""
-    method: Any = operations[0].method
-    if not method.measures:
-        return list(slots)
-    if method.spans_model:
-        statistic = measure(method, operations, slots)
-        return [replace(slot, directions=replace(slot.directions, statistic=statistic)) for slot in slots]
-    return [
-        replace(slot, directions=replace(slot.directions, statistic=measure(method, [operation], [slot])))
-        for slot, operation in zip(slots, operations, strict=True)
-    ]
+def _measured(slots: Sequence[Slot]) -> list[Slot]:
+    """The slots with what their methods need to know before they trim. What a MoE keeps separate has no part in that."""
+    execution, found = Execution(), list(slots)
+    merges = {i: slot.directions.merge for i, slot in enumerate(slots) if slot.directions is not None and not slot.own}
 
+    def measure(index: int, merge: Merge) -> Job:
+        statistic = yield from execution.statistic(merge)
+        slot = slots[index]
+        assert slot.directions is not None
+        found[index] = replace(slot, directions=replace(slot.directions, statistic=statistic))
 
-def measure(method: MergeMethod, operations: Sequence[Merge], slots: Sequence[Slot]) -> Any:
-    """What `method.measure` returns for these operations together; task vectors are read a tensor at a time."""
-    size = sum(slot.directions.size for slot in slots)
-    steps = method.measure(len(slots[0].directions.experts), size)
-    total: Any = None
-    try:
-        while True:
-            statistic = steps.send(total)
-            total = statistic.zeros()
-            pieces = sampled(operations, statistic.runs) if statistic.runs else chunked(operations)
-            for slot, operation in zip(slots, operations, strict=True):
-                tau_KN = slot.directions.raw()
-                for piece in pieces:
-                    if piece.operation is operation:
-                        share = statistic.zeros()
-                        statistic.add(np.ascontiguousarray(tau_KN[:, piece.start : piece.stop]), share)
-                        total += share
-    except StopIteration as finished:
-        return finished.value
+    threads = default_threads()
+    execution.measure_model(list(merges.values()), threads)
+    run_jobs((measure(index, merge) for index, merge in merges.items()), threads)
+    return found

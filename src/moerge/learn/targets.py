@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from moerge.files import whole_file
 from moerge.learn.losses import Target
 from moerge.learn.model import MergingModel
 
@@ -38,9 +39,8 @@ class TargetFiles:
         else:
             top = logits_TV.topk(self.largest, dim=-1)
             kept |= {"logits": top.values.contiguous().cpu(), "ids": top.indices.int().contiguous().cpu()}
-        beside = self.file(name).with_suffix(".part")
-        save_file(kept, beside)
-        beside.replace(self.file(name))
+        with whole_file(self.file(name)) as beside:
+            save_file(kept, beside)
 
     def load(self, name: str) -> Target:
         """What was kept for a text."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import numpy as np
 from pydantic import InstanceOf
 
 from moerge.methods.jit import kernel
-from moerge.methods.method import Block, Finite, Measurement, TaskVectorMethod
+from moerge.methods.method import Block, Finite, Measurement, MergeMethod, TaskVectorMethod, Unit
 
 
 class Coefficients(TaskVectorMethod):
@@ -37,6 +38,20 @@ class Weighed(TaskVectorMethod):
     chunk: int
 
     @property
+    def unit(self) -> Unit:
+        """As the directions."""
+        return self.directions.unit
+
+    def scratch_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """As the directions."""
+        return self.directions.scratch_bytes(shape, experts)
+
+    @property
+    def measured_as(self) -> MergeMethod:
+        """The directions: coefficients differ from tensor to tensor, but a threshold of the model is the same for all."""
+        return self.directions.measured_as
+
+    @property
     def measures(self) -> int:
         """As many passes as the directions need."""
         return self.directions.measures
@@ -50,6 +65,10 @@ class Weighed(TaskVectorMethod):
     def random_seed(self) -> int | None:
         """As the directions."""
         return self.directions.random_seed
+
+    def for_experts(self, names: Sequence[str]) -> Self:
+        """With the directions' values in the order of `names`."""
+        return self.model_copy(update={"directions": self.directions.for_experts(names)})
 
     def measure(self, experts: int, size: int) -> Measurement:
         """As the directions."""

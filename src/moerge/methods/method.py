@@ -106,6 +106,11 @@ class MergeMethod(BaseModel):
         return False
 
     @property
+    def measured_as(self) -> MergeMethod:
+        """The method that `measure` is of: tensors whose methods share it are measured together where it spans the model."""
+        return self
+
+    @property
     def random_seed(self) -> int | None:
         """The seed of the random keys in a block, None for methods that draw nothing."""
         return None

@@ -7,7 +7,7 @@ what: results are functions of the inputs alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,28 +52,45 @@ class Store(Protocol):
         ...
 
 
+class Nowhere:
+    """A store for measuring, when nothing is merged."""
+
+    def write(self, output: Output, start: int, data: np.ndarray) -> None:
+        """Not called."""
+        raise AssertionError(output.name)
+
+    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
+        """Not called."""
+        raise AssertionError(output.name)
+
+    def finished(self, output: Output) -> bool:
+        """Not called."""
+        raise AssertionError(output.name)
+
+
 @dataclass
 class Execution:
     """One run over outputs. `advance(bytes)` is called as work proceeds, from any thread."""
 
-    store: Store
+    store: Store = field(default_factory=Nowhere)
     allow_nonfinite: bool = False
     advance: Callable[[int], None] = lambda nbytes: None
     nonfinite: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._local = threading.local()
+        self._measured: dict[MergeMethod, Any] = {}
 
     def run(self, outputs: Sequence[Output], threads: int) -> None:
         """Compute and store all outputs but those that are fitted to the others."""
         outputs = [output for output in outputs if not isinstance(output.operation, Fit)]
-        self._measured: dict[MergeMethod, Any] = {}
         self._budget = Budget(largest(outputs))
         finished: set[str] = set()
         run_jobs((self._check(output, finished) for output in outputs), threads)
         pending = [output for output in outputs if output.name not in finished]
         # A threshold that spans the model spans all of it, also what an interrupted run has already written.
-        run_jobs(self._model_measurements(outputs, bool(pending)), threads)
+        merges = [output.operation for output in outputs if isinstance(output.operation, Merge)]
+        self.measure_model(merges if pending else [], threads)
         # What decomposes whole tensors adds up in an order that depends on the threads BLAS may use.
         with one_thread_each() if largest(pending) else nullcontext():
             run_jobs((self._produce(output) for output in pending), threads)
@@ -84,26 +101,29 @@ class Execution:
             finished.add(output.name)
             self.advance(output.work_bytes)
 
-    def _model_measurements(self, outputs: Sequence[Output], needed: bool) -> Iterator[Job]:
+    def measure_model(self, operations: Sequence[Merge], threads: int) -> None:
+        """Measure what methods that span the model need to know before they merge, over these operations together."""
         spanning: dict[MergeMethod, list[Merge]] = {}
-        for output in outputs if needed else ():
-            operation = output.operation
-            if isinstance(operation, Merge) and operation.method.spans_model:
-                spanning.setdefault(operation.method, []).append(operation)
-        for method, operations in spanning.items():
-            yield self._measure_model(method, operations)
+        for operation in operations:
+            if operation.method.spans_model:
+                spanning.setdefault(operation.method.measured_as, []).append(operation)
+        run_jobs((self._measure_model(method, spanned) for method, spanned in spanning.items()), threads)
 
     def _measure_model(self, method: MergeMethod, operations: Sequence[Merge]) -> Job:
         self._measured[method] = yield from self._measure(method, operations)
 
+    def statistic(self, operation: Merge) -> Steps:
+        """What the operation's method needs to know before it merges, None for nothing; part of a job, after `measure_model`."""
+        method = operation.method
+        if not method.measures:
+            return None
+        if method.spans_model:
+            return self._measured[method.measured_as]
+        return (yield from self._measure(method, [operation]))
+
     def _produce(self, output: Output) -> Job:
         operation = output.operation
-        statistic = None
-        if isinstance(operation, Merge) and operation.method.measures:
-            if operation.method.spans_model:
-                statistic = self._measured[operation.method]
-            else:
-                statistic = yield from self._measure(operation.method, [operation])
+        statistic = (yield from self.statistic(operation)) if isinstance(operation, Merge) else None
         if isinstance(operation, Merge) and operation.method.unit != "block":
             yield [partial(merge_whole, self, self._budget, output, statistic)]
             return

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from moerge.checkpoint.digest import CHUNK, TensorDigest, running_digest
+from moerge.errors import InputError
 from moerge.methods.codec import decode
+from moerge.planning.joined import culprit
 from moerge.planning.operations import Source
 
 BLOCK = 1 << 17
@@ -46,12 +48,13 @@ class Reader:
 
 
 class Stream:
-    """A source from its first element to its last, in steps of any length."""
+    """A source from its first element to its last, in steps of any length. Without `digested` it has no digest."""
 
-    def __init__(self, source: Source, buffer_N: np.ndarray) -> None:
-        self.source = source
-        self._elements, self._buffer_N, self._next = source.tensor.open(), buffer_N, 0
-        self._digest = TensorDigest()
+    def __init__(self, source: Source, buffer_N: np.ndarray | None = None, *, digested: bool = True) -> None:
+        self.source, self._elements, self._next = source, source.tensor.open(), 0
+        window = min(WINDOW, source.tensor.size)
+        self._buffer_N = np.empty(window, source.tensor.dtype.storage) if buffer_N is None else buffer_N
+        self._digest = TensorDigest() if digested else None
 
     def fill(self, out_N: np.ndarray, base_N: Any = None) -> bool:
         """The next elements as float32, less `base_N` if that is given; True if all of them are finite."""
@@ -59,12 +62,29 @@ class Stream:
         for begin in range(0, out_N.size, WINDOW):
             part = slice(begin, min(begin + WINDOW, out_N.size))
             stored_N = self._elements.read(self._next, self._buffer_N[: part.stop - begin])
-            self._digest.update(stored_N)
+            if self._digest is not None:
+                self._digest.update(stored_N)
             self._next += stored_N.size
             finite &= decode(stored_N, self.source.tensor.dtype, out_N[part], None if base_N is None else base_N[part])
         return finite
 
+    def fill_finite(self, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
+        """As `fill`; InputError for NaN and infinity."""
+        if not self.fill(out_N, base_N):
+            blamed = culprit(self.source)
+            raise InputError(f"{blamed.model}: tensor {blamed.tensor.name!r} holds NaN or infinity: repair it first")
+
     def digest(self) -> str:
         """The digest of the whole tensor."""
-        assert self._next == self.source.tensor.size
+        assert self._digest is not None and self._next == self.source.tensor.size
         return self._digest.digest()
+
+
+def read_values(source: Source, base_N: np.ndarray | None = None, out_N: np.ndarray | None = None) -> np.ndarray:
+    """All elements as float32, flat, in `out_N` if that is given; less `base_N` if that is given.
+
+    Raises InputError for NaN and infinity.
+    """
+    values_N = np.empty(source.tensor.size, np.float32) if out_N is None else out_N
+    Stream(source, digested=False).fill_finite(values_N, base_N)
+    return values_N

@@ -6,6 +6,7 @@ tensors wait for memory: together, those at work never hold more than the larges
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,15 +51,16 @@ def _unit(output: Output) -> str:
     return output.operation.method.unit if isinstance(output.operation, Merge) else "block"
 
 
-def _columns(output: Output) -> int:
-    return output.shape[-1] if len(output.shape) > 1 else output.size
+def columns_of(shape: tuple[int, ...]) -> int:
+    """The length of a row: of the last axis; a vector is one row."""
+    return shape[-1] if len(shape) > 1 else math.prod(shape)
 
 
 def _region(output: Output) -> int:
     """Elements that are merged at a time: as many rows as fit into a block, at least one; or the whole tensor."""
     if _unit(output) == "tensor":
         return output.size
-    columns = _columns(output)
+    columns = columns_of(output.shape)
     return min(output.size, max(1, BLOCK // max(1, columns)) * columns)
 
 
@@ -128,7 +130,8 @@ class _Whole:
             self._fill(next(streams), theta_N, base_N if operation.base is not None else None)
         extras = self._extras(streams, count)
         whole = operation.method.unit == "tensor"
-        shape = self.output.shape if whole else (count // _columns(self.output), _columns(self.output))
+        columns = columns_of(self.output.shape)
+        shape = self.output.shape if whole else (count // columns, columns)
         block = Block(
             theta_KN, operation.weights_K, base_N, out_N, self.statistic, operation.keys_K, start, shape=shape, extras=extras
         )

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError, MachineError
-from moerge.methods.codec import decode
 from moerge.methods.regmean import triangle
-from moerge.planning.reading import WINDOW
+from moerge.planning.operations import Source
+from moerge.planning.reading import read_values
 from moerge.statistics.facts import Gram, Kind, Settings
 from moerge.statistics.files import stored_name
 from moerge.statistics.places import Place, places_of
@@ -122,11 +121,7 @@ def adapt(model: Any, tensors: Mapping[str, Tensor], vocabulary: int | None) -> 
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            values_N = np.empty(tensor.size, np.float32)
-            elements = tensor.open()
-            for start in range(0, tensor.size, WINDOW):
-                buffer_N = np.empty(min(WINDOW, tensor.size - start), tensor.dtype.storage)
-                decode(elements.read(start, buffer_N), tensor.dtype, values_N[start : start + buffer_N.size])
+            values_N = read_values(Source("adapter", tensor))
             places[name].parameter.copy_(torch.from_numpy(values_N).reshape(tensor.shape))
 
 

@@ -23,7 +23,7 @@ class OrthogonalRouter(FittedRouter):
 
     def fit(self, context: FitContext) -> Mapping[str, np.ndarray]:
         """float32 [experts, hidden] for each layer's gate by name; `context` also has the merged model and calibration texts."""
-        return {gate.name: self._gate(layer, *gate.shape) for layer, gate in enumerate(context.gates)}
+        return {gate.name: self._gate(layer, *gate.shape) for layer, gate in enumerate(context.outputs)}
 
     def _gate(self, layer: int, experts: int, hidden: int) -> np.ndarray:
         drawn_HE = np.random.default_rng([self.seed, layer]).standard_normal((hidden, experts))
