@@ -1,4 +1,4 @@
-"""What all tests share: a deterministic hypothesis, one thread a process for torch, and where the shared oracles lie."""
+"""What all tests share: a deterministic hypothesis, one thread a process for torch, and where shared data lies."""
 
 from __future__ import annotations
 
@@ -22,4 +22,14 @@ def oracles() -> Path:
     folder = Path(os.environ.get("MOERGE_ORACLES", default))
     if not folder.is_dir():
         pytest.skip("the published implementations' oracles are not on this machine (set MOERGE_ORACLES)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers_of_others() -> Path:
+    """Published tokenizers; they are not part of the project."""
+    default = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
+    folder = Path(os.environ.get("MOERGE_TOKENIZERS", default))
+    if not folder.is_dir():
+        pytest.skip("no published tokenizers on this machine (set MOERGE_TOKENIZERS)")
     return folder

@@ -80,27 +80,18 @@ def test_a_model_without_a_tokenizer_cannot_give_one(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
 
 
-def test_binary_vocabularies(tmp_path: Path) -> None:
+def test_vocabularies_that_cannot_be_read(tmp_path: Path) -> None:
     recipe = padded(tmp_path, base=8)
     for name in ("base", "a", "b"):
-        (tmp_path / name / "tokenizer.json").unlink()
-        (tmp_path / name / "tokenizer.model").write_bytes(b"\x0f\xff")
-    if _has_sentencepiece():
-        refuses(recipe, tmp_path / "out", "is not a SentencePiece model: give the checkpoint a tokenizer.json")
-        return
+        (tmp_path / name / "tokenizer.json").rename(tmp_path / name / "tokenizer.model")
+    refuses(recipe, tmp_path / "out", "is not a SentencePiece model: give the checkpoint a tokenizer.json")
+    for name in ("base", "a", "b"):
+        (tmp_path / name / "tokenizer.model").rename(tmp_path / name / "merges.txt")
     api.merge(recipe, tmp_path / "out", threads=1)  # the same vocabulary, whatever it is: rows are matched by position
     assert np.array_equal(read_values(tmp_path / "out")[EMBEDDING][7], value("base", EMBEDDING, "padding 1"))
-    (tmp_path / "b" / "tokenizer.model").write_bytes(b"\x0f\xfe")
-    parts = ("that of base, a, b cannot be compared token by token", "save_pretrained", "or pip install sentencepiece")
+    (tmp_path / "b" / "merges.txt").write_text("a b")
+    parts = ("that of base, a, b cannot be compared token by token", "give it a tokenizer.json", "save_pretrained")
     refuses(recipe, tmp_path / "other", *parts)
-
-
-def _has_sentencepiece() -> bool:
-    try:
-        import sentencepiece  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def test_families_that_moerge_does_not_know(tmp_path: Path) -> None:

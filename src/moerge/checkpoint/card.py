@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.source_cards import SourceCard, all_of, licence_metadata, source_card
 from moerge.methods.method import MergeMethod
 from moerge.planning.operations import Merge
 from moerge.planning.plan import Plan
+from moerge.recipe.schema import MoE
 
 _USE = """```python
 from transformers import AutoModelForCausalLM
@@ -38,6 +40,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```"""
 
 
+_ADAPTERS = " Experts are LoRA adapters on one copy of the base."
 _NO_LICENCE = "The sources' licences differ or are not known, so this card claims none: each source's own terms hold."
 
 
@@ -93,6 +96,8 @@ def _architecture(plan: Plan) -> str:
 
 def _methods(plan: Plan) -> list[str]:
     """Each method with its settings; those of another program's file may be others for every tensor."""
+    if plan.recipe.moe and plan.recipe.moe.embedding == "separate":
+        return ["Nothing is merged."]
     if plan.recipe.settings is None:
         return [_method(method) for method in dict.fromkeys(plan.recipe.methods)]
     merges = [output.operation for output in plan.outputs if isinstance(output.operation, Merge)]
@@ -114,12 +119,16 @@ def _moe(plan: Plan) -> list[str]:
     assert plan.recipe.moe is not None
     moe = plan.recipe.moe
     order = ", ".join(f"{index} {name}" for index, name in enumerate(plan.experts))
+    if plan.config["model_type"] == HETEROGENEOUS:
+        return [_whole_models(plan, moe, order), *_calibration(plan)]
     if moe.by_sequence:
         options = ", ".join(f"{key} {value}" for key, value in plan.config["routing"].items() if key != "kind")
         return [
             f"Kept separate for each expert: {', '.join(moe.separate)}; everything else is merged as above (MergeME, section "
-            f"3.1.3). Experts by index: {order}. Each sequence is routed as a whole, by its prompt: {moe.router.kind}"
+            f"3.1.3).{_ADAPTERS if moe.adapters == 'keep' else ''} Experts by index: {order}. Each sequence is routed as a "
+            f"whole, by its prompt: {moe.router.kind}"
             f"{f' ({options})' if options else ''}{', untrained' if moe.router.needs_training else ''}, mixed by {moe.mix}.",
+            *_calibration(plan),
         ]
     router = "untrained: fine-tune it before use" if moe.router.needs_training else "computed, not trained"
     return [
@@ -129,11 +138,28 @@ def _moe(plan: Plan) -> list[str]:
     ]
 
 
+def _whole_models(plan: Plan, moe: MoE, order: str) -> str:
+    """What became of experts that stay whole models."""
+    types = ", ".join(dict.fromkeys(config["model_type"] for config in plan.config["expert_configs"]))
+    routing = plan.config["routing"]
+    reads = "the whole sequence" if routing["on"] == "sequence" else f"the prompt, or the first {routing['prefix_tokens']} tokens"
+    shared = (
+        "each has its own embedding and head on the tokens of one tokenizer, and their probabilities are mixed"
+        if moe.embedding == "separate"
+        else f"projectors ({moe.projectors}) lead from a shared embedding into each and back to a shared head, which are merged "
+        "as above"
+    )
+    return (
+        f"The experts are whole models ({types}), copied: {shared} (MergeME, section 3.2). Experts by index: {order}. Each "
+        f"sequence is routed as a whole, by {reads}: {moe.router.kind}{', untrained' if moe.router.needs_training else ''}."
+    )
+
+
 def _calibration(plan: Plan) -> list[str]:
     if not plan.calibration:
         return []
     described = ", ".join(f"{texts.expert} {len(texts.hashes)} from `{texts.location}`" for texts in plan.calibration)
-    return [f"Calibration texts of the router: {described}. Do not evaluate on them; the manifest has their hashes."]
+    return [f"Calibration texts: {described}. Do not evaluate on them; the manifest has their hashes."]
 
 
 def _sources(plan: Plan, cards: Sequence[SourceCard]) -> str:

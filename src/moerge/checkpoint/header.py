@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moerge.checkpoint.dtypes import DTYPES, DType
+from moerge.checkpoint.tensor import Sized
 from moerge.errors import InputError, MachineError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -25,7 +26,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(Sized):
     """A tensor inside a safetensors file. `offset` is in bytes from the start of the file."""
 
     name: str
@@ -33,16 +34,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     file: Path
     offset: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return self.size * self.dtype.itemsize
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -6,17 +6,15 @@ order whatever is read with it, so the result depends on neither windows nor thr
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
-from moerge.checkpoint.tensor import Elements, Tensor
+from moerge.checkpoint.tensor import Elements, Sized, Tensor, rectangles
 from moerge.methods.codec import decode
 from moerge.methods.jit import kernel
 
@@ -65,7 +63,7 @@ class RecentFactors:
 
 
 @dataclass(frozen=True)
-class LowRankTensor:
+class LowRankTensor(Sized):
     """`base` plus scale * B @ A; a Tensor of float32, so that what was trained is not rounded to the base's type.
 
     `a` is [K, in] and `b` [out, K], for a `base` of [out, in], or of [in, out] where `transposed`. Without `a`, `b` is a
@@ -96,16 +94,6 @@ class LowRankTensor:
     def shape(self) -> tuple[int, ...]:
         """The base's shape."""
         return self.base.shape
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its elements take in float32."""
-        return self.size * F32.itemsize
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -171,7 +159,7 @@ class LowRankElements:
         for begin in range(0, out_N.size, _RUN):
             part_N = out_N[begin : begin + _RUN]
             decode(self._base.read(start + begin, stored_N[: part_N.size]), dtype, part_N)
-            for row, column, part_RC in _rectangles(part_N, start + begin, self._tensor.columns):
+            for row, column, part_RC in rectangles(part_N, start + begin, self._tensor.columns):
                 self._complete(row, column, part_RC)
         return out_N
 
@@ -182,18 +170,6 @@ class LowRankElements:
             part_RC *= found.magnitude_R[row : row + len(part_RC), None]
         if found.magnitude_C is not None:
             part_RC *= found.magnitude_C[column : column + part_RC.shape[1]]
-
-
-def _rectangles(part_N: np.ndarray, start: int, columns: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Elements `start` and following of a matrix as the end of a row, whole rows, and the beginning of one: row, column, view."""
-    done = 0
-    while done < part_N.size:
-        row, column = divmod(start + done, columns)
-        rest = part_N[done:]
-        width = min(columns - column, rest.size) if column or rest.size < columns else columns
-        height = rest.size // columns if width == columns else 1
-        yield row, column, rest[: height * width].reshape(height, width)
-        done += height * width
 
 
 def read_float32(tensor: Tensor) -> np.ndarray:

@@ -65,7 +65,7 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
 
 
 def _running(plan: Plan) -> tuple[str, ...]:
-    runs = plan.recipe.moe is not None and plan.recipe.moe.router.runs_model
+    runs = any(fitting.fitter.runs_model for fitting in plan.fittings)
     return ("torch", "transformers") if runs else ()
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
-from moerge.checkpoint.tensor import Elements, Tensor
+from moerge.checkpoint.tensor import Elements, Sized, Tensor
 from moerge.methods.codec import decode, encode
 
 MEAN = -1
@@ -30,7 +30,7 @@ _CANCELLED = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class RowsTensor:
+class RowsTensor(Sized):
     """A Tensor whose row v is row `rows[s][v]` of source s = `picks_V[v]`, or the mean over all sources with a row for v.
 
     `rows` gives, for each source, its row for each of the V, or -1. `weights` are those of the mean, which is computed in
@@ -54,16 +54,6 @@ class RowsTensor:
     def shape(self) -> tuple[int, ...]:
         """V rows, of the sources' shape."""
         return (len(self.picks_V), *self.sources[0].shape[1:])
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its elements take when they are read."""
-        return self.size * self.dtype.itemsize
 
     @property
     def files(self) -> tuple[Path, ...]:

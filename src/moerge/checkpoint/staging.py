@@ -28,6 +28,7 @@ from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import INDEX, WEIGHTS
 from moerge.errors import InputError, MachineError
+from moerge.files import make_durable
 from moerge.planning.operations import Output
 
 JOURNAL = "journal.jsonl"
@@ -223,18 +224,19 @@ class Staging:
         with machine_errors(self._root):
             files = self._with_index(files)
             for name, content in files.items():
-                _write_durably(self.folder / name, content)
+                (self.folder / name).write_bytes(content)
+                make_durable(self.folder / name)
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             for path in self.folder.iterdir():
                 if path.name not in files and path.name not in self._shards:
                     path.unlink()
-            _sync_folder(self.folder)
+            make_durable(self.folder)
             self._rename(replace)
 
     def _rename(self, replace: bool) -> None:
         take_name(self.folder, self.target, aside=self._root / _REPLACED, replace=replace)
-        _sync_folder(self.target.parent)
+        make_durable(self.target.parent)
         for old in (self.folder, self._root / _REPLACED):
             if old.is_symlink():
                 old.unlink()
@@ -295,21 +297,6 @@ def _allocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
     else:
         os.ftruncate(descriptor, size)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def take_name(folder: Path, target: Path, *, aside: Path, replace: bool) -> None:

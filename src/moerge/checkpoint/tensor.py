@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -57,24 +59,28 @@ class Elements(Protocol):
         ...
 
 
+class Sized:
+    """What follows from a tensor's shape and element type."""
+
+    @property
+    def size(self: Tensor) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self: Tensor) -> int:
+        """Bytes that its elements take when they are read."""
+        return self.size * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
-class ArrayTensor:
+class ArrayTensor(Sized):
     """A Tensor whose elements are in memory, in storage type and without their shape."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     flat: np.ndarray = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.flat.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return self.flat.nbytes
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -88,3 +94,15 @@ class ArrayTensor:
     def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
         """Elements `start` and following, as many as `out_N` has."""
         return self.flat[start : start + out_N.size]
+
+
+def rectangles(out_N: np.ndarray, start: int, columns: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Elements `start` and following of a matrix as the end of a row, whole rows, and the beginning of one: row, column, view."""
+    done = 0
+    while done < out_N.size:
+        row, column = divmod(start + done, columns)
+        rest_N = out_N[done:]
+        width = min(columns - column, rest_N.size)
+        height = rest_N.size // columns if width == columns else 1
+        yield row, column, rest_N[: height * width].reshape(height, width)
+        done += height * width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
-from moerge.checkpoint.tensor import Elements, Tensor
+from moerge.checkpoint.tensor import Elements, Sized, Tensor
 from moerge.methods.codec import all_finite, decode
 from moerge.planning.operations import Source
 
@@ -23,7 +22,7 @@ _PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Sized):
     """The elements of `parts` in order, row after row: in their own type if they share it, in float32 otherwise."""
 
     name: str
@@ -38,16 +37,6 @@ class Joined:
         """The parts' element type, or float32, which holds every other exactly."""
         types = {part.tensor.dtype for part in self.parts}
         return types.pop() if len(types) == 1 else F32
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its elements take when they are read."""
-        return self.size * self.dtype.itemsize
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -78,10 +78,10 @@ def no_tokenizers(sizes: Mapping[str, Any]) -> InputError:
 
 
 def not_readable(names: Sequence[str], source: str) -> InputError:
-    """What to say if a vocabulary is binary and cannot be compared with others."""
+    """What to say if a model has merge rules and no vocabulary, so that it cannot be compared with others."""
     return InputError(
         f"the tokenizers of the models differ, and that of {', '.join(names)} cannot be compared token by token: give it a "
-        f"tokenizer.json ({_SAVE}), or pip install sentencepiece"
+        f"tokenizer.json ({_SAVE})"
     )
 
 

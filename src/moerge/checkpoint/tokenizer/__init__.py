@@ -8,6 +8,7 @@ from moerge.checkpoint.tokenizer.files import (
     next_added_id,
     with_new_tokens,
 )
+from moerge.checkpoint.tokenizer.pieces import Pieces, map_vocabulary
 from moerge.checkpoint.tokenizer.spelling import Spelling
 from moerge.checkpoint.tokenizer.vocabulary import (
     Vocabulary,
@@ -22,12 +23,14 @@ from moerge.checkpoint.tokenizer.vocabulary import (
 __all__ = [
     "VOCABULARY_FILES",
     "NewToken",
+    "Pieces",
     "Spelling",
     "Vocabulary",
     "by_position",
     "companion_files",
     "has_chat_template",
     "has_tokenizer",
+    "map_vocabulary",
     "next_added_id",
     "read_vocabulary",
     "same_files",

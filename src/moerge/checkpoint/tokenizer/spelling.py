@@ -32,21 +32,35 @@ class Spelling:
     def spell(self, text: str) -> str:
         """How the vocabulary would write this text as one token."""
         if self.kind == "byte-level":
-            return "".join(_CHARACTERS[byte] for byte in text.encode("utf-8", "surrogatepass"))
+            return byte_characters(text.encode("utf-8", "surrogatepass"))
         return text.replace(" ", _SPACE) if self.kind == "metaspace" else text
 
     def literal(self, token: str) -> str | None:
         """The text that a token stands for; None where it is none by itself, such as a single byte of a longer character."""
         if self.kind == "byte-level":
+            content = token_bytes(token)
             try:
-                return bytes(_BYTES[character] for character in token).decode("utf-8")
-            except (KeyError, UnicodeDecodeError):
+                return None if content is None else content.decode("utf-8")
+            except UnicodeDecodeError:
                 return None
         if self.kind == "metaspace":
             return None if _BYTE_PIECE.fullmatch(token) else token.replace(_SPACE, " ")
         if (self.kind == "wordpiece" and token.startswith("##")) or (self.kind == "word-end" and token.endswith("</w>")):
             return None
         return token
+
+
+def byte_characters(content: bytes) -> str:
+    """Bytes as a byte-level vocabulary spells them."""
+    return "".join(map(_CHARACTERS.__getitem__, content))
+
+
+def token_bytes(token: str) -> bytes | None:
+    """The bytes that a byte-level vocabulary's token spells; None where it has other characters."""
+    try:
+        return bytes(map(_BYTES.__getitem__, token))
+    except KeyError:
+        return None
 
 
 def spelling_of(tokenizer: Mapping[str, Any]) -> Spelling:

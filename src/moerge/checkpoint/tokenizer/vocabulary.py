@@ -12,6 +12,7 @@ from typing import Any
 from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.tokenizer.files import VOCABULARY_FILES, NewToken, added_entry
+from moerge.checkpoint.tokenizer.sentencepiece_model import read_sentencepiece
 from moerge.checkpoint.tokenizer.spelling import Spelling, spelling_of, spelling_of_tokens, steps
 from moerge.errors import InputError
 
@@ -81,12 +82,12 @@ def token_ids(folder: Path) -> Mapping[str, int] | None:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary in a checkpoint folder; None where it has none, or only a binary one and sentencepiece is not installed.
+    """The vocabulary in a checkpoint folder; None where it has none.
 
     Of several files the first of tokenizer.json, vocab.json, vocab.txt and tokenizer.model counts, as in transformers.
     Raises InputError if a file is damaged.
     """
-    readers: dict[str, Callable[[Path], Vocabulary | None]] = {
+    readers: dict[str, Callable[[Path], Vocabulary]] = {
         "tokenizer.json": _from_tokenizer_json,
         "vocab.json": _from_vocab_json,
         "vocab.txt": _from_vocab_txt,
@@ -124,21 +125,10 @@ def _from_vocab_txt(path: Path) -> Vocabulary:
     return _vocabulary(path, entries, {}, Spelling("wordpiece", "vocab.txt"), {})
 
 
-def _from_sentencepiece(path: Path) -> Vocabulary | None:
-    try:
-        import sentencepiece
-    except ImportError:
-        return None
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.Load(str(path))
-    except (OSError, RuntimeError):
-        raise InputError(
-            f"{path} is not a SentencePiece model: give the checkpoint a tokenizer.json "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
-        ) from None
-    entries = {processor.IdToPiece(index): index for index in range(processor.GetPieceSize())}
-    return _vocabulary(path, entries, {}, Spelling("metaspace", path.name), {})
+def _from_sentencepiece(path: Path) -> Vocabulary:
+    model = read_sentencepiece(path)
+    entries = {text: index for index, text in enumerate(model.texts)}
+    return _vocabulary(path, entries, model.added, Spelling("metaspace", path.name), {})
 
 
 def _vocabulary(

@@ -1,0 +1,63 @@
+"""A tensor's values as another element type holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moerge.checkpoint.dtypes import DType
+from moerge.checkpoint.tensor import Tensor
+from moerge.methods.codec import decode, encode
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The elements of `source`, a tensor of floats, rounded to `dtype` as a merge rounds them."""
+
+    source: Tensor
+    dtype: DType
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's."""
+        return self.source.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.source.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its elements take when they are read."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The source's."""
+        return self.source.files
+
+    def open(self) -> RoundedElements:
+        """Access to the elements."""
+        return RoundedElements(self)
+
+
+class RoundedElements:
+    """Access to the elements of a rounded tensor."""
+
+    def __init__(self, tensor: Rounded) -> None:
+        self._dtype, self._source, self._elements = tensor.dtype, tensor.source.dtype, tensor.source.open()
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        """Fill `out_N` with elements `start` and following, and return it."""
+        values_N = np.empty(out_N.size, np.float32)
+        decode(self._elements.read(start, np.empty(out_N.size, self._source.storage)), self._source, values_N)
+        encode(values_N, self._dtype, out_N)
+        return out_N
