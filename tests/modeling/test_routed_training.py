@@ -95,7 +95,7 @@ def test_on_several_processes_every_parameter_gets_a_gradient(mix: str, monkeypa
     """Processes wait for each other's gradients: an expert without sequences has to take part, with weight zero."""
     model = routed(mix=mix, routing={"kind": "fixed", "expert": "math"}).train()
     expected = gradients(model)
-    monkeypatch.setattr("moerge.modeling.modeling_moerge._several_processes", lambda: True)
+    monkeypatch.setattr("moerge.modeling.routed_moerge._several_processes", lambda: True)
     actual = gradients(model)
     assert actual.keys() == dict(model.named_parameters()).keys() > expected.keys()
     for name, gradient in actual.items():
@@ -111,7 +111,7 @@ def test_mixing_probabilities_with_idle_experts_has_finite_gradients() -> None:
     alpha = torch.tensor([[0.0, 0, 1.0], [0, 0, 1.0]], requires_grad=True)
     routing = Routing(alpha, alpha, "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moerge.modeling.modeling_moerge._several_processes", lambda: True)
+        patch.setattr("moerge.modeling.routed_moerge._several_processes", lambda: True)
         model(ids, labels=ids, routing=routing).loss.backward()
     grads = [parameter.grad for parameter in model.parameters()]
     assert all(grad is not None and grad.isfinite().all() for grad in [*grads, alpha.grad])

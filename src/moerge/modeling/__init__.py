@@ -1,4 +1,4 @@
-"""The sequence-routed model, as transformers sees it.
+"""The routed models, as transformers sees them: experts of one family, and experts of different architectures.
 
 The files `*_moerge.py` import only torch, transformers and each other, so that a checkpoint can carry them and load with
 `trust_remote_code=True` where moerge is not installed. Importing this package imports neither torch nor transformers.
@@ -8,6 +8,8 @@ The files `*_moerge.py` import only torch, transformers and each other, so that 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,9 @@ from moerge.modeling.naming_moerge import FAMILIES, ROLES, dense_name, layer_of,
 
 if TYPE_CHECKING:
     from moerge.modeling.cache_moerge import MoergeCache
+    from moerge.modeling.configuration_heterogeneous_moerge import MoergeHeterogeneousConfig
     from moerge.modeling.configuration_moerge import MoergeConfig
+    from moerge.modeling.modeling_heterogeneous_moerge import MoergeHeterogeneousForCausalLM, MoergeHeterogeneousModel
     from moerge.modeling.modeling_moerge import MoergeForCausalLM, MoergeModel
     from moerge.modeling.routing_moerge import Routing
 
@@ -24,6 +28,9 @@ _HOMES = {
     "MoergeCache": "cache_moerge",
     "MoergeConfig": "configuration_moerge",
     "MoergeForCausalLM": "modeling_moerge",
+    "MoergeHeterogeneousConfig": "configuration_heterogeneous_moerge",
+    "MoergeHeterogeneousForCausalLM": "modeling_heterogeneous_moerge",
+    "MoergeHeterogeneousModel": "modeling_heterogeneous_moerge",
     "MoergeModel": "modeling_moerge",
     "Routing": "routing_moerge",
 }
@@ -35,13 +42,26 @@ AUTO_MAP = {
 }
 """`auto_map` of config.json: where a checkpoint's own code has the classes."""
 
+HETEROGENEOUS_AUTO_MAP = {
+    "AutoConfig": "configuration_heterogeneous_moerge.MoergeHeterogeneousConfig",
+    "AutoModel": "modeling_heterogeneous_moerge.MoergeHeterogeneousModel",
+    "AutoModelForCausalLM": "modeling_heterogeneous_moerge.MoergeHeterogeneousForCausalLM",
+}
+"""The same for experts of different architectures."""
+
+_IMPORTS = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+
 __all__ = [
     "AUTO_MAP",
     "FAMILIES",
+    "HETEROGENEOUS_AUTO_MAP",
     "ROLES",
     "MoergeCache",
     "MoergeConfig",
     "MoergeForCausalLM",
+    "MoergeHeterogeneousConfig",
+    "MoergeHeterogeneousForCausalLM",
+    "MoergeHeterogeneousModel",
     "MoergeModel",
     "Routing",
     "code_files",
@@ -54,23 +74,35 @@ __all__ = [
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the model, and `save_pretrained` put its code beside the weights."""
+    """Make transformers' Auto classes know the models, and `save_pretrained` put their code beside the weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from moerge.modeling.configuration_moerge import MoergeConfig
-    from moerge.modeling.modeling_moerge import MoergeForCausalLM, MoergeModel
+    for auto_map in (AUTO_MAP, HETEROGENEOUS_AUTO_MAP):
+        config, model, causal = (
+            getattr(import_module(f"moerge.modeling.{home}"), name)
+            for home, name in (auto_map[auto].split(".") for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM"))
+        )
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        config.register_for_auto_class()
+        model.register_for_auto_class("AutoModel")
+        causal.register_for_auto_class("AutoModelForCausalLM")
 
-    AutoConfig.register(MoergeConfig.model_type, MoergeConfig, exist_ok=True)
-    AutoModel.register(MoergeConfig, MoergeModel, exist_ok=True)
-    AutoModelForCausalLM.register(MoergeConfig, MoergeForCausalLM, exist_ok=True)
-    MoergeConfig.register_for_auto_class()
-    MoergeModel.register_for_auto_class("AutoModel")
-    MoergeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
+def code_files(auto_map: Mapping[str, str] = AUTO_MAP) -> dict[str, Path]:
+    """The files that a checkpoint carries to load without moerge, by the name that they have there.
 
-def code_files() -> dict[str, Path]:
-    """The files that a checkpoint carries to load without moerge, by the name that they have there."""
-    return {path.name: path for path in sorted(Path(__file__).parent.glob("*_moerge.py"))}
+    They are those that `auto_map` names, and what these import.
+    """
+    found: dict[str, Path] = {}
+    wanted = sorted({home.split(".")[0] for home in auto_map.values()})
+    while wanted:
+        path = Path(__file__).parent / f"{wanted.pop()}.py"
+        if path.name not in found:
+            found[path.name] = path
+            wanted += _IMPORTS.findall(path.read_text(encoding="utf-8"))
+    return dict(sorted(found.items()))
 
 
 def __getattr__(name: str) -> Any:

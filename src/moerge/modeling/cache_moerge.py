@@ -22,22 +22,22 @@ class MoergeCache(Cache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(layers=[])
-        self.expert_config = config.expert_config
+        self.expert_config = None if config is None else config.expert_config
         self.routing: Routing | None = None
         self.shares: list[Share] = []
-        self.lanes: list[DynamicCache] = []
+        self.lanes: list[Any] = []
         self.apart = False
-        self._one_attention = not {"attention", "norm"} & set(config.separate)
+        self._one_attention = config is not None and not {"attention", "norm"} & set(config.separate)
         self._record_past = False
 
-    def new_lane(self) -> DynamicCache:
-        """An empty cache for one attention."""
+    def new_lane(self, expert: int = 0) -> Any:
+        """An empty cache for one attention, or for all of an expert's."""
         lane = DynamicCache(config=self.expert_config)
         if self._record_past:  # from the first token on: the prompt itself may run past a sliding window
             lane.activate_past_recording()
         return lane
 
-    def begin(self, routing: Routing, *, apart: bool, filled: dict[int, DynamicCache] | None = None) -> list[Share]:
+    def begin(self, routing: Routing, *, apart: bool, filled: dict[int, Any] | None = None) -> list[Share]:
         """Take the routing of the prompt; its shares. `apart` says that every share has its own residual stream.
 
         `filled` are lanes with every row by expert, as a routing pass leaves them: the shares keep their rows of them.
@@ -45,7 +45,7 @@ class MoergeCache(Cache):
         shares = routing.shares()
         self.routing, self.apart, self.shares = routing.detach(), apart, [share.detach() for share in shares]
         if filled is None:
-            self.lanes = [self.new_lane() for _ in (self.shares if self._lane_per_share else (WHOLE,))]
+            self.lanes = [self.new_lane(s.expert) for s in (self.shares if self._lane_per_share else (WHOLE,))]
         else:
             self.lanes = [_narrow(WHOLE, filled[s.expert], s.rows_R) for s in self.shares]
         return shares
@@ -61,7 +61,7 @@ class MoergeCache(Cache):
         before, self.routing = self.shares, self.routing.take(rows_R)
         self.shares = self.routing.shares()
         if not self._lane_per_share:
-            self.lanes[0].reorder_cache(rows_R)  # type: ignore[arg-type]
+            self.lanes[0].reorder_cache(rows_R)
             return
         lanes = {share.expert: (share, lane) for share, lane in zip(before, self.lanes, strict=True)}
         self.lanes = [_narrow(*lanes[share.expert], share.take(rows_R)) for share in self.shares]
@@ -153,10 +153,10 @@ class MoergeCache(Cache):
         return f"MoergeCache({len(self.lanes)} lanes, {self.get_seq_length()} tokens, {self.batch_size} sequences)"
 
 
-def _narrow(share: Share, lane: DynamicCache, rows_R: Tensor | None) -> DynamicCache:
+def _narrow(share: Share, lane: Any, rows_R: Tensor | None) -> Any:
     """Keep of a share's lane these rows of the whole batch, all of which it has; None: every row."""
     if rows_R is not None:
         if share.rows_R is not None:
             rows_R = torch.searchsorted(share.rows_R, rows_R.to(share.rows_R.device))
-        lane.reorder_cache(rows_R)  # type: ignore[arg-type]
+        lane.reorder_cache(rows_R)
     return lane

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
+from .adapters_moerge import check_adapters
 from .naming_moerge import FAMILIES, ROLES
 
 if not is_dataclass(PretrainedConfig):
@@ -47,6 +48,8 @@ class MoergeConfig(PretrainedConfig):
     `expert_config`: configuration of the dense family, a dict with its `model_type` or a config object; one for all experts.
     `expert_names`: their names, in the order of their numbers.
     `separate`: the roles (ffn, attention, norm, embedding, head) of which every expert has its own; the others are shared.
+    `adapters`: for experts that are low-rank adapters: then the separate roles are stored once, and each expert adds its own
+    factors to them (see adapters_moerge).
     `mix`: "layer" sums the chosen experts' attention and FFN outputs on one residual stream (the paper's figure 1), "output"
     gives each chosen expert its own stream and sums the final states, "logits" mixes the probabilities (Branch-Train-Merge).
     `routing`: {"kind": ..., options}. Kinds: perplexity, task_vector, random, uniform, fixed, learned. Options: `top_k` (2),
@@ -69,6 +72,7 @@ class MoergeConfig(PretrainedConfig):
     separate: list[str] | None = None
     mix: str = "layer"
     routing: Any = None
+    adapters: Any = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -88,11 +92,12 @@ class MoergeConfig(PretrainedConfig):
         if "top_k" in kwargs:
             raise ValueError("top_k belongs inside `routing`: at the top level transformers takes it for one of sampling")
         self.expert_config = _expert_config(self.expert_config)
-        self.expert_names = _expert_names(self.expert_names)
+        self.expert_names = check_names(self.expert_names)
         self.separate = _separate(self.separate, tied=bool(self.expert_config.tie_word_embeddings))
         if self.mix not in MIXES:
             raise ValueError(f"mix should be one of {', '.join(MIXES)}, not {self.mix!r}")
         self.routing = check_routing(self.routing, self.expert_names, self.separate)
+        self.adapters = check_adapters(self.adapters, self.expert_names, self.separate, self.num_hidden_layers)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.expert_config, name, None))
@@ -105,9 +110,14 @@ class MoergeConfig(PretrainedConfig):
         """How many experts there are."""
         return len(self.expert_names or ())
 
+    @property
+    def streams_apart(self) -> bool:
+        """Whether every chosen expert has a residual stream of its own."""
+        return self.mix != "layer"
+
     def modules_of(self, role: str) -> int:
-        """How many modules a role has: one when it is shared, else one per expert."""
-        return self.num_experts if role in (self.separate or ()) else 1
+        """How many modules a role has: one when it is shared or the experts are adapters on it, else one per expert."""
+        return self.num_experts if role in (self.separate or ()) and self.adapters is None else 1
 
 
 def _expert_config(value: Any) -> Any:
@@ -122,7 +132,8 @@ def _expert_config(value: Any) -> Any:
     return value if value.model_type in FAMILIES else _expert_config({"model_type": value.model_type})
 
 
-def _expert_names(given: Any) -> list[str]:
+def check_names(given: Any) -> list[str]:
+    """The experts' names; ValueError says what is wrong with them."""
     names: list[str] = list(given or ())
     if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"expert_names should be one or more different names, not {names!r}")
@@ -141,11 +152,19 @@ def _separate(roles: Any, *, tied: bool) -> list[str]:
 
 def check_routing(routing: Any, expert_names: list[str], separate: list[str]) -> dict[str, Any]:
     """The routing with its defaults filled in; ValueError says what is wrong with it."""
+    filled = fill_routing(routing, ROUTING_OPTIONS, expert_names)
+    if filled["kind"] == "task_vector":
+        _check_task_vector(filled, expert_names, separate)
+    return filled
+
+
+def fill_routing(routing: Any, options: dict[str, dict[str, Any]], expert_names: list[str]) -> dict[str, Any]:
+    """Check what all kinds of routing have in common and fill in defaults; `options` are those of each kind."""
     given = dict(routing or {})
     kind = given.pop("kind", "perplexity")
-    if kind not in ROUTING_OPTIONS:
-        raise ValueError(f"routing kind should be one of {', '.join(ROUTING_OPTIONS)}, not {kind!r}")
-    defaults = ROUTING_OPTIONS[kind]
+    if kind not in options:
+        raise ValueError(f"routing kind should be one of {', '.join(options)}, not {kind!r}")
+    defaults = options[kind]
     unknown = [option for option in given if option not in defaults]
     if unknown:
         known = f"its options: {', '.join(defaults)}" if defaults else "it has no options"
@@ -157,8 +176,6 @@ def check_routing(routing: Any, expert_names: list[str], separate: list[str]) ->
         raise ValueError(f"routing temperature should be a number above 0, not {filled['temperature']!r}")
     if kind == "fixed" and filled["expert"] not in expert_names:
         raise ValueError(f"routing to the fixed expert {filled['expert']!r}: the experts are {', '.join(expert_names)}")
-    if kind == "task_vector":
-        _check_task_vector(filled, expert_names, separate)
     return filled
 
 

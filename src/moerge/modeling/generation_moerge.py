@@ -19,9 +19,13 @@ class MoergeGenerationMixin:
                 "leave it out"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MoergeCache(self.config)  # type: ignore[attr-defined]
+            cache = self.model.new_cache()  # type: ignore[attr-defined]
+            if cache is None:  # an expert can keep none: all tokens run again for each new one
+                generation_config.use_cache = False
+                return None
+            model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache.activate_past_recording()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -41,10 +45,9 @@ class MoergeGenerationMixin:
             # the first forward pass already has guessed tokens behind the prompt: they must not take part in routing
             routing = kwargs.pop("routing", None)
             model: Any = self
-            cache.begin(
-                model.route(input_ids, kwargs.get("attention_mask")) if routing is None else routing,
-                apart=model.config.mix != "layer",
-            )
+            if routing is None:
+                routing = model.route(input_ids, kwargs.get("attention_mask"), prompt_mask=kwargs.get("prompt_mask"))
+            cache.begin(routing, apart=model.config.streams_apart)
         return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

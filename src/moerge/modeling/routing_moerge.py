@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,12 +92,16 @@ class Routing:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the model is given: tokens or embeddings, the mask over past and present tokens, and the positions."""
+    """What the model is given: tokens or embeddings, the mask over past and present tokens, and the positions.
+
+    `read_BT` says which of the present tokens routing may read; None: all that are not padding.
+    """
 
     input_ids_BT: Tensor | None
     embeds_BTH: Tensor | None
     mask: Tensor | None
     position_ids_BT: Tensor
+    read_BT: Tensor | None = None
 
     def take(self, share: Share) -> Prompt:
         """The rows that an expert computes."""
@@ -111,7 +115,7 @@ class Prompt:
 
     @property
     def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.input_ids_BT, self.embeds_BTH, self.mask, self.position_ids_BT
+        return self.input_ids_BT, self.embeds_BTH, self.mask, self.position_ids_BT, self.read_BT
 
     @property
     def ids_BT(self) -> Tensor:
@@ -130,6 +134,22 @@ class Prompt:
             raise ValueError("routing needs an attention mask of shape [sequences, tokens], or pass a routing")
         return self.mask[:, -length:].bool()
 
+    @property
+    def routed_BT(self) -> Tensor:
+        """Which of the present tokens routing reads."""
+        return self.real_BT if self.read_BT is None else self.read_BT
+
+    def cropped(self) -> Prompt:
+        """Without the tokens behind the last one that routing reads; the prompt itself where there are none."""
+        length = self.position_ids_BT.shape[1]
+        end = length if self.read_BT is None else int(self.read_BT.any(0).nonzero().amax()) + 1
+        if end == length:
+            return self
+        kept = [None if part is None else part[:, :end] for part in self._parts]
+        if self.mask is not None:
+            kept[2] = self.mask[:, : self.mask.shape[1] - length + end]
+        return Prompt(*kept)  # type: ignore[arg-type]
+
 
 def weigh(scores_BE: Tensor, top_k: int, temperature: float = 1.0) -> Tensor:
     """alpha = softmax(top-K(scores / temperature)): softmax over the K highest scores of each row, zero elsewhere.
@@ -142,13 +162,49 @@ def weigh(scores_BE: Tensor, top_k: int, temperature: float = 1.0) -> Tensor:
     return torch.zeros_like(scores_BE).scatter(-1, top_BK, alpha_BK)
 
 
+def combine(parts: Sequence[tuple[Share, Tensor]], batch: int) -> Tensor:
+    """The weighted sum of what the shares computed, for the whole batch."""
+    total = None
+    for share, part in parts:
+        if share.weight_R11 is not None:
+            part = part * share.weight_R11.to(part)
+        if share.rows_R is not None:
+            total = part.new_zeros(batch, *part.shape[1:]) if total is None else total
+            total = total.index_add(0, share.rows_R.to(total.device), part.to(total.device))
+        else:
+            total = part if total is None else total + part.to(total.device)
+    assert total is not None
+    return total
+
+
+def log_mixture(parts: Sequence[tuple[Share, Tensor]], batch: int) -> Tensor:
+    """log sum_i alpha_i softmax(logits_i), in float32."""
+    terms = [(share, _log_term(share, logits_RTV)) for share, logits_RTV in parts]
+    device = terms[0][1].device
+    largest_BTV = torch.full((batch, *terms[0][1].shape[1:]), -torch.inf, device=device)
+    for share, term_RTV in terms:
+        rows_R = slice(None) if share.rows_R is None else share.rows_R.to(device)
+        largest_BTV[rows_R] = largest_BTV[rows_R].maximum(term_RTV.detach().to(device))
+    scaled = [(replace(share, weight_R11=None), (term - share.take(largest_BTV).to(term.device)).exp()) for share, term in terms]
+    return combine(scaled, batch).log() + largest_BTV
+
+
+def _log_term(share: Share, logits_RTV: Tensor) -> Tensor:
+    """log(alpha softmax(logits)): minus infinity, with a gradient of zero, for an idle expert."""
+    log_p_RTV = logits_RTV.float().log_softmax(-1)
+    if share.weight_R11 is None:
+        return log_p_RTV
+    weight_R11 = share.weight_R11.to(log_p_RTV)
+    return log_p_RTV + torch.where(weight_R11 > 0, weight_R11, 1.0).log().where(weight_R11 > 0, -torch.inf)
+
+
 def sequence_nll(states_BTH: Tensor, head: Callable[[Tensor], Tensor], prompt: Prompt, vocab_size: int) -> Tensor:
     """Mean negative log-likelihood per sequence, of every token but the first; padding is left out.
 
     The paper's formula starts at j = 1; P(x_1 | nothing) is not something a decoder gives, so the mean is over the t - 1 tokens
     that are predicted. A sequence of a single token has nothing to predict: its mean is 0 (perplexity 1) for every expert.
     """
-    real_BT = prompt.real_BT.to(states_BTH.device)
+    real_BT = prompt.routed_BT.to(states_BTH.device)
     ids_BT = prompt.ids_BT.to(states_BTH.device)
     predicted = real_BT[:, 1:] & real_BT[:, :-1]
     rows_N, columns_N = predicted.nonzero(as_tuple=True)
@@ -190,7 +246,7 @@ def by_chance(prompt: Prompt, experts: int, options: dict[str, Any]) -> Routing:
     """Scores drawn from [0, 1): a function of the seed and the prompt's tokens, whatever the batch, padding and device."""
     scores_BE = [
         [source.random() for _ in range(experts)]
-        for ids_T, real_T in zip(prompt.ids_BT, prompt.real_BT, strict=True)
+        for ids_T, real_T in zip(prompt.ids_BT, prompt.routed_BT, strict=True)
         for source in [random.Random(_digest(ids_T[real_T.to(ids_T.device)].tolist(), options["seed"]))]
     ]
     like = _per_expert(prompt, experts)
@@ -201,7 +257,7 @@ def by_chance(prompt: Prompt, experts: int, options: dict[str, Any]) -> Routing:
 
 def learned(embeds_BTH: Tensor, prompt: Prompt, gate: torch.nn.Linear, options: dict[str, Any]) -> Routing:
     """A gate on the mean of the prompt's input embeddings; gradients reach it through alpha."""
-    real_BT1 = prompt.real_BT.to(embeds_BTH.device)[..., None]
+    real_BT1 = prompt.routed_BT.to(embeds_BTH.device)[..., None]
     mean_BH = (embeds_BTH * real_BT1).sum(1, dtype=torch.float32) / real_BT1.sum(1).clamp(min=1)
     scores_BE = gate(mean_BH.to(gate.weight)).float()
     return by_scores(scores_BE, "the gate on the mean embedding of the prompt", options)
