@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes |= {"train": "router+experts", "opens": [{"step": 3, "train": "backbone"}], "save_every": 3}
         write_tuning(found / name, **changes)
         write_tuning(found / name, "sharded.yaml", **changes, sharding="fsdp2")
+        write_tuning(found / name, "adapted.yaml", **{**changes, "opens": None, "train": "router"}, adapters={"rank": 2})
     return found
 
 
@@ -84,7 +85,8 @@ def assert_alike(one: list[dict[str, Any]], two: list[dict[str, Any]], what: str
 def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
     """Half the choices of a batch are one process's; an expert that nobody chose there must not stop the other.
 
-    The same with each parameter shared out (FSDP2), interrupted and continued. At the end comes a mistake, which is said once.
+    The same with adapters, and with each parameter shared out (FSDP2), interrupted and continued. At the end comes a mistake,
+    which is said once.
     """
     bad = write_tuning(folder / "native", "bad.yaml", train="projectors")
     code = "\n".join(
@@ -94,6 +96,7 @@ def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
             "from moerge.tune.run import tune",
             "from test_processes import interrupted",
             *(f"tune({str(folder / name / 'tune.yaml')!r}, {str(folder / name / 'two')!r})" for name in TUNINGS),
+            f"tune({str(folder / 'routed' / 'adapted.yaml')!r}, {str(folder / 'routed' / 'adapted')!r})",
             *(f"interrupted({str(folder / name / 'sharded.yaml')!r}, {str(folder / name / 'sharded')!r})" for name in TUNINGS),
             f"sys.argv = ['moerge', 'tune', {str(bad)!r}, {str(folder / 'never')!r}]",
             "main()",
@@ -117,6 +120,8 @@ def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
         for tensor, values in weights[0].items():
             for theirs in weights[1:]:
                 np.testing.assert_allclose(values, theirs[tensor], rtol=0, atol=1e-6, err_msg=tensor)
+    tune(folder / "routed" / "adapted.yaml", folder / "routed" / "adapted-one")
+    assert_alike(rows(folder / "routed" / "adapted-one"), rows(folder / "routed" / "adapted"), "adapted")
     assert idle, "no expert was idle: the test does not show what it should"
 
 

@@ -16,7 +16,7 @@ def document_hash(document: str) -> str:
 
 
 def overlap(documents: Iterable[str], manifest: Mapping[str, Any]) -> int:
-    """How many of `documents` the checkpoint with this manifest was calibrated on, or its statistics, as whole documents.
+    """How many of `documents` the checkpoint with this manifest, or its statistics, was calibrated or tuned on, as wholes.
 
     A figure measured on such text is no evidence: leave the text out, or calibrate on other text.
     """
@@ -25,7 +25,7 @@ def overlap(documents: Iterable[str], manifest: Mapping[str, Any]) -> int:
 
 
 def _calibrated_on(manifest: Mapping[str, Any]) -> Iterator[Any]:
-    for section in ("calibration", "statistics"):
+    for section in ("calibration", "statistics", "tuning"):
         entries = manifest.get(section)
         for entry in entries.values() if isinstance(entries, Mapping) else ():
             found = entry.get("documents") if isinstance(entry, Mapping) else None
@@ -45,12 +45,12 @@ def check_disjoint(
     `texts` are documents by the name of the text and `locations` where they come from; `manifest` is that of `checkpoint`, None
     where moerge did not make it. Documents are compared as wholes: parts of one, or one cut in another way, are not found.
     """
-    found = []
+    found, how = [], "calibrated or tuned" if manifest and "tuning" in manifest else "calibrated"
     for name, documents in texts.items() if manifest else ():
         shared = overlap(documents, manifest or {})
         if shared:
             found.append(
-                f"text {name!r} ({locations[name]}): {checkpoint} was calibrated on {shared} of its {len(documents)} documents, "
+                f"text {name!r} ({locations[name]}): {checkpoint} was {how} on {shared} of its {len(documents)} documents, "
                 "so figures on them are no evidence"
             )
     if found and not allow:

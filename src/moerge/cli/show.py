@@ -35,8 +35,9 @@ def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
         table.add_row(row["action"], str(row["tensors"]), as_size(row["bytes"]), row["hyperparameters"])
     console.print(table)
     time = as_time(planned.seconds)
-    if planned.fitted:
-        time += f" (the router very roughly {as_time(planned.router_seconds)} of it)"
+    if planned.fittings:
+        titles = " and ".join(dict.fromkeys(fitting.fitter.title for fitting in planned.fittings))
+        time += f" ({titles} very roughly {as_time(planned.fitting_seconds)} of it)"
     console.print(
         f"reads {as_size(planned.input_bytes)}, writes {as_size(planned.output_bytes)}, "
         f"memory below {as_size(planned.memory_bytes(threads))} with {threads} threads, roughly {time}",
@@ -106,7 +107,12 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
         table.add_row("family", family)
     table.add_row("parameters", f"{found.parameters:,} ({as_size(found.checkpoint.nbytes)})")
     table.add_row("stored as", ", ".join(f"{name} {as_count(size)}" for name, size in found.dtypes.items()))
-    if not found.adapter:
+    for whole in facts["expert_models"]:
+        described = (
+            f"{whole['layers']} layers, width {whole['hidden_size']}, {as_count(whole['parameters'])} parameters of its own"
+        )
+        table.add_row(f"expert {escape(str(whole['name']))}", f"{whole['model_type']}, {described}")
+    if not found.adapter and not facts["expert_models"]:
         table.add_row("layers, width", f"{facts['layers']}, {facts['hidden_size']}")
         table.add_row("embeddings", "tied" if facts["tied_embeddings"] else "untied")
     rows = f", {facts['vocab_size']:,} rows" if isinstance(facts["vocab_size"], int) else ""
@@ -116,7 +122,9 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
         made = found.manifest
         recipe = made["recipe"]
         method = recipe.get("merge_method") or (recipe.get("merge") or {}).get("method", "average")
-        table.add_row("made by", f"moerge {made['versions']['moerge']}, {method} of {', '.join(made['models'])}")
+        how = f"whole models: {', '.join(made['models'])}" if found.wholes else f"{method} of {', '.join(made['models'])}"
+        how = f"tuned on {', '.join(made['tuning'])}" if "tuning" in made else how
+        table.add_row("made by", f"moerge {made['versions']['moerge']}, {how}")
         if made["experts"]:
             table.add_row("experts", ", ".join(f"{index} {name}" for index, name in enumerate(made["experts"])))
     console.print(table)

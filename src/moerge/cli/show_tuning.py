@@ -36,6 +36,8 @@ def outlook(found: Outlook, *, as_json: bool) -> None:
         f"on disk meanwhile: two training checkpoints of {as_size(figures['checkpoint_bytes'])}{targets}",
         highlight=False,
     )
+    for warning in figures["warnings"]:
+        note(warning)
 
 
 def tuned(result: TuneResult, *, quiet: bool, as_json: bool) -> None:

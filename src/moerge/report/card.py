@@ -18,6 +18,7 @@ from moerge.checkpoint.manifest import read_manifest, to_json
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
+from moerge.files import whole_file
 from moerge.report.data import Checkpoint, Collected, Difference, Evaluation, Route, Score
 
 BEGIN, END = "<!-- moerge: measured -->", "<!-- moerge: end of measured -->"
@@ -50,9 +51,8 @@ class Update:
         """Replace the card, and its digest in the manifest. Raises InputError where they cannot be written."""
         try:
             for name, content in ((CARD, self.card), (MANIFEST, self.manifest)):
-                beside = self.folder / f".{name}.part"
-                beside.write_bytes(content)
-                beside.replace(self.folder / name)
+                with whole_file(self.folder / name) as beside:
+                    beside.write_bytes(content)
         except OSError as error:
             raise InputError(f"cannot write the model card in {self.folder}: {error.strerror or error}") from None
 

@@ -84,6 +84,7 @@ class Checkpoint(File):
     experts: tuple[str, ...]
     operations: tuple[Operation, ...] | None = None
     calibration: Mapping[str, CalibrationText] = {}
+    tuning: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     model_type: str
     parameters: int

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.files import whole_file
 from moerge.report.card import Update, updates
 from moerge.report.collect import collect
 from moerge.report.data import Collected
@@ -47,12 +48,11 @@ class Report:
     def write(self, path: Path) -> None:
         """Write the page, whole or not at all. Raises InputError where another file is in the way, or nothing can be written."""
         page = self.to_html().encode()
-        beside = path.with_name(f".{path.name}.part")
         try:
             if path.exists() and _MARK not in path.read_bytes()[:5000]:
                 raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
-            beside.write_bytes(page)
-            beside.replace(path)
+            with whole_file(path) as beside:
+                beside.write_bytes(page)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 

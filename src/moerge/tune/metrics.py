@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from moerge.files import whole_file
+
 WINDOW = 20
 """Steps over which the load of an expert is averaged before it counts as dying."""
 
@@ -26,9 +28,8 @@ class Metrics:
     def begin(self, step: int) -> None:
         """Training continues after this step."""
         rows = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() else []
-        beside = self.file.with_suffix(".part")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        beside.replace(self.file)
+        with whole_file(self.file) as beside:
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             self.watch.see(row.get("load"))
             self.last = row

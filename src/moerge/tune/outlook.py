@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moerge.calibration.texts import read_documents
 from moerge.errors import InputError
+from moerge.tune.adapters import Targets, add_adapters, targets_of, with_adapters
 from moerge.tune.mixture import Mixture
-from moerge.tune.parts import Parts, Schedule, check_losses, hidden_layers, make_schedule, parts_of
-from moerge.tune.settings import Request, Tuning
+from moerge.tune.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
+from moerge.tune.settings import PARTS, Request, Tuning
 from moerge.tune.teachers import Lessons, check_vocabularies, lesson_bytes, plan_lessons
 from moerge.tune.tokens import Tokens, documents_of, tokenise
 from moerge.tune.work import Work
@@ -22,7 +25,10 @@ _STATE_BYTES = 12
 
 @dataclass(frozen=True)
 class Outlook:
-    """Everything that is known before a model runs."""
+    """Everything that is known before a model runs.
+
+    `trained_on` says how many documents of each held-out text are trained on, by source.
+    """
 
     settings: Tuning
     mixture: Mixture
@@ -33,10 +39,15 @@ class Outlook:
     lessons: Lessons | None
     lesson_bytes: int
     processes: int
+    schedule: Schedule
+    targets: Targets | None
+    trained_on: Mapping[str, Mapping[str, int]]
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A training checkpoint: float32 weights, and moments of what is trained."""
+        """A training checkpoint: float32 weights, and moments of what is trained; where adapters are trained, only what is."""
+        if self.targets:
+            return _STATE_BYTES * self.trained
         return 4 * self.parameters["all"] + (_STATE_BYTES - 4) * self.trained
 
     def sources(self) -> dict[str, dict[str, Any]]:
@@ -72,17 +83,47 @@ class Outlook:
             "parameters": dict(self.parameters),
             "trained_parameters": self.trained,
             "sources": self.sources(),
-            "heldout": {name: {"tokens": t.sequences * t.length, "digest": t.digest} for name, t in self.heldout.items()},
+            "heldout": {
+                name: {"tokens": t.sequences * t.length, "digest": t.digest, "trained_on": dict(self.trained_on[name])}
+                for name, t in self.heldout.items()
+            },
             "target_bytes": self.lesson_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "warnings": list(self.warnings),
         }
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its user should know."""
+        found = []
+        for name, facts in self.sources().items():
+            if facts["sequences"] == 0:
+                found.append(f"data.{name} is never drawn in {self.mixture.sequences} sequences: its weight is too small")
+            elif facts["read"] is not None and facts["read"] > 4:
+                found.append(f"data.{name} is read {facts['read']:.1f} times: add text, or lower its weight")
+        for name, tokens in self.heldout.items():
+            for source, count in self.trained_on[name].items():
+                found.append(
+                    f"heldout.{name}: {count} of its {tokens.documents} documents are trained on, in data.{source}, so figures "
+                    "on them are no evidence: name other text"
+                )
+        return tuple(found)
 
 
 def make_outlook(
-    request: Request, work: Work, tokenizer: Any, model: Any, processes: int, note: Callable[[str], None]
-) -> tuple[Outlook, Parts, Schedule]:
-    """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values."""
-    settings, parts = request.settings, parts_of(model)
+    request: Request,
+    work: Work,
+    tokenizer: Any,
+    model: Any,
+    processes: int,
+    note: Callable[[str], None],
+    experts: Sequence[str] = (),
+) -> Outlook:
+    """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values.
+
+    `experts` are a native MoE's, by index. The model gets the adapters that the settings ask for.
+    """
+    settings, parts = request.settings, parts_of(model, experts)
     check_losses(request, model, parts)
     _check_length(request, model.config.get_text_config())
     schedule = make_schedule(request, parts)
@@ -92,20 +133,34 @@ def make_outlook(
     tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
     lessons = plan_lessons(request, work, mixture, tokens, hidden_layers(request, model)) if settings.distils else None
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    targets = targets_of(request, model, parts, schedule) if settings.adapters else None
+    if settings.adapters and targets:
+        add_adapters(model, settings.adapters, targets, settings.seed)
+        schedule = with_adapters(schedule, model)
+    heldout = {name: _heldout(request, work.tokens / "heldout", name, tokenizer) for name in settings.heldout}
     outlook = Outlook(
         settings,
         mixture,
         tokens,
-        {part: sum(sizes[name] for name in names) for part, names in parts.items()},
-        sum(sizes[name] for name in schedule.ever),
-        {name: _heldout(request, work.tokens / "heldout", name, tokenizer) for name in settings.heldout},
+        {part: sum(sizes[name] for name in parts[part]) for part in PARTS},
+        schedule.trained({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}),
+        heldout,
         lessons,
         lesson_bytes(request, lessons, model.config) if lessons else 0,
         processes,
+        schedule,
+        targets,
+        {name: _shared(found, mixture.names, tokens) for name, found in heldout.items()},
     )
-    for warning in _warnings(outlook):
+    for warning in outlook.warnings:
         note(warning)
-    return outlook, parts, schedule
+    return outlook
+
+
+def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) -> dict[str, int]:
+    """How many of a text's documents each source has too. Parts of one, or one cut in another way, are not found."""
+    counts = (int(np.isin(heldout.hashes_N, tokens.hashes_N).sum()) for tokens in sources)
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
 def _check_length(request: Request, config: Any) -> None:
@@ -139,13 +194,3 @@ def _heldout(request: Request, folder: Path, name: str, tokenizer: Any) -> Token
         return tokenise(documents, tokenizer, length=settings.length, sequences=settings.heldout_sequences, file=file)
     except InputError as error:
         raise request.error(("heldout", name), f": {error}") from None
-
-
-def _warnings(outlook: Outlook) -> list[str]:
-    found = []
-    for name, facts in outlook.sources().items():
-        if facts["sequences"] == 0:
-            found.append(f"data.{name} is never drawn in {outlook.mixture.sequences} sequences: its weight is too small")
-        elif facts["read"] is not None and facts["read"] > 4:
-            found.append(f"data.{name} is read {facts['read']:.1f} times: add text, or lower its weight")
-    return found

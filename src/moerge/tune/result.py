@@ -15,7 +15,7 @@ import torch
 
 from moerge.architecture import family_of
 from moerge.architecture.config import portable
-from moerge.architecture.sequence import MODEL_TYPE
+from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.digest import combined_digest, running_digest
 from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.reader import Checkpoint, read_json
@@ -23,6 +23,7 @@ from moerge.checkpoint.tokenizer import companion_files
 from moerge.checkpoint.tokenizer.portable import portable_tokenizer
 from moerge.inference.loading import without_progress_bars
 from moerge.tune.outlook import Outlook
+from moerge.tune.settings import Tuning
 from moerge.tune.work import FACTS, METRICS, Work
 
 _FORMAT = 1
@@ -66,24 +67,41 @@ def write_result(model: Any, work: Work, source: Checkpoint, dtype: str) -> None
     """The checkpoint without its facts, into the work folder."""
     with without_progress_bars():
         model.to(getattr(torch, dtype)).save_pretrained(work.result)
-    if model.config.model_type != MODEL_TYPE:
+    if model.config.model_type not in BY_SEQUENCE:
         config = read_json(work.result / "config.json")
         (work.result / "config.json").write_bytes(to_json(portable(config, family=family_of(config), dtype=dtype)))
     for name, content in portable_tokenizer(companion_files(source.folder)).items():
         (work.result / name).write_bytes(content)
 
 
+def write_adapter(adapted: Any, work: Work, base: str) -> None:
+    """The adapters alone, as peft writes them, into the work folder; `base` is what they are to be put on."""
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules or ())
+    adapted.save_pretrained(work.result, save_embedding_layers=False)  # none has an adapter
+
+
 def facts_of(outlook: Outlook, inputs: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """What tune.json holds."""
-    packages = ("moerge", "torch", "transformers", "accelerate", "numpy")
+    settings = outlook.settings
+    packages = ("moerge", "torch", "transformers", "accelerate", "numpy", *(["peft"] if settings.adapters else []))
     return {
         "format": _FORMAT,
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
-        "settings": outlook.settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
         "models": inputs,
         **outlook.to_json(),
+        "trained": _trained(settings),
         **trained,
     }
+
+
+def _trained(settings: Tuning) -> list[str]:
+    """What is trained at some time, as people call it."""
+    found = [*settings.trains, *(part for opening in settings.opens for part in opening.train)]
+    given = settings.adapters
+    return [*dict.fromkeys(found), *([f"adapters of rank {given.rank} on {'+'.join(given.target)}"] if given else [])]
 
 
 def files_of(facts: Mapping[str, Any], work: Work) -> dict[str, bytes]:
@@ -98,13 +116,15 @@ def _card(facts: Mapping[str, Any]) -> str:
         for name, found in facts["sources"].items()
     ]
     losses = json.dumps(settings["losses"])
+    adapters = settings["adapters"]
+    alone = adapters is not None and adapters["save"] == "adapter"
     return "\n".join(
         [
-            "---\nlibrary_name: transformers\ntags:\n- moerge\n---",
-            "# A tuned model",
+            f"---\nlibrary_name: {'peft' if alone else 'transformers'}\ntags:\n- moerge\n---",
+            "# A tuned adapter" if alone else "# A tuned model",
             f"\n`{settings['model']}`, tuned by moerge {facts['versions']['moerge']} for {facts['steps']:,} steps of "
             f"{settings['batch']} sequences of {settings['length']} tokens, {facts['tokens']:,} tokens in all. Trained: "
-            f"{', '.join(settings['train'])}, {facts['trained_parameters']:,} of {facts['parameters']['all']:,} parameters. "
+            f"{', '.join(facts['trained'])}, {facts['trained_parameters']:,} of {facts['parameters']['all']:,} parameters. "
             f"AdamW, learning rate {settings['learning_rate']:g} ({settings['schedule']}), "
             f"weight decay {settings['weight_decay']:g}. Losses: `{losses}`. "
             f"Cross-entropy of the last step: {last['cross_entropy']:.4f} nats a token.",

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.manifest import read_manifest
+from moerge.checkpoint.manifest import read_manifest, to_json
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.staging import MANIFEST, machine_errors
 from moerge.errors import InputError
 from moerge.learn.watch import Watch
 from moerge.tune.launch import check_device, check_launch, explain, on_main, rank
@@ -25,7 +25,6 @@ from moerge.tune.work import Work
 
 if TYPE_CHECKING:
     from moerge.tune.outlook import Outlook
-    from moerge.tune.parts import Schedule
     from moerge.tune.result import TuneResult
 
 _TRANSFORMERS = (5, 5)
@@ -59,7 +58,7 @@ def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> 
         work = Work(Path(folder) / "out")
         skeleton, tokenizer = _skeleton(models[""].folder)
         processes = request.settings.processes or 1
-        return make_outlook(request, work, tokenizer, skeleton, processes, lambda text: None)[0]
+        return make_outlook(request, work, tokenizer, skeleton, processes, lambda text: None, _experts(models[""]))
 
 
 def tune(
@@ -116,6 +115,11 @@ def _locate(request: Request, *, weights: bool = True) -> dict[str, Checkpoint]:
     return found
 
 
+def _experts(model: Checkpoint) -> list[str]:
+    """The names of a MoE's experts, where moerge made it."""
+    return list((read_manifest(model.folder) or {}).get("experts", ()))
+
+
 def _skeleton(folder: Path) -> tuple[Any, Any]:
     """The model without values, and its tokenizer."""
     import torch
@@ -167,6 +171,7 @@ class _Job:
     processes: int
     result: TuneResult | None = None
     begun: bool = False
+    adapted: Any = None
 
     def prepare(self, *, resume: bool, force: bool) -> None:
         """On the first process: the folder, the tokens, the teachers' targets. The others find all of it there."""
@@ -182,7 +187,7 @@ class _Job:
         self.recipe = (read_manifest(models[""].folder) or {}).get("recipe")
         self.work.open(facts, {name or "the model": m.folder for name, m in models.items()}, resume=resume, force=force)
         with machine_errors(self.work.root):
-            outlook, _, _, _ = self.outlook
+            outlook, _, _ = self.outlook
             if self.work.fresh:
                 remedy = "write OUT to another disk"
                 check_space(_KEPT * outlook.checkpoint_bytes, self.work.root, "two training checkpoints", remedy)
@@ -192,7 +197,7 @@ class _Job:
     def _teach(self, outlook: Outlook, teachers: Mapping[str, Path]) -> None:
         from moerge.tune.teachers import check_space, run_teachers
 
-        settings, lessons, (_, _, tokenizer, config) = self.request.settings, outlook.lessons, self.outlook
+        settings, lessons, (_, tokenizer, config) = self.request.settings, outlook.lessons, self.outlook
         assert lessons is not None
         amount = lessons.sequences * settings.length
         size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
@@ -214,14 +219,15 @@ class _Job:
             self.begun = True
 
     @cached_property
-    def outlook(self) -> tuple[Outlook, Schedule, Any, Any]:
-        """The outlook, what is trained when, the tokenizer and the model's config; tokens that are there are not made again."""
+    def outlook(self) -> tuple[Outlook, Any, Any]:
+        """The outlook, the tokenizer and the model's config; tokens that are there are not made again."""
         from moerge.tune.outlook import make_outlook
 
-        skeleton, tokenizer = _skeleton(_locate(self.request)[""].folder)
+        source = _locate(self.request)[""]
+        skeleton, tokenizer = _skeleton(source.folder)
         note = self.watch.note if rank() == 0 else lambda text: None
-        outlook, _, schedule = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, note)
-        return outlook, schedule, tokenizer, skeleton.config
+        outlook = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, note, _experts(source))
+        return outlook, tokenizer, skeleton.config
 
     def arguments(self) -> Any:
         """Trainer's arguments. Making them starts the communication between processes."""
@@ -264,17 +270,13 @@ class _Job:
         """Train what is left of the steps."""
         from transformers import PrinterCallback
 
-        from moerge.inference.loading import load, without_progress_bars
+        from moerge.inference.loading import without_progress_bars
         from moerge.tune.metrics import Metrics
         from moerge.tune.trainer import Sequences, TuneTrainer
 
         settings, checkpoint = self.request.settings, self.work.latest()
-        forecast, schedule, _, _ = self.outlook
-        source = _locate(self.request)[""]
-        if settings.sharding == "none":
-            model = load(checkpoint or source.folder, dtype="float32", device="cpu", tokenizer_from=source.folder).model
-        else:
-            model = _load_sharded(checkpoint or source.folder, self.processes)
+        forecast, _, _ = self.outlook
+        schedule, model = forecast.schedule, self._model(checkpoint)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in schedule.ever)
         if settings.gradient_checkpointing:
@@ -292,6 +294,7 @@ class _Job:
             train_dataset=Sequences(forecast.mixture, forecast.tokens, lessons),
             settings=settings,
             schedule=schedule,
+            only_trained=forecast.targets is not None,
             names=forecast.mixture.names,
             metrics=self.metrics,
             layers=lessons.files.layers if lessons else (),
@@ -305,6 +308,22 @@ class _Job:
         with without_progress_bars(), machine_errors(self.work.root):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self.seconds, self.resumed = time.perf_counter() - begun, done
+
+    def _model(self, checkpoint: Path | None) -> Any:
+        """The model as it is after a training checkpoint, or as it was to begin with."""
+        from moerge.inference.loading import load
+        from moerge.tune.adapters import add_adapters, load_trained
+
+        settings, targets, source = self.request.settings, self.outlook[0].targets, _locate(self.request)[""]
+        if settings.sharding != "none":
+            return _load_sharded(checkpoint or source.folder, self.processes)
+        begin = source.folder if targets else checkpoint or source.folder
+        model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        if settings.adapters and targets:
+            self.adapted = add_adapters(model, settings.adapters, targets, settings.seed)
+            if checkpoint:
+                load_trained(model, checkpoint)
+        return model
 
     def gather(self) -> None:
         """Of a sharded model, put the parts together on the disk."""
@@ -320,17 +339,27 @@ class _Job:
     def finish(self, *, force: bool) -> None:
         """On the first process: write the result and publish it."""
         from moerge.inference.loading import load
-        from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_result
+        from moerge.tune.manifest import tuned_manifest
+        from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_adapter, write_result
 
-        source = _locate(self.request)[""]
+        source, settings = _locate(self.request)[""], self.request.settings
         with machine_errors(self.work.root):
             model = self.trainer.model
-            if self.request.settings.sharding != "none":
+            if settings.sharding != "none":
                 model = load(self.work.gathered, dtype="float32", device="cpu", tokenizer_from=source.folder).model
-            write_result(model, self.work, source, self.request.settings.save_dtype or stored_dtype(source))
+            elif settings.adapters and settings.adapters.save == "merged":
+                model = self.adapted.merge_and_unload()
+            if settings.adapters and settings.adapters.save == "adapter":
+                write_adapter(self.adapted, self.work, settings.model)
+            else:
+                write_result(model, self.work, source, settings.save_dtype or stored_dtype(source))
         trained = {"recipe": self.recipe, "resumed_after_step": self.resumed, "seconds": self.seconds, "last": self.metrics.last}
         facts = facts_of(self.outlook[0], self.inputs, trained)
-        self.work.publish(files_of(facts, self.work), replace=force)
+        with machine_errors(self.work.root):
+            for name, content in files_of(facts, self.work).items():
+                (self.work.result / name).write_bytes(content)
+            made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
+        self.work.publish({MANIFEST: to_json(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 

@@ -83,6 +83,21 @@ class Losses(_Strict):
     distillation: Distillation = Distillation()
 
 
+class Adapters(_Strict):
+    """LoRA adapters (Hu et al. 2022) that are trained instead of the weights of `target`: parts or names, as in `train`.
+
+    The change of a weight is alpha / rank * B @ A, with `rslora` alpha / sqrt(rank); `alpha` is twice the rank by default.
+    Experts that lie in one tensor get factors each. `save` says what OUT is: the model with the adapters merged, or a folder
+    with the adapters alone, as peft writes it.
+    """
+
+    rank: Count = 16
+    alpha: Positive | None = None
+    rslora: bool = False
+    target: Train = ("all",)
+    save: Literal["merged", "adapter"] = "merged"
+
+
 class Opening(_Strict):
     """From this step on (0 is the first) these parts are trained too."""
 
@@ -95,9 +110,9 @@ class Tuning(_Strict):
 
     `batch` is the number of sequences of an optimiser step over all processes; `accumulation` divides it into parts that run
     one after the other. `steps` or `tokens` says how long. `dtype` is what is computed in; the trained weights and AdamW's
-    moments are float32 whatever it is. `sharding: fsdp2` gives each process a part of every
-    parameter. `save_dtype` is what OUT stores, by default what the model is stored in. `heldout` are texts by name whose
-    cross-entropy is measured before the first step, every `evaluate_every` steps and after the last. `dying` is the
+    moments are float32 whatever it is. `sharding: fsdp2` gives each process a part of every parameter. `adapters` are trained
+    instead of weights. `save_dtype` is what OUT stores, by default what the model is stored in. `heldout` are texts by name
+    whose cross-entropy is measured before the first step, every `evaluate_every` steps and after the last. `dying` is the
     fraction of an even share below which an expert counts as dying.
     """
 
@@ -105,6 +120,7 @@ class Tuning(_Strict):
     data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Source], Field(min_length=1)]
     train: Train = ("all",)
     opens: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
+    adapters: Adapters | None = None
     losses: Losses = Losses()
     learning_rate: Positive = 1e-5
     weight_decay: NonNegative = 0.01
@@ -129,6 +145,11 @@ class Tuning(_Strict):
     evaluate_every: Count = 100
     dying: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """What is trained from the beginning beside adapters: where there are some, nothing that was not named."""
+        return () if self.adapters and "train" not in self.model_fields_set else self.train
 
     @property
     def total_steps(self) -> int:
@@ -196,6 +217,21 @@ def _check(request: Request) -> None:
         raise error(("opens", late, "step"), f" is {settings.opens[late].step}, which never comes: the last step is {last}")
     if settings.batch % settings.accumulation:
         raise error(("accumulation",), f" is {settings.accumulation}, which does not divide batch {settings.batch}")
+    if settings.adapters:
+        _check_adapters(request, settings.adapters)
     losses = settings.losses
     if losses.cross_entropy == losses.distillation.weight == losses.distillation.hidden == 0:
         raise error(("losses",), ": nothing says what text looks like: give cross_entropy or distillation a weight")
+
+
+def _check_adapters(request: Request, adapters: Adapters) -> None:
+    settings, error = request.settings, request.error
+    if "router" in adapters.target:
+        raise error(("adapters", "target"), " names the router, which is small: train it whole, with 'train: router'")
+    if settings.sharding != "none":
+        raise error(("sharding",), f" is {settings.sharding}, which does not share out adapters: leave it out, which gives DDP")
+    if adapters.save == "adapter" and (settings.trains or settings.opens):
+        key = "train" if settings.trains else "opens"
+        raise error((key,), " trains weights too, which have no place in an adapter: remove it, or use 'save: merged'")
+    if adapters.save == "adapter" and settings.save_dtype:
+        raise error(("save_dtype",), " has no effect on adapters, which are stored in float32: remove it")

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from moerge.calibration.overlap import document_hash
 from moerge.calibration.texts import read_documents
 from moerge.checkpoint.digest import running_digest
 from moerge.errors import InputError, MachineError
+from moerge.files import whole_file
 from moerge.tune.settings import Source
 
 _DOCUMENTS = 64
@@ -44,9 +46,18 @@ class Tokens:
         """Ids [T] of a sequence, int64."""
         return np.asarray(self._ids_N[number * self.length : (number + 1) * self.length], np.int64)
 
+    @property
+    def hashes_N(self) -> np.ndarray:
+        """`document_hash` of each document as a number, in their order."""
+        return np.fromfile(_hashes(self.file), np.uint64)
+
     @cached_property
     def _ids_N(self) -> np.ndarray:
         return np.memmap(self.file, np.uint32, mode="r")
+
+
+def _hashes(file: Path) -> Path:
+    return file.with_suffix(".hashes")
 
 
 def documents_of(source: Source, folder: Path) -> Iterator[str]:
@@ -94,8 +105,9 @@ def tokenise(
     end, wanted, found, count = tokenizer.eos_token_id, sequences * length, 0, 0
     digest, exhausted = running_digest(), True
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "wb") as out:
+    with open(file, "wb") as out, open(_hashes(file), "wb") as hashes:
         while texts := list(islice(documents, _DOCUMENTS)):
+            hashes.write(np.array([int(document_hash(text), 16) for text in texts], np.uint64).tobytes())
             for ids in tokenizer(texts)["input_ids"]:
                 ids_N = np.array([*ids, *([end] if end is not None and ids[-1:] != [end] else [])], np.uint32)
                 out.write(ids_N.tobytes())
@@ -108,7 +120,6 @@ def tokenise(
     if found < length:
         raise InputError(f"holds {found} tokens, less than one sequence of length {length}: add text or lower 'length'")
     tokens = Tokens(file, length, found, count, exhausted, digest.hexdigest())
-    beside = facts.with_suffix(".part")
-    beside.write_text(json.dumps({key: value for key, value in asdict(tokens).items() if key != "file"}))
-    beside.replace(facts)
+    with whole_file(facts) as beside:
+        beside.write_text(json.dumps({key: value for key, value in asdict(tokens).items() if key != "file"}))
     return tokens

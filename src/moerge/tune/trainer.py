@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from moerge.architecture.sequence import MODEL_TYPE
+from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.errors import InputError
 from moerge.learn.losses import Target, hidden_distance
 from moerge.tune import losses
+from moerge.tune.adapters import save_trained
 from moerge.tune.launch import world_size
 from moerge.tune.metrics import Metrics, not_finite
 from moerge.tune.mixture import Mixture
@@ -63,13 +64,18 @@ class _Step:
 
 
 class TuneTrainer(Trainer):
-    """`schedule` says what is trained when, `metrics` gets a row for each step, `advance` is told the tokens done."""
+    """transformers' Trainer on our losses and data.
+
+    `schedule` says what is trained when; with `only_trained` checkpoints hold nothing else. `metrics` gets a row for each step,
+    `advance` is told the tokens done.
+    """
 
     def __init__(
         self,
         *,
         settings: Tuning,
         schedule: Schedule,
+        only_trained: bool,
         names: Sequence[str],
         metrics: Metrics,
         layers: Sequence[int],
@@ -85,10 +91,11 @@ class TuneTrainer(Trainer):
         arguments.save_only_model = False
         self.model_accepts_loss_kwargs = False  # else Trainer would not divide the loss by the number of parts
         self._settings, self._schedule, self._names = settings, schedule, names
+        self._only_trained = only_trained
         self._metrics, self._layers, self._advance = metrics, layers, advance
         self._heldout = heldout
         self._model = model = cast(Any, self.model)
-        self._by_sequence = model.config.model_type == MODEL_TYPE
+        self._by_sequence = model.config.model_type in BY_SEQUENCE
         self._top_k = [module.top_k for module in router_modules(model).values()]
         self._parameters = dict(model.named_parameters())
         self._step, self._begun = _Step(), time.perf_counter()
@@ -168,14 +175,47 @@ class TuneTrainer(Trainer):
         always have: its moments and weight decay go on.
         """
         loss: torch.Tensor = super().training_step(*args, **options)
-        closed = self._schedule.closed(self.state.global_step)
+        closed, slices = self._schedule.closed(self.state.global_step), self._schedule.slices(self.state.global_step)
         for name in self._schedule.ever:
             parameter = self._parameters[name]
             if name in closed:
                 parameter.grad = None
             elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            elif name in slices:
+                open_E = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+                open_E[slices[name]] = True
+                parameter.grad[~open_E] = 0
         return loss
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As Trainer's; of parameters that are open only in part, `_decay_slices` sees to it."""
+        return [name for name in super().get_decay_parameter_names(model) if name not in self._schedule.sliced]
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """As Trainer's, with weight decay of slices."""
+        optimizer: Any = super().create_optimizer(*args, **options)
+        if self._schedule.sliced:
+            optimizer.register_step_pre_hook(self._decay_slices)
+        return optimizer
+
+    @torch.no_grad()
+    def _decay_slices(self, optimizer: Any, *args: Any) -> None:
+        """AdamW's decoupled weight decay of open slices alone, before its step as there; what has no gradient does not move."""
+        step = self.state.global_step
+        closed, slices = self._schedule.closed(step), self._schedule.slices(step)
+        factor = 1 - optimizer.param_groups[0]["lr"] * self._settings.weight_decay
+        for name in self._schedule.sliced - closed:
+            parameter = self._parameters[name]
+            for number in slices.get(name, range(len(parameter))):
+                parameter[number].mul_(factor)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's; where adapters are trained, only what is trained."""
+        if not self._only_trained:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_trained(self._model, self._schedule, Path(str(output_dir)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A step's row for the metrics, and for whatever else Trainer reports to."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
 from moerge.errors import InputError
 from moerge.extraction.writer import umask
+from moerge.files import make_durable
 
 FACTS = "tune.json"
 METRICS = "metrics.jsonl"
@@ -108,9 +108,9 @@ class Work:
                 shutil.copytree(self.board, self.result / self.board.name)
             for path in self.result.rglob("*"):  # safetensors makes files that nobody else can read
                 path.chmod(0o666 & ~umask() if path.is_file() else 0o777 & ~umask())
-            make_durable(self.result)
+            _make_all_durable(self.result)
             take_name(self.result, self.target, aside=self.root / "replaced", replace=replace)
-            make_durable(self.target.parent, only_itself=True)
+            make_durable(self.target.parent)
             shutil.rmtree(self.root)
 
     def discard(self) -> None:
@@ -127,16 +127,11 @@ class Work:
 
 def mark_complete(checkpoint: Path) -> None:
     """Say that a training checkpoint is whole, once it is on the disk."""
-    make_durable(checkpoint)
+    _make_all_durable(checkpoint)
     (checkpoint / _COMPLETE).touch()
-    make_durable(checkpoint, only_itself=True)
+    make_durable(checkpoint)
 
 
-def make_durable(folder: Path, *, only_itself: bool = False) -> None:
-    """Flush a folder's files and its list of names to the disk."""
-    for path in [folder] if only_itself else [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _make_all_durable(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        make_durable(path)

@@ -57,6 +57,8 @@ def _section(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _method(checkpoint: Checkpoint) -> str:
+    if checkpoint.tuning is not None:
+        return "tuned"
     return str(checkpoint.recipe.get("merge_method") or _section(checkpoint, "merge").get("method") or "average")
 
 

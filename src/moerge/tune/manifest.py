@@ -1,0 +1,62 @@
+"""The manifest of a tuned checkpoint: digests by which damage is found, what it was made from, and what text it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moerge.checkpoint.digest import TensorDigest, file_digest
+from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint, open_folder
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.tensor import Tensor
+from moerge.tune.outlook import Outlook
+
+MOST_DOCUMENTS = 100_000
+"""Documents of a source whose hashes are kept, 20 bytes each; of longer ones none are, since some would look like all."""
+
+_WINDOW = 1 << 20
+
+
+def tuned_manifest(
+    folder: Path, facts: Mapping[str, Any], outlook: Outlook, before: Mapping[str, Any], source: Checkpoint
+) -> dict[str, Any]:
+    """What `moerge.json` holds. `folder` is complete but for it, `before` the manifest of the model that was tuned.
+
+    Recipe, experts and calibration texts are those of the merge that it began with; `tuning` has the sources.
+    """
+    alone = (folder / ADAPTER_CONFIG).exists()
+    return {
+        "format": 1,
+        "versions": facts["versions"],
+        "recipe": before.get("recipe") or {},
+        "models": dict(facts["models"]),
+        "experts": [] if alone else list(before.get("experts") or source.config.get("expert_names") or ()),
+        "operations": [],
+        **{key: before[key] for key in ("calibration", "statistics", "vocabulary") if key in before},
+        "tuning": {name: _seen(outlook, index) for index, name in enumerate(outlook.mixture.names)},
+        "warnings": list(outlook.warnings),
+        "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
+        "tensors": {name: _digest(tensor) for name, tensor in open_folder(folder).tensors.items()},
+        "files": {path.name: file_digest(path.read_bytes()) for path in sorted(folder.iterdir()) if _beside(path)},
+    }
+
+
+def _seen(outlook: Outlook, index: int) -> dict[str, Any]:
+    tokens, source = outlook.tokens[index], outlook.settings.data[outlook.mixture.names[index]]
+    hashes = [f"{value:016x}" for value in tokens.hashes_N.tolist()] if tokens.documents <= MOST_DOCUMENTS else None
+    return {"location": source.path or source.hub, "digest": tokens.digest, "documents": hashes}
+
+
+def _digest(tensor: Tensor) -> str:
+    elements, digest = tensor.open(), TensorDigest()
+    for start in range(0, tensor.size, _WINDOW):
+        digest.update(elements.read(start, np.empty(min(_WINDOW, tensor.size - start), tensor.dtype.storage)))
+    return digest.digest()
+
+
+def _beside(path: Path) -> bool:
+    """Whether a file goes into `files`: not the weights, their index, and the manifest itself."""
+    return path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != MANIFEST
