@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 
 from moerge.architecture import Expected, Family, family_of
 from moerge.architecture.config import canonical
-from moerge.architecture.sequence import MODEL_TYPE, expected_routed, expert_config, routed_role
+from moerge.architecture.heterogeneous import expected_heterogeneous, expert_prefix
+from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.checkpoint.adapter_config import describe_adapter
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.locate import locate
@@ -27,6 +28,9 @@ from moerge.methods.codec import all_finite
 from moerge.pipeline import Progress, default_threads
 from moerge.planning.checks import expected_of, respelled
 from moerge.planning.schedule import Job, run_jobs
+
+_WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
+"""The beginning of the role of a whole model's tensor."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,22 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
 def _expected(checkpoint: Checkpoint, family: Family | None) -> list[Expected]:
     """The tensors that the config calls for; none where moerge does not know the family."""
     where = str(checkpoint.folder)
-    if checkpoint.model_type != MODEL_TYPE:
+    if checkpoint.model_type not in BY_SEQUENCE:
         return expected_of(family, checkpoint.config, where) if family else []
     try:
-        return expected_routed(checkpoint.config)
+        whole = checkpoint.model_type == HETEROGENEOUS
+        return expected_heterogeneous(checkpoint.config) if whole else expected_routed(checkpoint.config)
     except ValueError as error:
         raise InputError(f"{where}: config.json: {error}") from None
 
 
-def _role(checkpoint: Checkpoint, family: Family | None, name: str) -> str | None:
+def _role_of(checkpoint: Checkpoint, family: Family | None) -> Callable[[str], str | None]:
+    """What tells the role of a tensor by its name, None if the model has no such tensor."""
+    if checkpoint.model_type == HETEROGENEOUS:
+        return {tensor.name: tensor.role for tensor in _expected(checkpoint, family)}.get
     if checkpoint.model_type == MODEL_TYPE:
-        return routed_role(checkpoint.config, name)
-    return family.role_of(name) if family else None
+        return partial(routed_role, checkpoint.config)
+    return family.role_of if family else lambda name: None
 
 
 def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
@@ -123,7 +131,7 @@ def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], progress: 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is, from its config and headers."""
+    """What a checkpoint is, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
 
     checkpoint: Checkpoint
     family: str | None
@@ -134,6 +142,7 @@ class Inspection:
     files: tuple[str, ...]
     manifest: Mapping[str, Any] | None
     adapter: Mapping[str, Any] | None = None
+    wholes: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
@@ -146,6 +155,7 @@ class Inspection:
             "parameters": self.parameters,
             "bytes": self.checkpoint.nbytes,
             "dtypes": dict(self.dtypes),
+            "expert_models": [dict(whole) for whole in self.wholes],
             "layers": config.get("num_hidden_layers"),
             "hidden_size": config.get("hidden_size"),
             "tied_embeddings": bool(config.get("tie_word_embeddings")),
@@ -179,7 +189,7 @@ def inspect(location: str | Path) -> Inspection:
     tokens = token_ids(checkpoint.folder)
     return Inspection(
         checkpoint=checkpoint,
-        family=MODEL_TYPE if checkpoint.model_type == MODEL_TYPE else family.model_type if family else None,
+        family=checkpoint.model_type if checkpoint.model_type in BY_SEQUENCE else family.model_type if family else None,
         parameters=sum(tensor.size for tensor in tensors),
         dtypes=dtypes,
         roles=_roles(checkpoint, family),
@@ -187,20 +197,40 @@ def inspect(location: str | Path) -> Inspection:
         files=tuple(companion_files(checkpoint.folder)),
         manifest=read_manifest(checkpoint.folder),
         adapter=describe_adapter(checkpoint) if is_adapter(checkpoint) else None,
+        wholes=_wholes(checkpoint) if checkpoint.model_type == HETEROGENEOUS else (),
     )
 
 
+def _wholes(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
+    found = []
+    for number, (name, config) in enumerate(
+        zip(checkpoint.config.get("expert_names") or (), checkpoint.config.get("expert_configs") or (), strict=False)
+    ):
+        known, begin = canonical(config, family_of(config)), expert_prefix(number)
+        own = [tensor.size for tensor in checkpoint.tensors.values() if tensor.name.startswith(begin)]
+        facts = {"name": name, "model_type": config.get("model_type"), "layers": known.get("num_hidden_layers")}
+        facts |= {"hidden_size": known.get("hidden_size"), "vocab_size": known.get("vocab_size"), "parameters": sum(own)}
+        found.append(facts)
+    return tuple(found)
+
+
 def _roles(checkpoint: Checkpoint, family: Family | None) -> tuple[Role, ...]:
-    groups: dict[str, list[Tensor]] = {_general(tensor.role): [] for tensor in _expected(checkpoint, family)}
+    names = checkpoint.config.get("expert_names") if checkpoint.model_type == HETEROGENEOUS else None
+    groups: dict[str, list[Tensor]] = {_general(tensor.role, names): [] for tensor in _expected(checkpoint, family)}
+    role_of = _role_of(checkpoint, family)
     for name, tensor in checkpoint.tensors.items():
-        role = _role(checkpoint, family, tensor.name)
+        role = role_of(tensor.name)
         kind = "adapter" if is_adapter(checkpoint) else "buffer" if family and family.is_buffer(name) else "no role"
         plain = tensor.name.removeprefix("base_model.model.")
-        groups.setdefault(_general(role) if role else f"({kind}) {_general(plain)}", []).append(tensor)
+        groups.setdefault(_general(role, names) if role else f"({kind}) {_general(plain)}", []).append(tensor)
     return tuple(
         Role(role, found[0].shape, len(found), sum(tensor.size for tensor in found)) for role, found in groups.items() if found
     )
 
 
-def _general(role: str) -> str:
+def _general(role: str, experts: Sequence[str] | None = None) -> str:
+    """The role without numbers; of whole models among the experts, which have different layers, with their names instead."""
+    whole = _WHOLE_MODEL.match(role) if experts else None
+    if whole and experts and int(whole[1]) < len(experts):
+        return f"{experts[int(whole[1])]}.{_general(role[whole.end() :])}"
     return re.sub(r"\.\d+(?=\.|$)", ".*", role)

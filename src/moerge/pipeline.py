@@ -1,6 +1,6 @@
 """The whole flow, from a recipe to a checkpoint: read this first.
 
-recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> fit_gates -> publish
+recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> fit_outputs -> publish
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moerge.checkpoint.manifest import build_manifest, to_json
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, interrupted
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
-from moerge.moe.fitting import fit_gates
+from moerge.moe.fitting import fit_outputs
 from moerge.planning.build import build_plan
 from moerge.planning.execute import Execution
 from moerge.planning.integers import unlike_integers
@@ -87,7 +87,7 @@ def merge(
     `resume` continues an interrupted merge into `out`; `force` replaces a checkpoint that moerge made there before.
     The result does not depend on `threads` (default: the cores available), and its tensors not on `max_shard_bytes`.
     `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread; `calibrating`,
-    with the number of texts once a router is computed from them, and returns what is told the texts done. `clients` are as in
+    with the number of texts once something is computed from them, and returns what is told the texts done. `clients` are as in
     `plan`, asked before anything is written; the files do not depend on them.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
@@ -97,8 +97,8 @@ def merge(
     start = check_target(plan, target, resume=resume, force=force)
     if not plan.complete:  # only now, since a download may take hours
         plan = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
-    if plan.recipe.moe is not None:
-        plan.recipe.moe.router.require()
+    for fitting in plan.fittings:
+        fitting.fitter.require()
     threads = threads or default_threads()
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
@@ -108,7 +108,7 @@ def merge(
         if progress is not None:
             execution.advance = progress(plan)
         execution.run(plan.outputs, threads)
-        remarks = fit_gates(plan, staging, partial(_files, plan), threads, calibrating)
+        remarks = fit_outputs(plan, staging, partial(_files, plan), threads, calibrating)
         remarks = (*remarks, *differing(plan.statistics, plan.outputs, staging.inputs), *unlike_integers(plan))
         if remarks:
             plan = replace(plan, warnings=(*plan.warnings, *remarks))

@@ -257,7 +257,7 @@ def test_manifest_and_card_tell_what_was_calibrated_on(models: Path) -> None:
     assert overlap([text for name in NAMES for text in documents(name, seed=1)], manifest) == 0
     card = (models / "moe/README.md").read_text()
     assert "Router: ridge, computed, not trained." in card
-    assert "Calibration texts of the router: base 5 from `base.txt`, math 5 from `math.txt`" in card
+    assert "Calibration texts: base 5 from `base.txt`, math 5 from `math.txt`" in card
 
 
 def test_statistics_stand_for_text_when_an_expert_comes_or_goes(models: Path) -> None:
@@ -349,22 +349,22 @@ def test_the_plan_tells_what_the_router_costs(models: Path) -> None:
         return moerge.plan(tiny.write_recipe(models, moe={"router": dict(router)}, calibration=calibration))
 
     ridge, random = plan({"kind": "ridge"}), plan({"kind": "random"})
-    assert (random.router_seconds, random.router_bytes()) == (0, 0)
-    assert ridge.seconds == pytest.approx(random.seconds + ridge.router_seconds)
+    assert (random.fitting_seconds, random.fitting_bytes()) == (0, 0)
+    assert ridge.seconds == pytest.approx(random.seconds + ridge.fitting_seconds)
     tokens = sum(1 + len(document) // 4 for name in NAMES for document in documents(name))
     module, layers, hidden = 2 * 3 * 16 * 24, 2, 16
     shared = ridge.parameters - 4 * module
     reading = 5 + ridge.output_bytes / 2e9
-    assert ridge.router_seconds == pytest.approx(reading + 2 * tokens * (shared + module + layers * hidden**2) / 2e11)
-    perplexity = plan({"kind": "perplexity"}).router_seconds - reading
+    assert ridge.fitting_seconds == pytest.approx(reading + 2 * tokens * (shared + module + layers * hidden**2) / 2e11)
+    perplexity = plan({"kind": "perplexity"}).fitting_seconds - reading
     assert perplexity == pytest.approx(2 * tokens * (5 * (shared + module) + layers * hidden**2) / 2e11)
-    uniform = plan({"kind": "ridge", "path": "uniform"}).router_seconds - reading
+    uniform = plan({"kind": "ridge", "path": "uniform"}).fitting_seconds - reading
     assert uniform == pytest.approx(2 * tokens * (shared + 4 * module + layers * hidden**2) / 2e11)
-    assert plan({"kind": "ridge", "device": "cuda"}).router_seconds < ridge.router_seconds
-    assert plan({"kind": "projection"}).router_seconds > plan({"kind": "projection", "sign": "mean"}).router_seconds > 0
-    more = ridge.router_bytes(3) - ridge.router_bytes(1)
+    assert plan({"kind": "ridge", "device": "cuda"}).fitting_seconds < ridge.fitting_seconds
+    assert plan({"kind": "projection"}).fitting_seconds > plan({"kind": "projection", "sign": "mean"}).fitting_seconds > 0
+    more = ridge.fitting_bytes(3) - ridge.fitting_bytes(1)
     assert more == 2 * 512 * (layers * hidden + 3 * tiny.VOCABULARY) * 4
-    assert ridge.summary(1)["router_seconds_estimated"] == round(ridge.router_seconds, 1)
+    assert ridge.summary(1)["fitting_seconds_estimated"] == round(ridge.fitting_seconds, 1)
 
 
 def test_resume_refuses_other_calibration_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

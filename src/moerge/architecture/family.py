@@ -54,6 +54,11 @@ def _nothing(config: dict[str, Any]) -> None:
     """The family derives nothing."""
 
 
+def _one(config: Mapping[str, Any]) -> float:
+    """The family scales nothing."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of architectures.
@@ -68,7 +73,9 @@ class Family:
     - `nested`: the key that holds the language model's config in a config of several models;
     - `spellings`: regular expressions for the beginning of names as other programs write them, and what to put there;
     - `untabled` match tensors that belong to the model but have no role, and are merged by name;
-    - `fused` match tensors of transformers' layout in memory, which is not the one on disk.
+    - `fused` match tensors of transformers' layout in memory, which is not the one on disk;
+    - `embedding_scale(config)` is what the embedding module multiplies rows by (not what happens to them afterwards), and
+      `logit_scale(config)` what the head's outputs are multiplied by, both of a canonical config.
     """
 
     model_type: str
@@ -84,6 +91,8 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     untabled: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
+    embedding_scale: Callable[[Mapping[str, Any]], float] = _one
+    logit_scale: Callable[[Mapping[str, Any]], float] = _one
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], TensorRule]]:

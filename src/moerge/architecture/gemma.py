@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -56,12 +57,17 @@ def _derive_gemma3(config: dict[str, Any]) -> None:
     config["use_bidirectional_attention"] = config.get("use_bidirectional_attention") or None
 
 
+def _embedding_scale(config: Mapping[str, Any]) -> float:
+    return float(config["hidden_size"] ** 0.5)
+
+
 GEMMA = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",
     tensors=(EMBEDDING, BEFORE_ATTENTION, *_ATTENTION, BEFORE_FFN, *ffn(), *FINAL),
     defaults={**_DEFAULTS, "num_key_value_heads": 16, "hidden_act": _GELU},
     derive=_derive_gemma,
+    embedding_scale=_embedding_scale,
 )
 
 GEMMA2 = Family(
@@ -78,6 +84,7 @@ GEMMA2 = Family(
         "attn_logit_softcapping": 50.0,
     },
     derive=_derive_gemma2,
+    embedding_scale=_embedding_scale,
 )
 
 GEMMA3_TEXT = Family(
@@ -98,6 +105,7 @@ GEMMA3_TEXT = Family(
         "attn_logit_softcapping": None,
     },
     derive=_derive_gemma3,
+    embedding_scale=_embedding_scale,
 )
 
 _LANGUAGE = "language_model."

@@ -26,11 +26,17 @@ _DEFAULTS = {
 }
 _BACKBONE = (EMBEDDING, BEFORE_ATTENTION, *attention("qkvo", "attention_bias"), BEFORE_FFN)
 
+
+def _logit_scale(config: Mapping[str, Any]) -> float:
+    return 1 / float(config["logits_scaling"])
+
+
 GRANITE = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
     tensors=(*_BACKBONE, *ffn(bias="mlp_bias"), *FINAL),
     defaults={**_DEFAULTS, "mlp_bias": False},
+    logit_scale=_logit_scale,
 )
 
 _FFN, _MODULE = f"{BLOCK}.ffn", f"{LAYER}.block_sparse_moe"
@@ -54,6 +60,7 @@ GRANITEMOE = Family(
     ),
     defaults={**_DEFAULTS, "num_experts_per_tok": 2, "num_local_experts": 8},
     fused=FUSED,
+    logit_scale=_logit_scale,
 )
 
 

@@ -8,9 +8,13 @@ from typing import Any
 from moerge.architecture.config import canonical
 from moerge.architecture.family import Expected, Family, expected_tensors
 from moerge.architecture.registry import family_of
+from moerge.modeling.adapters_moerge import FACTORS, Adapted, adapted, check_adapters, factor_name, plain_name
 from moerge.modeling.naming_moerge import dense_name, role_of, separate_name
 
 MODEL_TYPE = "moerge"
+HETEROGENEOUS = "moerge_heterogeneous"
+BY_SEQUENCE = (MODEL_TYPE, HETEROGENEOUS)
+"""Our model types: of experts of one family, and of whole models."""
 GATE = "router.weight"
 
 
@@ -25,6 +29,17 @@ def expand(dense: Sequence[Expected], experts: int, separate: Sequence[str]) -> 
         for number in numbers:
             name = separate_name(tensor.name, number or 0)
             yield Expected(_role(tensor.role, role, number), name, tensor.shape, number, tensor.role)
+
+
+def adapter_factors(dense: Expected, one: Adapted) -> tuple[Expected, Expected]:
+    """The factors A [rank, in] and B [out, rank] of an expert's adapter on a dense tensor [out, in]."""
+    (outputs, inputs), role = dense.shape, role_of(dense.name)
+    a, b = (factor_name(dense.name, one.expert, factor) for factor in FACTORS)
+    path = _role(dense.role or dense.name, role, one.expert)
+    return (
+        Expected(f"{path}.{FACTORS[0]}", a, (one.rank, inputs), one.expert, dense.role),
+        Expected(f"{path}.{FACTORS[1]}", b, (outputs, one.rank), one.expert, dense.role),
+    )
 
 
 def gate(experts: int, hidden: int) -> Expected:
@@ -43,7 +58,12 @@ def expected_routed(config: Mapping[str, Any]) -> list[Expected]:
         raise ValueError("expert_names and separate should be lists, and routing a mapping")
     if family is None:
         return []
-    found = list(expand(expected_tensors(family, dense), len(names), separate))
+    plain, adapters = expected_tensors(family, dense), config.get("adapters")
+    found = list(expand(plain, len(names), separate if adapters is None else []))
+    if adapters is not None:
+        check_adapters(adapters, names, separate, dense["num_hidden_layers"])
+        by_name = {tensor.name: tensor for tensor in plain}
+        found += [factor for one in adapted({**config, "expert_config": dense}) for factor in _factors(by_name, one)]
     return [*found, gate(len(names), dense["hidden_size"])] if routing.get("kind") == "learned" else found
 
 
@@ -51,6 +71,11 @@ def routed_role(config: Mapping[str, Any], name: str) -> str | None:
     """The role of a sequence-routed model's tensor by its name, or None if it has no such tensor."""
     if name == GATE:
         return "router"
+    factor = plain_name(name)
+    if factor is not None:
+        plain, expert, letter = factor
+        shared = routed_role(config, plain)
+        return shared and f"{_role(shared, role_of(dense_name(plain)[0]), expert)}.{letter}"
     try:
         dense, number = dense_name(name)
     except ValueError:
@@ -58,12 +83,19 @@ def routed_role(config: Mapping[str, Any], name: str) -> str | None:
     family, _ = _experts(config)
     role = role_of(dense)
     known = family.role_of(dense) if family else role
-    return known and _role(known, role, number if role in config.get("separate", ["ffn"]) else None)
+    own = role in config.get("separate", ["ffn"]) and config.get("adapters") is None
+    return known and _role(known, role, number if own else None)
 
 
 def expert_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the dense models that a sequence-routed model is made of, or the config itself if it is another model's."""
     return _experts(config)[1] if config.get("model_type") == MODEL_TYPE else config
+
+
+def _factors(by_name: Mapping[str, Expected], one: Adapted) -> tuple[Expected, Expected]:
+    if one.weight not in by_name:
+        raise ValueError(f"adapters name {one.module!r}, which the experts do not have")
+    return adapter_factors(by_name[one.weight], one)
 
 
 def _experts(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:

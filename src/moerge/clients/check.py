@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from moerge.clients.limits import LIMITS, OWN_FORMAT, RUNS, VERSIONS
+from moerge.architecture.sequence import HETEROGENEOUS
+from moerge.clients.limits import LIMITS, OWN_FORMATS, RUNS, VERSIONS
 from moerge.clients.result import Result
 from moerge.errors import InputError, suggest
 from moerge.planning.plan import Plan
@@ -45,8 +46,10 @@ def check_result(result: Result, client: str) -> list[Finding]:
 
 def _not_run(result: Result, client: str) -> Finding:
     kind = result.model_type
-    if kind == OWN_FORMAT:
+    if kind in OWN_FORMATS:
         native = "choose a native moe.format for token-routed experts, or leave out `moe` for a dense model"
+        if kind == HETEROGENEOUS:
+            native = "experts of different architectures fit no other, so serve it with transformers, or the experts one by one"
         only = "only transformers 5.5 and newer do"
         return Finding(client, "cannot", f"{client} does not run moerge's own architecture, {only}: {native}")
     if any(kind in types for types in RUNS.values()):

@@ -26,16 +26,17 @@ VERSIONS = {
 _DENSE = ("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 _MOE = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe")
 
+OWN_FORMATS = ("moerge", "moerge_heterogeneous")
+
 RUNS: dict[str, frozenset[str]] = {
     LLAMA_CPP: frozenset({*_DENSE, *_MOE, "olmoe"}),
     OPENVINO: frozenset({*_DENSE, *_MOE}),
-    TRANSFORMERS: frozenset({*_DENSE, *_MOE, "olmoe", "flex_olmo", "moerge"}),
+    TRANSFORMERS: frozenset({*_DENSE, *_MOE, "olmoe", "flex_olmo", *OWN_FORMATS}),
     TRANSFORMERS_4: frozenset({*_DENSE, *_MOE, "olmoe", "flex_olmo"}),
     VLLM: frozenset({*_DENSE, *_MOE, "olmoe", "flex_olmo"}),
 }
 """Model types by client, of those that moerge writes or has a family for."""
 
-OWN_FORMAT = "moerge"
 _SILU_IN_LLAMA_CPP = (
     "granite",
     "granitemoe",
@@ -299,7 +300,7 @@ LIMITS = (
     ),
     Limit(
         TRANSFORMERS,
-        (OWN_FORMAT,),
+        OWN_FORMATS,
         lambda result: True,
         "note",
         "needs version 5.5 or newer, and trust_remote_code=True where moerge is not installed",

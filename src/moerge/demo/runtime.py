@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.inference.loading import without_progress_bars
 
 _SPINS = "3000"
 _MOST_THREADS = 4
@@ -35,20 +36,15 @@ def import_models_extra() -> None:
 def settled(seed: int = 0) -> Iterator[None]:
     """torch's random state and threads set, transformers' progress bars off."""
     import torch
-    import transformers
 
-    logging: Any = transformers.utils.logging
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
     torch.set_num_threads(min(_MOST_THREADS, threads))
-    logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with without_progress_bars(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def load(checkpoint: Path) -> Any:

@@ -89,7 +89,7 @@ def train_models(
         streams = {domain: pack(tokenizer, corpus.train) for domain, corpus in corpora.items()}
         for name, training in TRAININGS.items():
             model: Any = _new_model(tokenizer) if name == "base" else load(paths["base"])
-            for loss in _train(model, training, streams, _steps(training, scale)):
+            for loss in train_model(model, training, streams, _steps(training, scale)):
                 on_step(name, loss)
             # bfloat16 is what most published experts come in, and halves the files.
             model.to(torch.bfloat16).save_pretrained(paths[name])
@@ -149,15 +149,16 @@ def _new_model(tokenizer: Any) -> Any:
 
 
 def pack(tokenizer: Any, documents: list[str]) -> torch.Tensor:
-    """All documents as one row of tokens, each followed by END."""
+    """All documents as one row of tokens, each followed by the token that ends a text."""
     import torch
 
-    encodings = tokenizer.backend_tokenizer.encode_batch([document + END for document in documents])
+    ended = [document + tokenizer.eos_token for document in documents]
+    encodings = tokenizer.backend_tokenizer.encode_batch(ended, add_special_tokens=False)
     return torch.tensor([token for encoding in encodings for token in encoding.ids])
 
 
-def _train(model: Any, training: Training, streams: Mapping[str, torch.Tensor], steps: int) -> Iterator[float]:
-    """AdamW with warm-up and a cosine down to a tenth; yields the loss of each step."""
+def train_model(model: Any, training: Training, streams: Mapping[str, torch.Tensor], steps: int) -> Iterator[float]:
+    """AdamW with warm-up and a cosine down to a tenth, on windows of `streams` [tokens]; yields the loss of each step."""
     import torch
 
     model.train()

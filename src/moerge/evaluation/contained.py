@@ -4,7 +4,7 @@ sandbox.py puts these names in front: PROGRAM, TOKEN, SECONDS, MEMORY, NOBODY, S
 """
 
 # mypy: ignore-errors
-# ruff: noqa: D103, F821, I001
+# ruff: noqa: F821, I001
 
 import builtins
 import ctypes
@@ -19,10 +19,12 @@ FOLDERS = {path for path in READABLE if os.path.isdir(path)}
 
 
 def say(text):
+    """Tell sandbox.py how it went."""
     os.write(STATUS, text.encode("utf-8", "replace")[:SAID])
 
 
 def limit():
+    """Take away what the program must not have: memory, files, processes, time, root."""
     limits = {
         resource.RLIMIT_AS: MEMORY,
         resource.RLIMIT_FSIZE: 0,
@@ -99,6 +101,7 @@ def make_guard():
 
 
 def main(program, token):
+    """Run the program under all limits; `token` is what is said if it ends as it should."""
     try:
         limit()
     except (ValueError, OSError) as failure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moerge.architecture.sequence import MODEL_TYPE
+from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.manifest import read_manifest, weights_digest
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
@@ -56,4 +56,4 @@ def routes_sequences(checkpoint: str) -> bool:
         config, _ = PretrainedConfig.get_config_dict(str(folder) if folder.is_dir() else place, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the configuration of {checkpoint}: {' '.join(str(error).split())[:300]}") from None
-    return bool(config.get("model_type") == MODEL_TYPE)
+    return bool(config.get("model_type") in BY_SEQUENCE)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.digest import file_digest
 from moerge.errors import InputError, MachineError
+from moerge.files import write_whole
 
 
 class Records:
@@ -75,14 +75,3 @@ class Records:
 
 def _line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or complete. MachineError if it cannot be written."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror or error}") from None

@@ -12,8 +12,9 @@ import xxhash
 
 from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
-from moerge.evaluation.records import Records, write_whole
+from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Evaluation, Kind, Measure, Score, to_csv
+from moerge.files import write_whole
 
 RESULTS = "results.json"
 Row = Mapping[str, Any]

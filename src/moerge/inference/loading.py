@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.architecture.sequence import MODEL_TYPE
+from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
@@ -43,7 +43,7 @@ class Loaded:
     @property
     def by_sequence(self) -> bool:
         """Whether whole sequences are routed."""
-        return bool(self.model.config.model_type == MODEL_TYPE)
+        return bool(self.model.config.model_type in BY_SEQUENCE)
 
     def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
         """Up to `limit` tokens of a text, [1, T], as the tokenizer starts a text; InputError if there are none."""
@@ -83,11 +83,9 @@ def load(
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
     _register_ours(str(checkpoint), place, options)
-    keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
     with without_progress_bars():
         try:
-            wanted = "auto" if dtype is None else getattr(torch, dtype)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, **{keyword: wanted}, **options)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, **in_dtype(dtype), **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from or place, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(_explain(str(checkpoint), error)) from None
@@ -111,7 +109,7 @@ def _register_ours(checkpoint: str, place: str, options: dict[str, Any]) -> None
     except ImportError as error:
         revision = {key: value for key, value in options.items() if key == "revision"}
         with suppress(OSError):
-            if PretrainedConfig.get_config_dict(place, **revision)[0].get("model_type") == MODEL_TYPE:
+            if PretrainedConfig.get_config_dict(place, **revision)[0].get("model_type") in BY_SEQUENCE:
                 raise InputError(f"{checkpoint}: {error}: pip install --upgrade transformers") from None
 
 
@@ -120,6 +118,14 @@ def _explain(checkpoint: str, error: Exception) -> str:
     if "trust_remote_code" in text:
         return f"{checkpoint} comes with code of its own: look at it, then run it with --trust-remote-code"
     return f"transformers cannot load {checkpoint}: {text[:300]}"
+
+
+def in_dtype(dtype: str | None) -> dict[str, Any]:
+    """What `from_pretrained` is told of the element type, None for the stored one: transformers 4 has another word for it."""
+    import torch
+
+    keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
+    return {keyword: "auto" if dtype is None else getattr(torch, dtype)}
 
 
 @contextmanager

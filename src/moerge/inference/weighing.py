@@ -71,7 +71,9 @@ class BySequence:
     def _losses(self, ids_1T: torch.Tensor, routing: object) -> list[float]:
         import torch
 
-        if self._model.config.routing["kind"] == "perplexity":  # its scores are 1 / PPL
+        options = self._model.config.routing
+        reads_all = options.get("on") != "prefix" or ids_1T.shape[1] <= options["prefix_tokens"]
+        if options["kind"] == "perplexity" and reads_all:  # its scores are 1 / PPL
             return [-score.log().item() for score in routing.scores[0]]  # type: ignore[attr-defined]
         with torch.no_grad():
             prompt = self._model.model.make_prompt(ids_1T)

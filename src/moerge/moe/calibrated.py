@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 
 
+def expert_texts(recipe: Recipe, expert: str, limit: int, kind: str) -> Texts:
+    """The first `limit` documents of an expert's calibration text; InputError if the recipe has none."""
+    location = recipe.calibration.get(expert)
+    if location is None:
+        raise InputError(f"{recipe.source}: the {kind} router needs text for every expert: add '{expert}: FILE' to 'calibration'")
+    return read_texts(expert, location, relative_to=recipe.folder, limit=limit)
+
+
 class RunningRouter(FittedRouter):
     """A router for which the merged model runs, on `device`, in the checkpoint's element type unless `dtype` says otherwise."""
 
@@ -48,7 +56,7 @@ class RunningRouter(FittedRouter):
 
     def running(self, context: FitContext) -> RunningMoE:
         """The merged model in memory."""
-        experts, layers = len(context.experts), len(context.gates)
+        experts, layers = len(context.experts), len(context.outputs)
         return RunningMoE(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
 
     def crew(self, context: FitContext) -> Crew:
@@ -89,12 +97,7 @@ class CalibratedRouter(RunningRouter):
         return tuple(self._texts(recipe, expert) for expert in experts)
 
     def _texts(self, recipe: Recipe, expert: str) -> Texts:
-        location = recipe.calibration.get(expert)
-        if location is None:
-            raise InputError(
-                f"{recipe.source}: the {self.kind} router needs text for every expert: add '{expert}: FILE' to 'calibration'"
-            )
-        return read_texts(expert, location, relative_to=recipe.folder, limit=self.texts)
+        return expert_texts(recipe, expert, self.texts, self.kind)
 
     def path_of(self, expert: int) -> int | None:
         """Where the texts of the expert with this index run."""
@@ -136,7 +139,7 @@ class MomentRouter(CalibratedRouter):
 
     def moments(self, context: FitContext) -> list[Moments]:
         """The statistics of every expert, from its file or from its text."""
-        shape = len(context.gates), context.gates[0].shape[1]
+        shape = len(context.outputs), context.outputs[0].shape[1]
         folder = None if self.statistics is None else context.relative_to / self.statistics
         found = []
         with ExitStack() as stack:
@@ -239,4 +242,4 @@ def _same(saved: Path, facts: dict[str, Any]) -> bool:
 
 def gates_of(context: FitContext, make: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
     """The gate that `make(layer)` returns, for every layer, by name."""
-    return {gate.name: make(layer) for layer, gate in enumerate(context.gates)}
+    return {gate.name: make(layer) for layer, gate in enumerate(context.outputs)}

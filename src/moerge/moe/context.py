@@ -1,4 +1,4 @@
-"""What a fitted router has to work with."""
+"""What a fitter has to work with."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from moerge.planning.operations import Output
 
 @dataclass(frozen=True)
 class FitContext:
-    """A merged model that is complete but for its gates.
+    """A merged model that is complete but for what is still to be fitted, of which `outputs` are this fitter's, in order.
 
-    `folder` loads with transformers. `gates` are the outputs to fill, by layer; `experts` the names of their rows. `digests`
-    are those of the other outputs, by role. `models` are the inputs by name, all of `family`. Relative paths start from
-    `relative_to`. What `read` returned is in `read_digests`, for the manifest. `threads` may be used, whose number must not
-    change the gates; `advance(count)` is told of texts that are done.
+    `folder` loads with transformers. Of a router the outputs are its gates, by layer, and `experts` the names of their rows.
+    `digests` are those of what is not fitted, by role. `models` are the inputs by name, all of `family`. Relative paths start
+    from `relative_to`. What `read` returned is in `read_digests`, for the manifest. `threads` may be used, whose number must
+    not change the results; `advance(count)` is told of texts that are done.
     """
 
     folder: Path
-    gates: tuple[Output, ...]
+    outputs: tuple[Output, ...]
     experts: tuple[str, ...]
     texts: Mapping[str, Texts] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The last step of assembling a MoE whose router is computed: its gates, once everything else is written."""
+"""The last step of assembling a MoE some of whose tensors are computed from the others, once these are written."""
 
 from __future__ import annotations
 
@@ -17,39 +17,45 @@ from moerge.planning.operations import Fit, Output
 from moerge.planning.plan import Plan
 
 
-def fit_gates(
+def fit_outputs(
     plan: Plan,
     staging: Staging,
     files: Callable[[], Mapping[str, bytes]],
     threads: int,
     calibrating: Callable[[int], Callable[[int], None]] | None = None,
 ) -> tuple[str, ...]:
-    """Compute and store the gates that `plan` leaves to a fitted router; returns what the user should know about them.
+    """Compute and store what `plan` leaves to fitters, one after the other; returns what the user should know about it.
 
-    `files()` make the staging folder a checkpoint that loads. Gates that an interrupted run has completed are kept. The gates do
-    not depend on `threads`. `calibrating` is called with the number of texts and returns what is told of those that are done.
+    `files()` make the staging folder a checkpoint that loads. What an interrupted run has completed is kept, unless a fitter
+    was not done with all of its tensors. Nothing depends on `threads`. `calibrating` is called with the number of texts, if
+    some fitter counts them, and returns what is told of those that are done.
     """
-    gates = tuple(output for output in plan.outputs if isinstance(output.operation, Fit))
-    if not gates:
-        return ()
-    assert isinstance(gates[0].operation, Fit)
-    router = gates[0].operation.router
-    context = _context(plan, staging, gates)
-    if not all(staging.finished(gate) for gate in gates):
+    remarks: tuple[str, ...] = ()
+    fittings = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fittings]
+    pending = [fitting for fitting, _ in fittings if not all(map(staging.finished, fitting.outputs))]
+    if pending:
         staging.add(files())
-        texts = sum(len(texts.documents) for texts in plan.calibration)
-        advance = calibrating(texts) if calibrating and texts else context.advance
-        with one_thread_each():
-            fitted = router.fit(replace(context, threads=threads, advance=advance))
-        for gate in gates:
-            _store(staging, gate, fitted[gate.name], context.read_digests)
-    return router.remarks(context)
+    texts = sum(len(texts.documents) for texts in plan.calibration) * sum(f.fitter.counts_texts for f in pending)
+    advance = calibrating(texts) if calibrating and texts else _ignore
+    for fitting, context in fittings:
+        if fitting in pending:
+            counts = advance if fitting.fitter.counts_texts else _ignore
+            with one_thread_each():
+                fitted = fitting.fitter.fit(replace(context, threads=threads, advance=counts))
+            for output in fitting.outputs:
+                _store(staging, output, fitted[output.name], context.read_digests)
+        remarks += fitting.fitter.remarks(context)
+    return remarks
 
 
-def _context(plan: Plan, staging: Staging, gates: tuple[Output, ...]) -> FitContext:
+def _ignore(count: int) -> None:
+    """Nobody watches."""
+
+
+def _context(plan: Plan, staging: Staging, outputs: tuple[Output, ...]) -> FitContext:
     return FitContext(
         folder=staging.folder,
-        gates=gates,
+        outputs=outputs,
         experts=plan.experts,
         texts={texts.expert: texts for texts in plan.calibration},
         digests={o.role: staging.digests[o.name] for o in plan.outputs if not isinstance(o.operation, Fit)},
@@ -59,11 +65,11 @@ def _context(plan: Plan, staging: Staging, gates: tuple[Output, ...]) -> FitCont
     )
 
 
-def _store(staging: Staging, gate: Output, values_EH: np.ndarray, inputs: Mapping[str, str]) -> None:
-    if values_EH.shape != gate.shape or not np.isfinite(values_EH).all():
-        raise AssertionError(f"{gate.name}: a router computed {values_EH.shape}, finite or not, instead of {gate.shape}")
-    stored_N = np.empty(gate.size, gate.dtype.storage)
-    encode(np.ascontiguousarray(values_EH, np.float32).reshape(-1), gate.dtype, stored_N)
-    staging.write(gate, 0, stored_N)
-    digest = tensor_digest(chunk_digest(stored_N[start : start + CHUNK]) for start in range(0, gate.size, CHUNK))
-    staging.done(gate, digest, dict(inputs), [])
+def _store(staging: Staging, output: Output, values: np.ndarray, inputs: Mapping[str, str]) -> None:
+    if values.shape != output.shape or not np.isfinite(values).all():
+        raise AssertionError(f"{output.name}: a fitter computed {values.shape}, finite or not, instead of {output.shape}")
+    stored_N = np.empty(output.size, output.dtype.storage)
+    encode(np.ascontiguousarray(values, np.float32).reshape(-1), output.dtype, stored_N)
+    staging.write(output, 0, stored_N)
+    digest = tensor_digest(chunk_digest(stored_N[start : start + CHUNK]) for start in range(0, output.size, CHUNK))
+    staging.done(output, digest, dict(inputs), [])

@@ -74,13 +74,11 @@ class ProjectionRouter(RunningRouter):
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """Directions one layer of one expert at a time, then their signs."""
-        hidden = context.gates[0].shape[1]
+        hidden, layers = context.outputs[0].shape[1], range(len(context.outputs))
         if self.rank > hidden:
             raise InputError(f"moe.router.rank is {self.rank}, but the model is only {hidden} wide")
         with ThreadPoolExecutor(context.threads) as pool:
-            scaled_LEHK = [
-                list(pool.map(partial(self._directions, context, layer), context.experts)) for layer in range(len(context.gates))
-            ]
+            scaled_LEHK = [list(pool.map(partial(self._directions, context, layer), context.experts)) for layer in layers]
         signs = self._skew_signs(context) if self.sign == "skew" else _mean_signs(context)
 
         def gate(layer: int) -> np.ndarray:
@@ -91,7 +89,7 @@ class ProjectionRouter(RunningRouter):
 
     def _directions(self, context: FitContext, layer: int, expert: str) -> np.ndarray:
         """sigma_k v_k as columns; zero where nothing was trained."""
-        hidden = context.gates[0].shape[1]
+        hidden = context.outputs[0].shape[1]
         if expert == "base":
             return np.zeros((hidden, 1), np.float32)
         roles = [f"layers.{layer}.ffn.{part}" for part in ("gate", "up")]
@@ -106,7 +104,7 @@ class ProjectionRouter(RunningRouter):
         with self.crew(context) as crew:
             drawn = [crew.model.random_tokens(self.seed + run, TOKENS) for run in range(SEQUENCES)]
             runs = [run for batch in crew.run(lambda model, ids_1T: model.router_inputs(ids_1T, None), drawn) for run in batch]
-        states_LTH = [np.concatenate([run[layer].cpu().numpy() for run in runs]) for layer in range(len(context.gates))]
+        states_LTH = [np.concatenate([run[layer].cpu().numpy() for run in runs]) for layer in range(len(context.outputs))]
         return lambda layer, scaled_HK: _signs((states_LTH[layer].astype(np.float64) @ scaled_HK) ** 3)
 
 

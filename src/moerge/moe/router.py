@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from moerge.architecture.family import Expected
+from moerge.moe.fitter import Fitter
 from moerge.planning.operations import Draw, Fit, Operation
 from moerge.registry import Registry
-
-if TYPE_CHECKING:
-    from moerge.calibration import Texts
-    from moerge.moe.context import FitContext
-    from moerge.recipe.schema import Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -29,7 +24,10 @@ MODULE = re.compile(r"\.ffn\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MoESize:
-    """How large a merged model is: `shared` and `module` count the parameters of the backbone and of one expert's modules."""
+    """How large a merged model is: `shared` and `module` count the parameters of the backbone and of one expert's modules.
+
+    `layers` is how many gates are computed, `experts` and `hidden` are the rows and columns of each.
+    """
 
     nbytes: int
     layers: int
@@ -52,26 +50,6 @@ class Router(BaseModel):
         """What fills one layer's gate."""
         raise NotImplementedError
 
-    def inputs(self, recipe: Recipe, experts: Sequence[str]) -> tuple[Texts, ...]:
-        """The calibration text of the experts, read while planning; InputError if something is missing."""
-        return ()
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether the merged model is loaded to compute the gates."""
-        return False
-
-    def require(self) -> None:
-        """InputError if a package that the router needs is not installed; asked before anything is written."""
-
-    def memory_bytes(self, size: MoESize, threads: int) -> int:
-        """What computing the gates holds in memory."""
-        return 0
-
-    def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
-        """Floating-point operations that computing the gates takes, roughly."""
-        return 0.0
-
 
 class RandomRouter(Router):
     """Uniform with mean 0 and standard deviation `std`, by default that of a fresh linear layer: 1 / sqrt(3 * hidden).
@@ -91,24 +69,28 @@ class RandomRouter(Router):
         return Draw(seed=self.seed, bound=math.sqrt(3) * std)
 
 
-class FittedRouter(Router):
+class FittedRouter(Router, Fitter):
     """A router whose gates are computed once every other tensor of the merged model is written.
 
-    A subclass says in `fit` what they are, in `inputs` what text that takes, and in `memory_bytes` and `operations` what it
-    costs.
+    A subclass says in `fit` what they are, float32 [experts, hidden] for each of `context.outputs` by name; the rest is as
+    `Fitter` has it.
     """
+
+    counts_texts: ClassVar[bool] = True
+
+    @property
+    def title(self) -> str:
+        """As the recipe calls it."""
+        return f"the {self.kind} router"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its keys in the recipe."""
+        return dict(self)
 
     def operation(self, gate: Expected) -> Operation:
         """Room for the gate, which `fit` fills later."""
         return Fit(self)
-
-    def remarks(self, context: FitContext) -> tuple[str, ...]:
-        """Warnings about the fitted gates, the same whether `fit` ran now or before an interruption."""
-        return ()
-
-    def fit(self, context: FitContext) -> Mapping[str, np.ndarray]:
-        """float32 [experts, hidden] for each of `context.gates` by name."""
-        raise NotImplementedError
 
 
 _ROUTERS: Registry[type[Router]] = Registry("moerge.routers", "router kind")

@@ -9,11 +9,11 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
+from moerge.inference.loading import in_dtype, without_progress_bars
 
 if TYPE_CHECKING:
     import torch
@@ -46,13 +46,11 @@ class RunningMoE:
     ) -> None:
         """`model` is one that is loaded already, where it is; `layers` is how many it must have gates in."""
         require_models_extra("a calibrated router")
-        import torch
-
         self.experts = experts
         self._folder = folder
         self._tokenizer: Any = None
         self._device = _device(device) if model is None else model.device
-        self._model = _load(folder, "auto" if dtype is None else getattr(torch, dtype)) if model is None else model
+        self._model = _load(folder, dtype) if model is None else model
         self._model.to(self._device).eval()
         self._gates = find_gates(self._model, experts)
         self._blocks = [module for module in self._model.modules() if _chooses(module, self._gates)]
@@ -191,16 +189,8 @@ def _device(name: str) -> Any:
     return device
 
 
-def _load(folder: Path, dtype: Any) -> Any:
+def _load(folder: Path, dtype: str | None) -> Any:
     import transformers
-    from transformers.utils import logging as untyped
 
-    logging: Any = untyped
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **{keyword: dtype})
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with without_progress_bars():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **in_dtype(dtype))

@@ -21,17 +21,18 @@ FORMAT = "moerge"
 class SequenceRouter(Router):
     """How a sequence-routed model weighs its experts; registered under `moerge.sequence_routers`.
 
-    The model computes the weights when it is used, so it has to know the kind too; nothing is fitted here. `scores` says
+    The model computes the weights when it is used, so it has to know the kind too, or that which it `routes_as`. `scores` says
     whether experts get scores of which the top K count.
     """
 
     scores: ClassVar[bool] = True
+    routes_as: ClassVar[str | None] = None
     not_in_config: ClassVar[frozenset[str]] = frozenset()
 
     def routing(self, top_k: int) -> dict[str, Any]:
         """`routing` of the model's config.json."""
         options = self.model_dump(exclude_none=True, exclude=set(self.not_in_config))
-        return {"kind": self.kind, **({"top_k": top_k} if self.scores else {}), **options}
+        return {"kind": self.routes_as or self.kind, **({"top_k": top_k} if self.scores else {}), **options}
 
     def problem(self, experts: Sequence[str], separate: Sequence[str]) -> tuple[str, str] | None:
         """The key at fault and what is wrong with it, given the rest of the recipe; None if nothing is."""

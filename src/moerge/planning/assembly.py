@@ -27,13 +27,14 @@ from moerge.statistics.binding import Binder
 class Assembled:
     """The result's config.json and tensors; `experts` are its experts' names by index, none in a dense model.
 
-    `warnings` are what its user should know.
+    `warnings` are what its user should know, `notes` what may be of interest.
     """
 
     config: Mapping[str, Any]
     outputs: Sequence[Output]
     experts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,14 @@ class Assembly:
 
     def copied(self, model: str, name: str) -> Operation:
         """A model's tensor: its bytes, or its values rounded to the output's type."""
-        return self._unchanged(self._source(model, name))
+        return self.unchanged(self._source(model, name))
 
     def joined(self, tensor: Expected, models: Sequence[str], names: Sequence[str]) -> Operation:
         """The tensors of these names, of the first model, then of the next, one after the other as one tensor."""
-        return self._unchanged(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
+        return self.unchanged(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
 
-    def _unchanged(self, source: Source) -> Operation:
+    def unchanged(self, source: Source) -> Operation:
+        """A tensor's bytes, or its values rounded to the output's type."""
         if source.tensor.dtype is self.dtype or not source.tensor.dtype.is_float:
             return Copy(source)
         return Merge(Average(), (source,), (1.0,))

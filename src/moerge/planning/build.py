@@ -16,15 +16,17 @@ from moerge.checkpoint.tokenizer.portable import portable_tokenizer
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
-from moerge.moe.router import FittedRouter
 from moerge.planning.assembly import Assembled, Assembly
 from moerge.planning.checks import check_configs, check_models, merge_candidates, respelled
 from moerge.planning.dense import assemble_dense, check_alone
+from moerge.planning.heterogeneous import assemble_heterogeneous, settle, stay_whole
 from moerge.planning.models import locate_models
+from moerge.planning.operations import Fitting, fittings
 from moerge.planning.plan import Plan
 from moerge.planning.sequence_routed import assemble_sequence_routed
 from moerge.planning.token_routed import assemble_token_routed
 from moerge.planning.vocabulary import OneVocabulary, one_vocabulary
+from moerge.planning.whole_experts import tokenizer_source
 from moerge.recipe.schema import Recipe
 from moerge.statistics.binding import Binder
 
@@ -39,6 +41,8 @@ def build_plan(
     Raises InputError if the models cannot be merged as asked.
     """
     models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
+    if stay_whole(recipe, models):
+        return _plan_whole_models(recipe, models)
     check_models(models)
     family = family_of(models[0].config)
     source = recipe.config or models[0].name
@@ -53,13 +57,40 @@ def build_plan(
     dtype = _dtype(recipe, by_name[source])
     named_alike = {model.name: model for model in alike}
     made = _assemble(Assembly(recipe, named_alike, family, dtype, candidates, source, binder, vocabulary.alignment))
-    calibration = recipe.moe.router.inputs(recipe, made.experts) if recipe.moe else ()
+    planned = _planned(recipe, models, made, vocabulary, config_from=f"config from {source}, ", warnings=(*warnings, *more))
+    if binder is None:
+        return planned
+    used = tuple(binder.used.values())
+    return replace(planned, statistics=used, warnings=(*planned.warnings, *binder.remarks()))
+
+
+def _plan_whole_models(recipe: Recipe, models: tuple[Checkpoint, ...]) -> Plan:
+    """The plan of a model whose experts stay whole models."""
+    recipe = settle(recipe)
+    source = tokenizer_source(models, recipe.tokenizer)
+    by_name = {model.name: model for model in models}
+    dtype = _dtype(recipe, by_name["base" if "base" in by_name else recipe.expert_names[0]])
+    made, vocabulary = assemble_heterogeneous(recipe, models, dtype, tokenizer=source)
+    return _planned(recipe, models, made, vocabulary)
+
+
+def _planned(
+    recipe: Recipe,
+    models: tuple[Checkpoint, ...],
+    made: Assembled,
+    vocabulary: OneVocabulary,
+    *,
+    config_from: str = "",
+    warnings: Sequence[str] = (),
+) -> Plan:
+    """The plan of what was assembled, with its files, texts and remarks."""
+    calibration = calibration_texts(recipe, made.experts, fittings(made.outputs))
     files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")
     files |= recipe.learned.files if recipe.learned else {}
-    if recipe.moe and recipe.moe.by_sequence:
-        files |= {name: path.read_bytes() for name, path in code_files().items()}
+    if made.config.get("auto_map"):
+        files |= {name: path.read_bytes() for name, path in code_files(made.config["auto_map"]).items()}
     planned = Plan(
         recipe=recipe,
         models=models,
@@ -69,23 +100,31 @@ def build_plan(
         experts=made.experts,
         vocabulary=_vocabulary_facts(vocabulary),
         calibration=calibration,
-        statistics=tuple(binder.used.values()) if binder else (),
         warnings=(
             *_model_warnings(recipe, models),
             *warnings,
-            *more,
             *made.warnings,
             *_router_warnings(recipe),
             *_calibration_warnings(recipe, calibration),
-            *(binder.remarks() if binder else ()),
         ),
         notes=(
             *recipe.notes,
-            f"config from {source}, tokenizer and generation config from {vocabulary.source}",
+            *made.notes,
+            f"{config_from}tokenizer and generation config from {vocabulary.source}",
             *vocabulary.notes,
         ),
     )
-    return replace(planned, notes=(*planned.notes, *_router_notes(planned)))
+    return replace(planned, notes=(*planned.notes, *_fitting_notes(planned)))
+
+
+def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[Fitting]) -> tuple[Texts, ...]:
+    """The text of each expert that something is fitted to: where fitters want more and fewer documents, the more."""
+    found: dict[str, Texts] = {}
+    for fitting in needed:
+        for texts in fitting.fitter.inputs(recipe, experts):
+            if texts.expert not in found or len(found[texts.expert].hashes) < len(texts.hashes):
+                found[texts.expert] = texts
+    return tuple(found.values())
 
 
 def _vocabulary_facts(vocabulary: OneVocabulary) -> dict[str, Any]:
@@ -103,14 +142,15 @@ def _model_warnings(recipe: Recipe, models: Sequence[Checkpoint]) -> list[str]:
     return [*recipe.warnings, *(text for model in models for text in model.warnings)]
 
 
-def _router_notes(plan: Plan) -> list[str]:
-    router = plan.recipe.moe.router if plan.recipe.moe else None
-    if not isinstance(router, FittedRouter):
-        return []
-    holds = "with the whole merged model" if router.runs_model else "with a few tensors"
+def _fitting_notes(plan: Plan) -> list[str]:
     text = f", from {sum(len(texts.documents) for texts in plan.calibration)} texts" if plan.calibration else ""
-    gigabytes = plan.router_bytes() / 1e9
-    return [f"the {router.kind} router is computed after merging {holds} in memory, about {gigabytes:.1f} GB{text}"]
+    notes = []
+    for title, fitter in {fitting.fitter.title: fitting.fitter for fitting in plan.fittings}.items():
+        holds = "with the whole merged model" if fitter.runs_model else "with a few tensors"
+        gigabytes = plan.fitting_bytes(title=title) / 1e9
+        verb = "are" if title.endswith("s") else "is"
+        notes.append(f"{title} {verb} computed after merging {holds} in memory, about {gigabytes:.1f} GB{text}")
+    return notes
 
 
 def _router_warnings(recipe: Recipe) -> list[str]:

@@ -15,6 +15,9 @@ from moerge.errors import InputError
 
 _ANY_DEPTH = {"num_hidden_layers": None, "layer_types": None, "moe_layers": None}
 
+KEEP_WHOLE = "a 'moe' section with 'format: moerge' keeps them whole and routes between them"
+"""What can be made of models that cannot be merged tensor by tensor."""
+
 
 def respelled(model: Checkpoint) -> Checkpoint:
     """The model with its tensors under the names that its family's table has for them.
@@ -34,17 +37,22 @@ def respelled(model: Checkpoint) -> Checkpoint:
 
 def check_models(models: Sequence[Checkpoint]) -> None:
     """InputError for quantised models, for layouts that are not those on disk, and for models of different types."""
-    for model in models:
-        if model.config.get("quantization_config"):
-            raise InputError(f"{model.name}: {model.folder} is quantised: merge the unquantised checkpoint it was made from")
-        _check_layout(model)
+    check_storage(models)
     first = models[0]
     for model in models[1:]:
         if model.model_type != first.model_type:
             raise InputError(
                 f"{model.name} is of type {model.model_type!r}, {first.name} of type {first.model_type!r}: "
-                "only models of one architecture can be merged tensor by tensor"
+                f"only models of one architecture can be merged tensor by tensor; {KEEP_WHOLE}"
             )
+
+
+def check_storage(models: Sequence[Checkpoint]) -> None:
+    """InputError for quantised models and for layouts that are not those on disk."""
+    for model in models:
+        if model.config.get("quantization_config"):
+            raise InputError(f"{model.name}: {model.folder} is quantised: merge the unquantised checkpoint it was made from")
+        _check_layout(model)
 
 
 _SPLIT = (
@@ -86,7 +94,7 @@ def check_configs(
         differing.pop("vocab_size", None)
     structural = {key: values for key, values in differing.items() if key in STRUCTURAL}
     if structural:
-        raise InputError(f"config.json: these models do not have the same shape: {_described(structural)}")
+        raise InputError(f"config.json: these models do not have the same shape: {_described(structural)}; {KEEP_WHOLE}")
     if not differing:
         return []
     described = _described(differing)
@@ -123,16 +131,16 @@ def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tup
     _check_same_names(models, stored)
     if family is None:
         found = [Expected("", name, tensor.shape) for name, tensor in names.items()]
-        _check_shapes(models, stored, found)
+        check_shapes(models, stored, found)
         kind = models[0].model_type
         return found, [f"unknown model type {kind!r}: merged by tensor name, without roles and without checking the config"]
     expected = expected_of(family, models[0].config, models[0].name)
-    _check_present(models, stored, expected)
+    check_present(models, stored, expected)
     known = {tensor.name for tensor in expected}
     extra = [name for name in names if name not in known and name not in apart]
     strange = [name for name in extra if not family.is_untabled(name)]
     found = expected + [Expected("", name, names[name].shape) for name in extra]
-    _check_shapes(models, stored, found)
+    check_shapes(models, stored, found)
     warnings = []
     if strange:
         shown = ", ".join(strange[:3])
@@ -167,9 +175,8 @@ def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping
             )
 
 
-def _check_present(
-    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]
-) -> None:
+def check_present(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
+    """InputError for a tensor that a model lacks."""
     for model in models:
         missing = next((tensor.name for tensor in expected if tensor.name not in stored[model.name]), None)
         if missing:
@@ -179,7 +186,8 @@ def _check_present(
             )
 
 
-def _check_shapes(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
+def check_shapes(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
+    """InputError for a tensor of another shape, or stored as what cannot be merged."""
     for model in models:
         for tensor in expected:
             actual = stored[model.name][tensor.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from moerge.methods.method import MergeMethod
 from moerge.methods.random import stream_key
 
 if TYPE_CHECKING:
-    from moerge.moe.router import FittedRouter
+    from moerge.moe.fitter import Fitter
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Fit:
-    """A gate that `router` computes when all other outputs are there; until then it is zero."""
+    """A tensor that `fitter` computes when all other outputs are there; until then it is zero.
 
-    router: FittedRouter
+    Fitters work one after the other, in the order in which their outputs stand in the plan.
+    """
+
+    fitter: Fitter
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -159,9 +163,29 @@ class Output:
         if isinstance(operation, Copy) or self.action == "convert":
             return ""
         if isinstance(operation, Fit):
-            return ", ".join([operation.router.kind, *(f"{key} {value}" for key, value in operation.router)])
+            return ", ".join([operation.fitter.kind, *(f"{key} {value}" for key, value in operation.fitter.settings.items())])
         weights = "" if set(operation.weights) == {1.0} else f", weights {', '.join(f'{w:g}' for w in operation.weights)}"
         return ", ".join(f"{key} {_short(value)}" for key, value in operation.method) + weights
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A fitter and the outputs that it computes, in the plan's order."""
+
+    fitter: Fitter
+    outputs: tuple[Output, ...]
+
+
+def fittings(outputs: Iterable[Output]) -> tuple[Fitting, ...]:
+    """What is fitted, a fitter after the other as their first outputs come."""
+    groups: dict[int, list[Output]] = {}
+    fitters: dict[int, Fitter] = {}
+    for output in outputs:
+        if isinstance(output.operation, Fit):
+            fitter = output.operation.fitter
+            fitters.setdefault(id(fitter), fitter)
+            groups.setdefault(id(fitter), []).append(output)
+    return tuple(Fitting(fitters[key], tuple(group)) for key, group in groups.items())
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,7 @@ from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
 from moerge.moe.router import MODULE, MoESize
-from moerge.planning.operations import Copy, Draw, Fit, Operation, Output
+from moerge.planning.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
 from moerge.planning.reading import BLOCK, WINDOW
 from moerge.planning.whole import whole_memory
 from moerge.recipe.schema import Recipe
@@ -85,7 +85,7 @@ class Plan:
         histograms = 2 * sources * (1 << 16) * 8
         merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
         merging += sum(model.working_bytes for model in self.models)
-        return max(_INTERPRETER_BYTES + merging, self.router_bytes(threads))
+        return max(_INTERPRETER_BYTES + merging, self.fitting_bytes(threads))
 
     @cached_property
     def operations(self) -> tuple[dict[str, Any], ...]:
@@ -97,38 +97,40 @@ class Plan:
         return tuple(dict(zip(keys, (*group, len(sizes), sum(sizes)), strict=True)) for group, sizes in groups.items())
 
     @cached_property
-    def fitted(self) -> MoESize | None:
-        """The size of a model whose gates are computed once the rest is merged, else None."""
-        gates = [output for output in self.outputs if isinstance(output.operation, Fit)]
-        if not gates:
-            return None
-        experts, hidden = gates[0].shape
+    def fittings(self) -> tuple[Fitting, ...]:
+        """What is computed once the rest is merged, in the order in which it is."""
+        return fittings(self.outputs)
+
+    def _size(self, outputs: tuple[Output, ...]) -> MoESize:
+        """The size of the model, of which these outputs are still to be fitted."""
+        experts, hidden = outputs[0].shape[0], outputs[0].shape[-1]
         separate = sum(output.size for output in self.outputs if MODULE.search(output.role))
         vocabulary = int(self.config.get("vocab_size") or 0)
         shared = self.parameters - separate
-        return MoESize(self.output_bytes, len(gates), hidden, vocabulary, experts, shared, separate // experts)
+        return MoESize(self.output_bytes, len(outputs), hidden, vocabulary, experts, shared, separate // experts)
 
-    def router_bytes(self, threads: int = 1) -> int:
-        """Memory that computing the router takes, once the rest is merged; 0 if nothing is computed."""
-        if self.fitted is None or self.recipe.moe is None:
-            return 0
-        return self.recipe.moe.router.memory_bytes(self.fitted, threads) + _INTERPRETER_BYTES + _TORCH_BYTES
+    def fitting_bytes(self, threads: int = 1, *, title: str = "") -> int:
+        """Memory that computing takes what is computed once the rest is merged; 0 if nothing is. `title`: of that alone."""
+        every = [fitting for fitting in self.fittings if title in ("", fitting.fitter.title)]
+        needed = [fitting.fitter.memory_bytes(self._size(fitting.outputs), threads) for fitting in every]
+        return max(needed) + _INTERPRETER_BYTES + _TORCH_BYTES if needed else 0
 
     @property
-    def router_seconds(self) -> float:
-        """A very rough estimate of the time that computing the router takes, in seconds."""
-        if self.fitted is None or self.recipe.moe is None:
-            return 0.0
-        router = self.recipe.moe.router
-        speed = _OPERATIONS_PER_SECOND if getattr(router, "device", "cpu") == "cpu" else _OPERATIONS_PER_SECOND_ON_A_DEVICE
-        loading = _TORCH_SECONDS + self.output_bytes / _BYTES_READ_PER_SECOND if router.runs_model else 0.0
-        return loading + router.operations(self.fitted, self.calibration) / speed
+    def fitting_seconds(self) -> float:
+        """A very rough estimate of the time that this takes, in seconds."""
+        return sum(self._seconds_of(fitting) for fitting in self.fittings)
+
+    def _seconds_of(self, fitting: Fitting) -> float:
+        fitter = fitting.fitter
+        speed = _OPERATIONS_PER_SECOND if getattr(fitter, "device", "cpu") == "cpu" else _OPERATIONS_PER_SECOND_ON_A_DEVICE
+        loading = _TORCH_SECONDS + self.output_bytes / _BYTES_READ_PER_SECOND if fitter.runs_model else 0.0
+        return loading + fitter.operations(self._size(fitting.outputs), self.calibration) / speed
 
     @property
     def seconds(self) -> float:
-        """A rough estimate of the time a merge takes on an ordinary disk, computing the router included, in seconds."""
+        """A rough estimate of the time a merge takes on an ordinary disk, fitting included, in seconds."""
         merging = self.input_bytes / _BYTES_READ_PER_SECOND + self.output_bytes / _BYTES_WRITTEN_PER_SECOND
-        return merging + self.router_seconds
+        return merging + self.fitting_seconds
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,7 +153,7 @@ class Plan:
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes(threads),
             "seconds_estimated": round(self.seconds, 1),
-            "router_seconds_estimated": round(self.router_seconds, 1),
+            "fitting_seconds_estimated": round(self.fitting_seconds, 1),
             "operations": dict(Counter(output.action for output in self.outputs)),
             "models": {model.name: model.location for model in self.models},
             "experts": list(self.experts),
@@ -165,7 +167,7 @@ class Plan:
 
 def _describe(operation: Operation) -> Any:
     if isinstance(operation, Fit):
-        return [operation.router.kind, operation.router.model_dump()]
+        return [operation.fitter.kind, operation.fitter.settings]
     if isinstance(operation, Draw):
         return [operation.seed, operation.bound]
     sources = [(source.model, source.tensor.name) for source in operation.sources]

@@ -9,9 +9,10 @@ from typing import Any
 from moerge.architecture.config import portable
 from moerge.architecture.sequence import MODEL_TYPE, expand, gate
 from moerge.errors import InputError
-from moerge.modeling import AUTO_MAP, FAMILIES
+from moerge.modeling import AUTO_MAP, FAMILIES, role_of
 from moerge.moe.sequence import SequenceRouter
 from moerge.planning.assembly import Assembled, Assembly
+from moerge.planning.kept_adapters import kept_adapters, kept_note
 from moerge.planning.match import MethodChooser
 from moerge.recipe.schema import MoE
 
@@ -25,15 +26,17 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
     stored = [tensor for tensor in assembly.candidates if not (tied and tensor.name.startswith("lm_head."))]
     by_role = {tensor.role or tensor.name: tensor for tensor in stored}
     plain = [replace(tensor, role=tensor.role or tensor.name) for tensor in stored]
-    chooser, outputs = MethodChooser(assembly.recipe), []
+    chooser, outputs, keeps = MethodChooser(assembly.recipe), [], moe.adapters == "keep"
     try:
-        expanded = list(expand(plain, len(experts), moe.separate))
+        expanded = list(expand(plain, len(experts), () if keeps else moe.separate))
     except ValueError as error:
         raise InputError(f"cannot build a sequence-routed model: {error}") from None
     for tensor in expanded:
         original = by_role[tensor.dense_role]
         if tensor.expert is not None:
             operation = assembly.copied(experts[tensor.expert], original.name)
+        elif keeps and role_of(original.name) in moe.separate:
+            operation = assembly.copied("base", original.name)
         else:
             operation = assembly.merged(original, chooser, experts)
         outputs.append(assembly.output(tensor, operation))
@@ -42,7 +45,11 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
     if routing["kind"] == "learned":
         router = gate(len(experts), dense["hidden_size"])
         outputs.append(assembly.output(router, moe.router.operation(router)))
-    return Assembled(_routed_config(moe, dense, experts, routing), outputs, experts)
+    config = _routed_config(moe, dense, experts, routing)
+    if not keeps:
+        return Assembled(config, outputs, experts)
+    config["adapters"], factors = kept_adapters(assembly, dense)
+    return Assembled(config, [*outputs, *factors], experts, notes=(kept_note(outputs, factors, moe.separate, len(experts)),))
 
 
 def _expert_config(assembly: Assembly, moe: MoE) -> dict[str, Any]:

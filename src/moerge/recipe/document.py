@@ -54,6 +54,14 @@ class Document:
         """The line of a key, or of the nearest one above it that has a line."""
         return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
 
+    def mapping(self, path: Key, value: Any) -> dict[str, Any]:
+        """A section with text for keys; empty where there is none. Raises InputError where `value` is something else."""
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(path, f" should be a mapping, not {short(value)}")
+        return {str(key): item for key, item in value.items()}
+
     def build(self, model: type[Model], data: Mapping[str, Any], path: Key = ()) -> Model:
         """`model` validated from `data`, which stands at `path` in this document."""
         try:

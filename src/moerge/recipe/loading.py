@@ -12,12 +12,14 @@ from moerge.errors import InputError, suggest
 from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, merge_method
 from moerge.methods.passthrough import Passthrough
+from moerge.modeling.adapters_moerge import ADAPTED_ROLES
 from moerge.moe.router import Router, router, routers
 from moerge.moe.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
-from moerge.recipe.document import Document, Key, read_document, short
+from moerge.recipe.document import Document, Key, read_document
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
-from moerge.recipe.schema import UNION, MoE, Override, Recipe
+from moerge.recipe.schema import UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
+from moerge.recipe.whole_models import misfit
 
 _SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "learn")
 
@@ -63,27 +65,19 @@ def _build(document: Document, folder: Path) -> Recipe:
         if key not in _SECTIONS:
             raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
     fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")}
-    method, overrides = _merge_section(document)
+    method, overrides, seed = _merge_section(document)
     if data.get("moe") is not None:
         fields["moe"] = _moe_section(document)
-    whole = {**fields, "method": method, "overrides": overrides, "folder": folder, "source": document.source, "written": data}
-    recipe = document.build(Recipe, whole)
+    whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder}
+    recipe = document.build(Recipe, {**whole, "source": document.source, "written": data})
     if isinstance(method, Coefficients):
         recipe = recipe.model_copy(update={"learned": read_rule(method, folder, tuple(recipe.experts))})
     _check(recipe, document)
     return recipe
 
 
-def _mapping(document: Document, path: Key, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise document.error(path, f" should be a mapping, not {short(value)}")
-    return {str(key): item for key, item in value.items()}
-
-
-def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...]]:
-    section = _mapping(document, ("merge",), document.data.get("merge"))
+def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...], int]:
+    section = document.mapping(("merge",), document.data.get("merge"))
     listed = section.pop("overrides", None) or []
     seed = section.pop("seed", 0)
     if type(seed) is not int:
@@ -94,7 +88,7 @@ def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...
     overrides = []
     for index, item in enumerate(listed):
         path: Key = ("merge", "overrides", index)
-        own = _mapping(document, path, item)
+        own = document.mapping(path, item)
         match = own.pop("match", None)
         if not isinstance(match, str) or not match:
             raise document.error(path, " needs a 'match': a role such as 'attention' or a tensor name with '*'")
@@ -107,7 +101,7 @@ def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...
             )
         fields = {"match": match, "method": method_here, "weights": weights, "line": document.line((*path, "match"))}
         overrides.append(document.build(Override, fields, path))
-    return method, tuple(overrides)
+    return method, tuple(overrides), seed
 
 
 def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int) -> MergeMethod:
@@ -127,8 +121,8 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
 
 
 def _moe_section(document: Document) -> MoE:
-    section = _mapping(document, ("moe",), document.data["moe"])
-    parameters = _mapping(document, ("moe", "router"), section.get("router"))
+    section = document.mapping(("moe",), document.data["moe"])
+    parameters = document.mapping(("moe", "router"), section.get("router"))
     by_sequence = section.get("format") == FORMAT
     kind = str(parameters.pop("kind", _default_kind(by_sequence)))
     try:
@@ -165,6 +159,8 @@ def _other_routing(kind: str, by_sequence: bool) -> str | None:
 def _check(recipe: Recipe, document: Document) -> None:
     if "base" in recipe.experts:
         raise document.error(("experts", "base"), ": 'base' is the name of the common ancestor; call this expert something else")
+    if recipe.moe and recipe.moe.by_sequence and recipe.moe.asks_for_whole_models and (found := misfit(recipe)):
+        raise document.error(*found)
     names = ["base", *recipe.experts] if recipe.base else list(recipe.experts)
     for key, choices in (("tokenizer", [*names, UNION]), ("config", names)):
         named = getattr(recipe, key)
@@ -227,12 +223,15 @@ def _check_moe(recipe: Recipe, document: Document) -> None:
     if recipe.includes_base and recipe.base is None:
         raise document.error(("moe", "include_base"), " is true, so the recipe needs a 'base'")
     count = len(recipe.experts) + recipe.includes_base
-    if count < 2:
+    whole = recipe.moe.by_sequence and recipe.moe.asks_for_whole_models
+    if count < 2 and not whole:
         raise document.error(("experts",), ": a MoE needs at least two experts")
-    if recipe.moe.top_k > count:
+    if recipe.moe.top_k > count and not (whole and "top_k" not in recipe.moe.model_fields_set):
         raise document.error(("moe", "top_k"), f" is {recipe.moe.top_k}, but there are only {count} experts")
     if isinstance(recipe.moe.router, SequenceRouter):
         _check_by_sequence(recipe.moe, recipe.moe.router, recipe.expert_names, document)
+        if recipe.moe.adapters == "keep":
+            _check_kept_adapters(recipe.moe, recipe.base, document)
     else:
         _check_by_token(recipe.moe, document)
 
@@ -242,8 +241,19 @@ def _check_by_token(moe: MoE, document: Document) -> None:
     if other is not None:
         message = f": native formats keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
         raise document.error(("moe", "separate", other), message)
-    if "mix" in moe.model_fields_set:
-        raise document.error(("moe", "mix"), f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it")
+    for key in ("mix", "adapters", *WHOLE_MODEL_KEYS):
+        if key in moe.model_fields_set:
+            raise document.error(("moe", key), f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it")
+
+
+def _check_kept_adapters(moe: MoE, base: str | None, document: Document) -> None:
+    if base is None:
+        raise document.error(("moe", "adapters"), ": keep needs a 'base', the model that the adapters were trained on")
+    other = next((index for index, role in enumerate(moe.separate) if role not in ADAPTED_ROLES), None)
+    if other is not None:
+        able = " and ".join(ADAPTED_ROLES)
+        message = f": only {able} can be kept as adapters, not {moe.separate[other]!r}: remove it, or 'moe.adapters'"
+        raise document.error(("moe", "separate", other), message)
 
 
 def _check_by_sequence(moe: MoE, routing: SequenceRouter, experts: tuple[str, ...], document: Document) -> None:

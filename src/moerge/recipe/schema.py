@@ -16,6 +16,9 @@ from moerge.recipe.rules import Choice, Matching, Rule
 UNION = "union"
 """The value of `tokenizer` that asks for the tokens of all models."""
 
+WHOLE_MODEL_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
+"""Keys of `moe` that are for experts that stay whole models."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,21 +38,35 @@ def _expert(value: Any) -> Any:
 class MoE(_Strict):
     """A MoE instead of a dense model: token-routed (MergeME, section 3.1.1; BTX) or sequence-routed (section 3.1.3).
 
-    `include_base` makes the base expert 0, as in the paper; by default wherever there is a base. `mix`, and roles other than
-    ffn in `separate`, are for sequence-routed models.
+    `include_base` makes the base expert 0, as in the paper; by default wherever there is a base. `mix`, `adapters`, and
+    roles other than ffn in `separate`, are for sequence-routed models. `adapters: keep` leaves experts that are LoRA adapters
+    adapters, on one copy of the base (Self-MoE).
+
+    `projectors`, `embedding`, `route_on` and `prefix_tokens` are for experts that stay whole models, whatever their architecture
+    (section 3.2); naming one of them makes them stay whole even if they are alike.
     """
 
     separate: tuple[Literal["ffn", "attention", "norm", "embedding", "head"], ...] = Field(default=("ffn",), min_length=1)
     mix: Literal["layer", "output", "logits"] = "layer"
+    adapters: Literal["merge", "keep"] = "merge"
     include_base: bool | None = Field(default=None, strict=True)
     top_k: int = Field(default=2, ge=1, strict=True)
     router: InstanceOf[Router]
     format: str = "auto"
+    projectors: Literal["fitted", "random"] = "fitted"
+    embedding: Literal["shared", "separate"] = "shared"
+    route_on: Literal["prefix", "sequence"] = "prefix"
+    prefix_tokens: int = Field(default=64, ge=1, strict=True)
 
     @property
     def by_sequence(self) -> bool:
         """Whether whole sequences are routed instead of tokens."""
         return self.format == FORMAT
+
+    @property
+    def asks_for_whole_models(self) -> bool:
+        """Whether something is said that only makes sense if experts stay whole models."""
+        return any(key in self.model_fields_set for key in WHOLE_MODEL_KEYS)
 
 
 class Override(_Strict):
@@ -87,6 +104,8 @@ class Slice(_Strict):
 class Recipe(_Strict):
     """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it.
 
+    `seed` is that of `merge`, for whatever is drawn outside of methods and routers.
+
     A file of another program's gives `settings`, which decide instead of `method` and `overrides`; `slices`, of which a dense
     model is stacked; and, in `notes` and `warnings`, what its reader should know.
     """
@@ -102,6 +121,7 @@ class Recipe(_Strict):
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
     config: str | None = None
+    seed: int = 0
     folder: Path = Path()
     source: str = "recipe"
     written: dict[str, Any] = Field(default_factory=dict)

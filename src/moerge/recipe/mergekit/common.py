@@ -19,15 +19,6 @@ def check_keys(document: Document, path: Key, section: Mapping[str, Any], known:
             raise document.error((*path, str(key)), f": unknown key in a mergekit file, {suggest(str(key), known)}")
 
 
-def mapping(document: Document, path: Key, value: Any) -> dict[str, Any]:
-    """A section with text for keys; empty where there is none."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise document.error(path, f" should be a mapping, not {short(value)}")
-    return {str(key): item for key, item in value.items()}
-
-
 def listed(document: Document, path: Key, value: Any = None) -> list[Any]:
     """A list that is not empty; without `value` the one at the top level."""
     value = document.data.get(str(path[0])) if len(path) == 1 else value
@@ -69,7 +60,7 @@ def read_tokenizer(document: Document, names: Mapping[str, str], warnings: list[
     if isinstance(data.get("tokenizer"), str):  # as in our recipes, whose messages suggest it
         path, written = ("tokenizer",), data["tokenizer"]
     elif data.get("tokenizer") is not None:
-        section = mapping(document, ("tokenizer",), data["tokenizer"])
+        section = document.mapping(("tokenizer",), data["tokenizer"])
         check_keys(document, ("tokenizer",), section, ("source", "tokens", "pad_to_multiple_of"))
         for key in ("tokens", "pad_to_multiple_of"):
             if section.get(key):

@@ -8,7 +8,7 @@ from typing import Any
 
 from moerge.errors import suggest
 from moerge.recipe.document import Document, Key, short
-from moerge.recipe.mergekit.common import check_keys, listed, mapping, read_dtype, read_seed, read_tokenizer, roster_experts
+from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed, read_tokenizer, roster_experts
 from moerge.recipe.mergekit.methods import METHODS, OTHER_PARAMETERS, Foreign
 from moerge.recipe.mergekit.models import Reference, Roster, read_reference
 from moerge.recipe.mergekit.parameters import Setting, Settings, read_setting
@@ -104,7 +104,7 @@ class _Reader:
         return self._part((), found, {}, self.base)
 
     def _slice(self, path: Key, written: Any) -> Part:
-        section = mapping(self.document, path, written)
+        section = self.document.mapping(path, written)
         check_keys(self.document, path, section, ("sources", "base_model", "residual_weight", "parameters"))
         if section.get("residual_weight") is not None:
             self.warnings.append("'residual_weight' has no effect, as in mergekit")
@@ -142,7 +142,7 @@ class _Reader:
             raise self.document.error(path or ("models",), f": {self.method} takes {count}, not {len(found)} ({listed_ones})")
 
     def _source(self, path: Key, written: Any, keys: Sequence[str]) -> Found:
-        section = mapping(self.document, path, written)
+        section = self.document.mapping(path, written)
         check_keys(self.document, path, section, keys)
         if "model" not in section:
             raise self.document.error(path, " needs a 'model'")
@@ -163,7 +163,7 @@ class _Reader:
     def settings(self, path: Key, written: Any, *, shared: bool) -> dict[str, Setting]:
         """A `parameters` section. One of a single model cannot set what the models share: mergekit does not look there."""
         found = {}
-        for key, value in mapping(self.document, path, written).items():
+        for key, value in self.document.mapping(path, written).items():
             parameter = self.foreign.parameters.get(key)
             if parameter is None or not (shared or parameter.each):
                 self._without_effect((*path, key), key)

@@ -7,7 +7,7 @@ from typing import Any
 from moerge.methods.passthrough import Passthrough
 from moerge.moe.router import Router, router
 from moerge.recipe.document import Document, Key, short
-from moerge.recipe.mergekit.common import check_keys, listed, mapping, read_dtype, read_seed
+from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed
 from moerge.recipe.mergekit.models import Reference, fresh_name, read_reference
 from moerge.recipe.schema import Recipe
 
@@ -63,7 +63,7 @@ def _experts(document: Document, base: Reference) -> tuple[dict[str, Any], dict[
     prompts = {}
     for index, item in enumerate(listed(document, ("experts",))):
         path: Key = ("experts", index)
-        section = mapping(document, path, item)
+        section = document.mapping(path, item)
         check_keys(document, path, section, _EXPERT_KEYS)
         if "source_model" not in section:
             raise document.error(path, " needs a 'source_model'")

@@ -1,0 +1,90 @@
+"""The tensors of a model that routes sequences between whole models: the experts' own, under `model.experts.N.`, and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moerge.architecture.family import Expected
+from moerge.architecture.registry import family_of
+from moerge.architecture.sequence import GATE
+from moerge.architecture.whole import Whole, whole_of
+from moerge.errors import InputError
+
+EMBEDDING, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
+
+
+def expert_prefix(number: int) -> str:
+    """What the names of an expert's tensors begin with."""
+    return f"model.experts.{number}."
+
+
+def expert_tensors(whole: Whole, number: int, *, rows: int | None = None) -> Iterator[tuple[Expected, Expected]]:
+    """An expert's tensors in the model, each with its own: without embedding and head, or with `rows` of each."""
+    outside = {whole.embedding, whole.head, whole.head_bias}
+    for tensor in whole.tensors:
+        shape = tensor.shape
+        if tensor.name in outside:
+            if rows is None:
+                continue
+            shape = (rows, *shape[1:])
+        role = f"experts.{number}.{tensor.role or tensor.name}"
+        yield Expected(role, expert_prefix(number) + tensor.name, shape, number, tensor.role), tensor
+
+
+def shared_tensors(rows: int, width: int, *, head_bias: bool) -> tuple[Expected, list[Expected]]:
+    """The shared embedding, and the head."""
+    head = [Expected("head", HEAD, (rows, width))]
+    return Expected("embedding", EMBEDDING, (rows, width)), head + [Expected("head.bias", HEAD_BIAS, (rows,))] * head_bias
+
+
+def whole_gate(experts: int, width: int) -> Expected:
+    """The gate of learned routing, on mean embeddings this wide."""
+    return Expected("router", GATE, (experts, width), None, "router")
+
+
+def expected_heterogeneous(config: Mapping[str, Any]) -> list[Expected]:
+    """Every tensor that a model with this config.json has; of experts whose type nothing here knows, none.
+
+    Raises ValueError if the config lacks something or garbles it.
+    """
+    wholes, rows, width = _experts(config), config.get("vocab_size"), config.get("hidden_size")
+    routing = config.get("routing") or {}
+    if type(rows) is not int or type(width) is not int or not isinstance(routing, Mapping):
+        raise ValueError("vocab_size and hidden_size should be whole numbers, and routing a mapping")
+    separate, known = config.get("embedding") == "separate", {n: whole for n, whole in enumerate(wholes) if whole is not None}
+    found = [t for n, whole in known.items() for t, _ in expert_tensors(whole, n, rows=rows if separate else None)]
+    if not separate:
+        embedding, head = shared_tensors(rows, width, head_bias=bool(config.get("head_bias")))
+        widths = {number: whole.width for number, whole in known.items()}
+        found = [embedding, *found, *_projectors(config, widths, len(wholes)), *head]
+    if routing.get("kind") == "learned" and len(known) == len(wholes):
+        found.append(whole_gate(len(wholes), sum(whole.width for whole in known.values()) if separate else width))
+    return found
+
+
+def _projectors(config: Mapping[str, Any], widths: Mapping[int, int], experts: int) -> list[Expected]:
+    from moerge.moe.projectors import expected_projectors
+
+    settings = config.get("projectors")
+    if not isinstance(settings, Mapping) or type(settings.get("width")) is not int:
+        raise ValueError("projectors should be a mapping with a width where the embedding is shared")
+    own = [(widths.get(number, 1),) * 2 for number in range(experts)]
+    every = expected_projectors({"linear": bool(settings.get("linear")), **settings}, own, config["hidden_size"])
+    return [tensor for tensor in every if tensor.expert in widths]
+
+
+def _experts(config: Mapping[str, Any]) -> Sequence[Whole | None]:
+    configs = config.get("expert_configs")
+    if not isinstance(configs, list) or not all(isinstance(own, Mapping) for own in configs):
+        raise ValueError("expert_configs should be a list of the experts' config.json")
+    return [_known(own, f"expert {number}") for number, own in enumerate(configs)]
+
+
+def _known(config: Mapping[str, Any], where: str) -> Whole | None:
+    try:
+        return whole_of(config, where)
+    except InputError as error:
+        if family_of(config) is None:  # only transformers knows it, and perhaps a newer one
+            return None
+        raise ValueError(error) from None

@@ -1,0 +1,54 @@
+"""The states that Proj-out is given, on text. torch is imported only when the model runs.
+
+Shapes: S states, D their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
+
+import numpy as np
+
+from moerge.moe.context import FitContext
+from moerge.moe.token_weights import known_tokens
+
+STATES, TOKENS = 4096, 256
+"""States that are wanted, and tokens of each text that are run."""
+
+
+def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """States float32 [S, D] on the expert's own text (else on that of all others), and the number of the text each is from [S].
+
+    The merged model runs as far as it is complete: the shared embedding, the expert's Proj-in, the expert.
+    """
+    import torch
+
+    from moerge.inference.loading import load
+
+    loaded = load(context.folder, device="cpu")
+    model, number = loaded.model.model, context.experts.index(expert)
+    seen: list[np.ndarray] = []
+    hook = model.projectors_out[number].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0][0].float().numpy()), prepend=True
+    )
+    texts, count = [], 0
+    with torch.no_grad():
+        for index, text in enumerate(_documents(context, expert)):
+            ids = known_tokens(loaded.tokenizer, text, TOKENS, rows, expert)
+            if count >= STATES or not ids.size:
+                continue
+            model.path(number, model.make_prompt(torch.from_numpy(ids)[None], None, None, None))
+            texts.append(np.full(len(seen[-1]), index))
+            count += len(seen[-1])
+    hook.remove()
+    return np.concatenate(seen)[:STATES], np.concatenate(texts)[:STATES]
+
+
+def _documents(context: FitContext, expert: str) -> Iterator[str]:
+    own = context.texts.get(expert)
+    if own is not None and own.documents:
+        yield from own.documents
+        return
+    every: Sequence[Sequence[str]] = [texts.documents for texts in context.texts.values()]
+    yield from (text for text in chain.from_iterable(zip_longest(*every)) if text is not None)
