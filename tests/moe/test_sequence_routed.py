@@ -298,7 +298,7 @@ BAD = {
     HEAD + "  include_base: false\n  router: {kind: task_vector}\n": (
         "line 6: moe.router.kind task_vector measures from the base, so it has to be one of the experts"
     ),
-    HEAD + "  router: {kind: ridge}\n": "line 5: moe.router.kind: 'ridge' routes tokens and 'moerge' routes sequences",
+    HEAD + "  router: {kind: hidden}\n": "line 5: moe.router.kind: 'hidden' routes tokens and 'moerge' routes sequences",
     "base: base\nexperts: {math: math}\nmoe: {router: {kind: task_vector}}\n": (
         "line 3: moe.router.kind: 'task_vector' routes whole sequences, which needs 'format: moerge'"
     ),
