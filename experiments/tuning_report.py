@@ -43,11 +43,11 @@ class Report:
         """Tokens tuned at a point."""
         return next(iter(next(iter(self.curves.values())).values()))[point][0]
 
-    def saved(self, name: str) -> list[float | None]:
-        """The fraction of BTX's tokens that a row does not need for what BTX has at its end, by seed; None: not reached."""
+    def saved(self, name: str, point: int) -> list[float | None]:
+        """The fraction of tokens that a row does not need for what BTX has at a point, by seed; None: never reached."""
         found = []
         for seed, curve in self.curves[name].items():
-            goal = self.curves[BTX][seed][-1]
+            goal = self.curves[BTX][seed][point]
             needed = tokens_to_reach(curve, goal[1])
             found.append(None if needed is None else 1 - needed / goal[0])
         return found
@@ -57,27 +57,35 @@ class Report:
         return [1 - curve[point][1] / self.curves[BTX][seed][point][1] for seed, curve in self.curves[name].items()]
 
     def rows(self) -> list[list[str]]:
-        """The table: perplexities at some points, and the tokens saved."""
+        """The table: perplexities at some points."""
         return [
-            [name, *(spread([curve[point][1] for curve in curves.values()]) for point in self.points()), self._savings(name)]
+            [
+                name,
+                str(len(curves)),
+                *(spread([curve[point][1] for curve in curves.values()]) for point in self.points()),
+            ]
             for name, curves in self.curves.items()
         ]
 
     def header(self) -> list[str]:
         """Its columns."""
-        return ["row", *(f"{self.tokens(point):,}" for point in self.points()), "tokens saved"]
+        return ["row", "seeds", *(f"{self.tokens(point):,}" for point in self.points())]
 
-    def _savings(self, name: str) -> str:
-        if name == BTX:
-            return ""
-        saved = self.saved(name)
+    def savings(self) -> list[list[str]]:
+        """Tokens saved on the way to what BTX has at some points."""
+        points = self.points()[1:]
+        return [[name, *(self._saving(name, point) for point in points)] for name in self.curves if name != BTX]
+
+    def _saving(self, name: str, point: int) -> str:
+        saved = self.saved(name, point)
         known = [100 * value for value in saved if value is not None]
         reached = "" if len(known) == len(saved) else f" ({len(known)} of {len(saved)} seeds)"
         return f"{spread(known, 0)} %{reached}" if known else "not reached"
 
     def against_average(self) -> list[list[str]]:
         """How much lower TIES' and DARE's perplexities are than the average's, point by point."""
-        places = range(len(next(iter(self.curves[BTX].values()))))
+        every = [tokens for tokens, _ in next(iter(self.curves[BTX].values()))]
+        places = [place for place, tokens in enumerate(every) if tokens == every[-1] or tokens < 0.99 * every[-1]]
         names = [name for name in AGAINST_AVERAGE if name in self.curves]
         return [
             [f"{self.tokens(place):,}", *(f"{spread([100 * v for v in self.ahead(name, place)], 1)} %" for name in names)]
@@ -100,11 +108,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """The table on the terminal."""
-    table = Table(*report.header(), box=SIMPLE_HEAD)
-    for row in report.rows():
-        table.add_row(*row)
-    console.print(table)
+    """The tables on the terminal."""
+    for header, rows in ((report.header(), report.rows()), (["tokens saved", *report.header()[3:]], report.savings())):
+        table = Table(*header, box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def write(report: Report, path: Path) -> None:
@@ -116,6 +125,10 @@ def write(report: Report, path: Path) -> None:
         "Perplexity, the geometric mean over the domains' held-out text, by tokens tuned; mean ± standard deviation over seeds.",
         "",
         *_markdown(report.header(), report.rows()),
+        "",
+        f"Tokens saved on the way to the perplexity that {BTX} has after so many; interpolated between the points measured:",
+        "",
+        *_markdown(["row", *(f"{report.tokens(point):,}" for point in report.points()[1:])], report.savings()),
         "",
         "How much lower than the average's perplexity, paired by seed:",
         "",
@@ -170,4 +183,4 @@ def _line(axes: Any, by_seed: Mapping[int, Curve], name: str, index: int) -> Non
         low, high = zip(
             *((m - statistics.stdev(c), m + statistics.stdev(c)) for m, c in zip(means, columns, strict=True)), strict=True
         )
-        axes.fill_between(tokens, low, high, color=colour(index), alpha=0.15, linewidth=0)
+        axes.fill_between(tokens, low, high, color=colour(index), alpha=0.08, linewidth=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,19 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), progress=interrupt)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_extraction_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    models = make_models(tmp_path, experts=("math",))
+    names = ("lora.moerge-partial-abcd_123", "lora.moerge-partial-abcd_124", "x")
+    left, alive, others = (tmp_path / f".{name}" for name in names)
+    for folder in (left, alive, others):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").touch()
+    with open(alive / "adapter_model.safetensors", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), rank=1)
+    assert sorted(folder.name for folder in tmp_path.iterdir() if folder.name.startswith(".")) == [alive.name, others.name]
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from command import moerge
 from hf_models import FAMILIES, random_model
 from tiny import write_json
 
@@ -105,6 +106,15 @@ def write_whole(
     path = folder / name
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
+
+
+def built(folder: Path, out: Path, experts: Any = tuple(MIXED), **sections: Any) -> Path:
+    """A merge by the command, verified."""
+    result = moerge("merge", write_whole(folder, experts, **sections), out)
+    assert result.code == 0, result.err
+    checked = moerge("verify", out, "--json")
+    assert checked.json["intact"], checked.out
+    return out
 
 
 def ids_of(folder: Path, text: str = TEXT) -> Any:

@@ -24,6 +24,12 @@ class MachineError(MoergeError, OSError):
     exit_code = 1
 
 
+class Interrupted(MoergeError):
+    """Someone stopped it, and it can be continued (exit code 130)."""
+
+    exit_code = 130
+
+
 def suggest(unknown: str, known: Iterable[str]) -> str:
     """How to end the sentence about an unknown name: the nearest known one, or all of them."""
     names = sorted(known)

@@ -12,8 +12,8 @@ from moerge.errors import MachineError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it takes that name at the end, or is removed where the block fails."""
-    beside = path.with_name(f".{path.name}.part")
+    """A path beside `path` to write to, this process's own: it takes that name at the end, or is removed if the block fails."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
         os.replace(beside, path)

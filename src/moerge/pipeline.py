@@ -21,7 +21,7 @@ from moerge.checkpoint.manifest import build_manifest, to_json
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, interrupted
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
-from moerge.moe.fitting import fit_outputs
+from moerge.moe.fitting import Calibrating, fit_outputs
 from moerge.planning.build import build_plan
 from moerge.planning.execute import Execution
 from moerge.planning.integers import unlike_integers
@@ -79,7 +79,7 @@ def merge(
     max_shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
     progress: Callable[[Plan], Progress] | None = None,
-    calibrating: Callable[[int], Progress] | None = None,
+    calibrating: Calibrating | None = None,
     clients: Sequence[str] = (),
 ) -> MergeResult:
     """Carry out a plan (or a recipe) and write the checkpoint folder `out`.
@@ -87,8 +87,8 @@ def merge(
     `resume` continues an interrupted merge into `out`; `force` replaces a checkpoint that moerge made there before.
     The result does not depend on `threads` (default: the cores available), and its tensors not on `max_shard_bytes`.
     `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread; `calibrating`,
-    with the number of texts once something is computed from them, and returns what is told the texts done. `clients` are as in
-    `plan`, asked before anything is written; the files do not depend on them.
+    with a number and "texts" or "tokens" once something is computed from as many of them, and returns what is told those done.
+    `clients` are as in `plan`, asked before anything is written; the files do not depend on them.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
     plan = plan if isinstance(plan, Plan) else build_plan(load_recipe(plan))

@@ -38,14 +38,13 @@ def read_whole(tensor: Tensor) -> np.ndarray:
     return found.reshape(tensor.shape)
 
 
-def reference(source: ArrayTensor, rows: list[list[int]], width: int | None, scale: float, combine: str) -> np.ndarray:
+def reference(source: ArrayTensor, rows: list[list[int]], width: int | None, scale: float) -> np.ndarray:
     """Everything in float64, row by row, rounded to float32 at the end."""
     table = decode(source.flat, source.dtype).astype(np.float64).reshape(source.shape)
     found = np.zeros((len(rows), *((width or size) for size in source.shape[1:])))
     for number, pieces in enumerate(rows):
-        taken = pieces[:1] if combine == "first" else pieces
-        total: Any = sum((table[row] for row in taken or range(len(table))), np.zeros(source.shape[1:]))
-        part = total / len(taken or table) * scale
+        total: Any = sum((table[row] for row in pieces or range(len(table))), np.zeros(source.shape[1:]))
+        part = total / len(pieces or table) * scale
         if source.shape[1:]:
             found[number, : source.shape[1]] = part
         else:
@@ -65,8 +64,7 @@ def cases(draw: st.DrawFn) -> tuple[ArrayTensor, list[list[int]], dict[str, Any]
     if draw(st.booleans()):  # a run of rows that follow one another
         rows[1:1] = [[row] for row in range(own)]
     width = None if vector else draw(st.sampled_from([None, columns, columns + 3]))
-    scale, combine = draw(st.sampled_from([1.0, 1.0, 2.5, -0.3])), draw(st.sampled_from(["mean", "first"]))
-    return source, rows, {"width": width, "scale": scale, "combine": combine}
+    return source, rows, {"width": width, "scale": draw(st.sampled_from([1.0, 1.0, 2.5, -0.3]))}
 
 
 @given(cases(), st.data())
@@ -80,8 +78,6 @@ def test_against_the_reference(case: tuple[ArrayTensor, list[list[int]], dict[st
         found = decode(whole.reshape(-1), tensor.dtype).reshape(tensor.shape)
         np.testing.assert_array_equal(found, expected)
         computed = any(len(pieces) != 1 for pieces in rows)
-        if settings["combine"] == "first":
-            computed = any(not pieces for pieces in rows)
         assert tensor.dtype is (F32 if computed or settings["scale"] != 1 else source.dtype)
         assert (tensor.name, tensor.size, tensor.nbytes) == ("shared", whole.size, whole.nbytes)
         elements = tensor.open()
@@ -151,9 +147,7 @@ def test_a_row_of_many_pieces_beside_others(monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(0)
     source = in_memory(rng.standard_normal((9, 4)))
     rows = [[1], rng.integers(0, 9, 300).tolist(), [], [2, 3]]
-    np.testing.assert_array_equal(
-        read_whole(ComposedRows("x", source, pieces_of(rows))), reference(source, rows, None, 1, "mean")
-    )
+    np.testing.assert_array_equal(read_whole(ComposedRows("x", source, pieces_of(rows))), reference(source, rows, None, 1))
 
 
 def test_from_a_file(tmp_path: Path) -> None:
@@ -163,7 +157,7 @@ def test_from_a_file(tmp_path: Path) -> None:
     rows = [[row] for row in range(5, 30)] + [[3, 4], [39, 0, 39], [], [7]]
     tensor = ComposedRows("x", source, pieces_of(rows), width=8, scale=2)
     stored = ArrayTensor("x", BF16, values.shape, encode(values, BF16).reshape(-1))
-    np.testing.assert_array_equal(read_whole(tensor), reference(stored, rows, 8, 2, "mean"))
+    np.testing.assert_array_equal(read_whole(tensor), reference(stored, rows, 8, 2))
     assert tensor.files == (tmp_path / "model.safetensors",)
 
 

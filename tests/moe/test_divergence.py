@@ -89,3 +89,4 @@ def test_predicted_tokens_cover_the_probability() -> None:
 def test_every_fifth_text_is_held_out() -> None:
     assert held_out(np.array([0, 0, 3, 4, 4, 5, 9])).tolist() == [False, False, False, True, True, False, True]
     assert held_out(np.zeros(10, int)).tolist() == [False] * 8 + [True] * 2
+    assert held_out(np.array([4, 4, 4, 9, 9])).tolist() == [False] * 4 + [True]  # no other text to learn from

@@ -11,6 +11,8 @@ import pytest
 import moerge
 import tiny
 from command import moerge as command
+from moerge.moe.divergence import STEPS
+from moerge.moe.expert_states import STATES
 from moerge.moe.projector_in import ProjectorInFit
 from moerge.moe.projector_out import ProjectorOutFit
 
@@ -72,15 +74,28 @@ def test_the_plan_lists_what_is_fitted(models: Path) -> None:
     result = command("plan", recipe(models, "plan"))
     out = " ".join(result.out.split())
     assert (result.code, result.err) == (0, "")
-    assert "fit 12" in out and "projectors, side in, units 64, penalty 1e-06, seed 0" in out
-    assert "fit 4" in out and "projectors, side out, penalty 1e-06" in out
+    assert "fit 12" in out and "projector_in, units 64, penalty 1e-06, seed 0" in out
+    assert "fit 4" in out and "projector_out, penalty 1e-06" in out and "projector_out.up, seed 0, uniform within" in out
     assert "the projectors are computed after merging with the whole merged model in memory" in out and "from 24 texts" in out
     planned = moerge.plan(recipe(models, "plan"))
     assert [(type(each.fitter), each.fitter.expert) for each in planned.fittings] == [  # type: ignore[attr-defined]
         (fitter, name) for name in WIDTHS for fitter in (ProjectorInFit, ProjectorOutFit)
     ]
     bare = " ".join(command("plan", recipe(models, "plan", text=False)).out.split())
-    assert "computed after merging with a few tensors in memory" in bare and "texts" not in bare
+    assert "computed after merging with a few tensors in memory, about 0.2 GB" in bare and "texts" not in bare
+
+
+def test_progress_counts_rows_and_states(models: Path) -> None:
+    told: dict[str, int] = {}
+
+    def calibrating(total: int, unit: str) -> Any:
+        told[f"total {unit}"] = total
+        return lambda count: told.__setitem__(unit, told.get(unit, 0) + count)
+
+    planned = moerge.plan(recipe(models, "progress"))
+    moerge.merge(planned, models / "progress", threads=1, calibrating=calibrating)
+    rows = planned.outputs[0].shape[0]
+    assert told == {"total tokens": 4 * rows + 2 * STATES * STEPS, "tokens": 4 * rows + 2 * STATES * STEPS}
 
 
 def test_threads_change_nothing(models: Path) -> None:

@@ -206,7 +206,8 @@ def test_plan_says_what_calibration_costs_and_what_is_odd_about_it(tmp_path: Pat
     texts = {"base": "a.txt", "math": "b.txt", "code": "a.txt", "knowledge": "b.txt"}
     planned = moerge.plan(tiny.write_recipe(tmp_path, moe={"router": {"kind": "ridge"}}, calibration=texts))
     assert planned.warnings == ("4 calibration texts belong to several experts (base, code, knowledge, math)",)
-    assert "with the whole merged model in memory" in planned.notes[-1] and planned.notes[-1].endswith("GB, from 10 texts")
+    assert "with the whole merged model in memory" in planned.notes[-1]
+    assert planned.notes[-1].endswith("GB with torch itself, from 10 texts")
     assert planned.memory_bytes(1) > planned.output_bytes
     summary = planned.summary(1)
     assert summary["calibration"] == {"base": 2, "math": 3, "code": 2, "knowledge": 3}

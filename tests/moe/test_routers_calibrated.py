@@ -329,7 +329,8 @@ def test_progress_counts_texts(kind: str, models: Path) -> None:
     (models / "math.txt").write_text("\n\n".join([*documents("math"), "w5"]))  # one too short for the perplexity router
     totals, done = [], []
 
-    def calibrating(total: int) -> Any:
+    def calibrating(total: int, unit: str) -> Any:
+        assert unit == "texts"
         totals.append(total)
         return done.append
 

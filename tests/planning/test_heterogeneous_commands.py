@@ -88,6 +88,24 @@ def test_parts_of_it_are_tuned(train: str, trained: tuple[str, ...], folder: Pat
     assert moerge("verify", tmp_path / "tuned").code == 0
 
 
+def test_its_gate_is_balanced_and_a_teacher_is_followed(folder: Path, tmp_path: Path) -> None:
+    """With one expert for each sequence the language loss says nothing about the gate, and balance does."""
+    text = {"path": str(folder / "text.txt"), "teacher": str(folder / "llama")}
+    tuning = {"model": str(folder / "learned"), "data": {"text": text}, "train": ["router", "projectors"]}
+    tuning |= {"steps": 2, "batch": 4, "length": 8, "learning_rate": 0.01}
+    losses = {"distillation": {"weight": 1.0}, "load_balance": 1.0, "router_z": 0.1}
+    gates = []
+    for out, more in {"plain": {}, "balanced": {"losses": losses}}.items():
+        (tmp_path / "tune.yaml").write_text(json.dumps({**tuning, **more}), encoding="utf-8")
+        result = moerge("tune", tmp_path / "tune.yaml", tmp_path / out)
+        assert result.code == 0, result.err
+        gates.append(read_tensors(tmp_path / out)["router.weight"])
+    rows = [json.loads(line) for line in (tmp_path / "balanced" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {"distillation", "load_balance", "router_z"} <= rows[0].keys()
+    assert all(1 <= row["load_balance"] <= 2 and row["router_z"] > 0 and row["distillation"] > 0 for row in rows)
+    assert (gates[0] != gates[1]).any()
+
+
 def test_what_it_has_not_cannot_be_tuned(folder: Path, tmp_path: Path) -> None:
     tuning = {"model": str(folder / "learned"), "data": {"text": str(folder / "text.txt")}, "steps": 1, "length": 8}
     for settings, message in (

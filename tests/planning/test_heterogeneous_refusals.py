@@ -82,7 +82,7 @@ def test_models_of_different_types_have_no_token_routed_format(mixed: Path) -> N
     refuses(recipe, mixed / "out", "gpt_neox is of type 'gpt_neox', llama of type 'llama'", "with 'format: moerge'")
     result = moerge("compare", write_whole(mixed, ["llama", "gpt_neox"]))
     assert (result.code, result.out) == (2, "")
-    assert "only models of one architecture can be merged tensor by tensor" in result.err
+    assert "these experts differ in type or shape and stay whole models" in result.err and "format" not in result.err
 
 
 def test_what_was_not_asked_for_is_refused_once_the_models_are_known(mixed: Path) -> None:
@@ -175,9 +175,10 @@ def test_a_shard_that_is_missing_is_named(two: Path) -> None:
 
 def test_learning_coefficients_of_whole_models_is_refused(mixed: Path) -> None:
     sections = {"merge": {"method": "task_arithmetic"}, "learn": {}, "base": "llama"}
-    recipe = write_whole(mixed, {"neox": "gpt_neox"}, name="learn.yaml", moe={"route_on": "prefix"}, **sections)
+    recipe = write_whole(mixed, {"neox": "gpt_neox"}, name="learn.yaml", **sections)
     result = moerge("learn", recipe, mixed / "learned")
-    assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
+    assert (result.code, result.out) == (2, "") and len(result.err.splitlines()) == 1, result.err
+    assert "experts that stay whole models have no coefficients to learn: merge them with `moerge merge`" in result.err
 
 
 def test_an_expert_of_one_architecture_is_merged_as_before(tmp_path: Path) -> None:

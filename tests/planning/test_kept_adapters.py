@@ -222,6 +222,7 @@ def test_experts_that__kept(tmp_path: Path) -> None:
     [
         ([], "adapters should be a mapping"),
         ({"nobody": []}, "adapters of 'nobody': the experts are"),
+        ({"math": {"rank": 2, "scale": 1.0, "modules": ["mlp.up_proj"]}}, "adapters of 'math' should be a list of groups"),
         ({"math": [{"rank": 2, "scale": 1.0}]}, "a group has rank, scale, modules, layers"),
         ({"math": [{"rank": 0, "scale": 1.0, "modules": []}]}, "rank should be a whole number of at least 1"),
         ({"math": [{"rank": 1, "scale": 1.0, "modules": "mlp"}]}, "modules should be a list"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mergekit_files import MOE
 
 import moerge
 import tiny
@@ -30,6 +31,7 @@ slices:
       - {model: base, layer_range: [0, 2]}
 parameters: {weight: 1}
 """
+HIDDEN = MOE.replace("{mode}", "hidden")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,36 @@ BAD = [
     ),
     (TIES, "base_model: base", "base_model: base\ntokenizer: {tokens: {a: {}}}", "line 3: tokenizer.tokens is not supported"),
     (TIES, "base_model: base", "base_model: base\ntokenizer: {sauce: base}", "tokenizer.sauce: unknown key in a mergekit file"),
+    # a MoE
+    (HIDDEN, "base_model: base", "", "base_model is missing: name the model whose attention, norms and embeddings are taken"),
+    (HIDDEN, "gate_mode: hidden", "gate_mode: learned", "line 3: gate_mode should be one of hidden, hidden_avg, hidden_last"),
+    (
+        HIDDEN,
+        "gate_mode: hidden",
+        "gate_mod: hidden",
+        "line 3: gate_mod: unknown key in a mergekit file, did you mean 'gate_mode'?",
+    ),
+    (
+        HIDDEN,
+        "experts_per_token: 1",
+        "experts_per_token: 4",
+        "line 5: experts_per_token should be from 1 to 3, the number of experts, not 4",
+    ),
+    (HIDDEN, "dtype: float32", "dtype: int8", "line 4: dtype should be one of bfloat16, float16, float32, not 'int8'"),
+    (HIDDEN, "dtype: float32", "shared_experts: [{source_model: math}]", "line 4: shared_experts are not supported"),
+    (HIDDEN, "dtype: float32", "architecture: deepseek", "line 4: architecture should be one of mixtral, qwen"),
+    (HIDDEN, "source_model: code", "model: code", "line 11: experts[1].model: unknown key in a mergekit file"),
+    (HIDDEN, "source_model: code", "noise_scale: 0.1", "line 11: experts[1] needs a 'source_model'"),
+    (HIDDEN, '["w10 w11 w12"]', "[]", "line 11: experts[1]: code needs 'positive_prompts', of which 'hidden' gates are made"),
+    (HIDDEN, '["w10 w11 w12"]', "w10", "line 12: experts[1].positive_prompts should be a list of texts, not 'w10'"),
+    (
+        HIDDEN,
+        "source_model: code",
+        "source_model: other+lora",
+        "line 11: experts[1].source_model: the adapter lora should lie on the base",
+    ),
+    (HIDDEN, "source_model: code", "source_model: code\n    noise_scale: 0.1", "experts[1].noise_scale is not supported"),
+    (HIDDEN, "source_model: code", "source_model: kode", "kode: there is no folder kode: did you mean 'code'?"),
 ]
 
 

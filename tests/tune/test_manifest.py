@@ -69,6 +69,19 @@ def test_text_it_was_tuned_on_is_no_evidence(folder: Path, monkeypatch: pytest.M
     assert manifest is not None and manifest["tuning"]["math"]["documents"] is None
 
 
+def test_text_of_an_earlier_tuning_is_remembered(folder: Path) -> None:
+    (folder / "new.txt").write_text(" ".join(f"w{3 + 2 * i % 57}" for i in range(80)))
+    tune(write_tuning(folder, "again.yaml", model="out", data={"math": "new.txt"}, steps=1), folder / "again")
+    before, after = read_manifest(folder / "out"), read_manifest(folder / "again")
+    assert before is not None and after is not None
+    assert set(after["tuning"]) == {"math", "math-2", "base", "code", "knowledge"}
+    assert after["tuning"]["math"]["location"] == "new.txt"
+    assert after["tuning"]["math-2"] == before["tuning"]["math"] and after["tuning"]["code"] == before["tuning"]["code"]
+    tune(write_tuning(folder, "thrice.yaml", model="again", data={"math": "new.txt"}, steps=1), folder / "thrice")
+    thrice = read_manifest(folder / "thrice")
+    assert thrice is not None and thrice["tuning"] == after["tuning"]
+
+
 def test_a_merge_may_replace_it_and_the_report_shows_it(folder: Path) -> None:
     assert moerge("report", folder, "--out", folder / "page.html").code == 0
     assert "tuned" in (folder / "page.html").read_text()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moerge.modeling import MoergeConfig, MoergeForCausalLM
+from moerge.modeling import MoergeConfig, MoergeForCausalLM, MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM
 from moerge.tune.parts import Schedule, parts_of
 
 SIZES = {
@@ -63,6 +63,32 @@ def test_a_mixture_routed_by_sequence() -> None:
     assert all(".mlp." in name or ".self_attn." in name for name in parts["experts"])
     assert len(parts["experts"]) == 2 * 2 * 7
     assert parts["backbone"] == parts["all"] - parts["experts"] - parts["router"]
+
+
+@pytest.mark.parametrize("embedding", ["shared", "separate"])
+def test_a_mixture_of_whole_models(embedding: str) -> None:
+    """One of them a native mixture: its own routers belong to it, and are no router of this model."""
+    configs = [AutoConfig.for_model("mixtral", **SIZES), AutoConfig.for_model("llama", **SIZES)]
+    config = MoergeHeterogeneousConfig(
+        expert_configs=configs,
+        expert_names=["a", "b"],
+        vocab_size=64,
+        hidden_size=16,
+        embedding=embedding,
+        projectors={"linear": True, "width": 8} if embedding == "shared" else None,
+        routing={"kind": "learned"},
+    )
+    with torch.device("meta"):
+        parts = parts_of(MoergeHeterogeneousForCausalLM(config))
+    shared = {"model.embed_tokens.weight", "lm_head.weight"} if embedding == "shared" else set()
+    assert parts["router"] == {"router.weight"} and parts["backbone"] == shared
+    assert len(parts["projectors"]) == (2 * 2 * 6 if shared else 0)
+    assert all(name.startswith(("model.projectors_in.", "model.projectors_out.")) for name in parts["projectors"])
+    for number, name in enumerate("ab"):
+        assert parts[f"experts.{name}"] == {name for name in parts["all"] if name.startswith(f"model.experts.{number}.")}
+    assert parts["experts"] == parts["experts.a"] | parts["experts.b"]
+    assert any(".gate." in name for name in parts["experts.a"])
+    assert parts["router"] | parts["projectors"] | parts["experts"] | parts["backbone"] == parts["all"]
 
 
 def test_a_schedule_opens_and_never_closes() -> None:

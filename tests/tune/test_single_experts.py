@@ -8,34 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tune_models import make_moe, rows, write_tuning
+from tune_models import moved, rows, run, stop_after, write_tuning
 
 from command import moerge
-from moerge.learn.watch import Watch
 from moerge.tune.parts import Schedule
 from moerge.tune.run import tune
 from tiny import read_tensors
 
 PREFIX = "model.layers.{}.block_sparse_moe.experts.{}."
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral of base, math, code and knowledge."""
-    found = tmp_path_factory.mktemp("single")
-    make_moe(found)
-    return found
-
-
-def run(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
-    result = tune(write_tuning(folder, f"{out}.yaml", **changes), folder / out)
-    assert result is not None
-    return dict(result.facts)
-
-
-def moved(folder: Path, out: str) -> set[str]:
-    before, after = read_tensors(folder / "moe"), read_tensors(folder / out)
-    return {name for name, value in after.items() if not np.array_equal(value, before[name])}
 
 
 def of_experts(*numbers: int) -> set[str]:
@@ -46,7 +26,7 @@ def test_one_expert_by_its_name_in_the_manifest(folder: Path) -> None:
     """The others keep their bytes, weight decay included."""
     facts = run(folder, "math-only", train="experts.math", weight_decay=0.5, accumulation=2)
     assert facts["trained_parameters"] == 2 * 3 * 16 * 24
-    assert moved(folder, "math-only") == of_experts(1)
+    assert moved(folder / "moe", folder / "math-only") == of_experts(1)
     assert all(row["grad_norm"] > 0 for row in rows(folder / "math-only"))
 
 
@@ -66,20 +46,13 @@ def test_experts_open_one_after_the_other_and_runs_resume(folder: Path) -> None:
     settings["opens"] = [{"step": 2, "train": "experts.code"}, {"step": 4, "train": ["experts.base", "backbone"]}]
     facts = run(folder, "opened", **settings)
     assert facts["trained_parameters"] == facts["parameters"]["router"] + facts["parameters"]["backbone"] + 2 * 2 * 3 * 16 * 24
-    assert {name for name in moved(folder, "opened") if ".experts." in name} == of_experts(0, 2)
-    done = [0]
-
-    def advance(tokens: int) -> None:
-        done[0] += tokens
-        if done[0] == 4 * 64:
-            raise KeyboardInterrupt
-
+    assert {name for name in moved(folder / "moe", folder / "opened") if ".experts." in name} == of_experts(0, 2)
     path = write_tuning(folder, "parts.yaml", **settings)
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "parts", watch=Watch(lambda total: advance))
+        tune(path, folder / "parts", watch=stop_after(4))
     tune(path, folder / "parts", resume=True)
     assert rows(folder / "parts") == rows(folder / "opened")
-    assert moved(folder, "parts") == moved(folder, "opened")
+    assert moved(folder / "moe", folder / "parts") == moved(folder / "moe", folder / "opened")
 
 
 def test_an_expert_by_number_where_nobody_named_them(folder: Path, tmp_path: Path) -> None:
@@ -88,7 +61,7 @@ def test_an_expert_by_number_where_nobody_named_them(folder: Path, tmp_path: Pat
         if file.name != "moerge.json":
             (tmp_path / "moe" / file.name).write_bytes(file.read_bytes())
     run(folder, "second", model=str(tmp_path / "moe"), train="experts.2", steps=1)
-    assert moved(folder, "second") == of_experts(2)
+    assert moved(folder / "moe", folder / "second") == of_experts(2)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from tune_models import make_moe, rows, write_texts, write_tuning
+from tune_models import moved, rows, run, stop_after, write_texts, write_tuning
 
 import moerge as package
 from adapters import low_rank, write_adapter
 from command import moerge
-from moerge.learn.watch import Watch
 from moerge.modeling import register
 from moerge.modeling.lowrank_moerge import AdaptedLinear, computing
 from moerge.tune.adapters import add_adapters, targets_of
@@ -26,22 +25,6 @@ from tiny import make_models, read_tensors, read_values, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 IDS = torch.arange(3, 19)[None]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, and a Mixtral of them."""
-    found = tmp_path_factory.mktemp("native")
-    make_moe(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture routed by sequence, with full experts."""
-    found = tmp_path_factory.mktemp("routed")
-    make_moe(found, by_sequence=True)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +41,6 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package.merge(write_recipe(found, experts=["math", "code"], moe=moe), found / "moe", threads=1)
     write_texts(found)
     return found
-
-
-def run(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
-    result = tune(write_tuning(folder, f"{out}.yaml", **changes), folder / out)
-    assert result is not None
-    return dict(result.facts)
-
-
-def moved(before: Path, after: Path) -> set[str]:
-    old, new = read_tensors(before), read_tensors(after)
-    assert old.keys() == new.keys()
-    return {name for name, value in new.items() if not np.array_equal(value, old[name])}
 
 
 def rank_of(change: np.ndarray) -> int:
@@ -91,8 +62,8 @@ def test_native_experts_through_adapters_of_their_own(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["native", "by_sequence"])
-def test_backbone_and_router_together(kind: str, folder: Path, routed: Path) -> None:
-    place = folder if kind == "native" else routed
+def test_backbone_and_router_together(kind: str, folder: Path, by_sequence: Path) -> None:
+    place = folder if kind == "native" else by_sequence
     facts = run(place, "mixed", adapters={"rank": 2, "alpha": 2, "target": "backbone"}, train="router", steps=2)
     attention = 2 * 2 * ((16 + 16) * 2 + (16 + 8) * 2)
     assert facts["trained_parameters"] == attention + facts["parameters"]["router"]
@@ -100,9 +71,9 @@ def test_backbone_and_router_together(kind: str, folder: Path, routed: Path) -> 
     assert changed == {n for n in read_tensors(place / "moe") if "self_attn" in n or "gate.weight" in n or n == "router.weight"}
 
 
-def test_one_expert_of_a_sequence_routed_mixture(routed: Path) -> None:
-    run(routed, "single", adapters={"rank": 1, "target": "experts.code"}, steps=2)
-    changed = moved(routed / "moe", routed / "single")
+def test_one_expert_of_a_sequence_routed_mixture(by_sequence: Path) -> None:
+    run(by_sequence, "single", adapters={"rank": 1, "target": "experts.code"}, steps=2)
+    changed = moved(by_sequence / "moe", by_sequence / "single")
     assert changed and all(".mlp.1." in name for name in changed)
 
 
@@ -110,16 +81,9 @@ def test_interrupted_and_continued(folder: Path) -> None:
     settings: dict[str, Any] = {"adapters": {"rank": 2}, "train": "router", "opens": [{"step": 4, "train": "*norm.weight"}]}
     settings |= {"save_every": 2, "schedule": "linear", "losses": {"load_balance": 0.1}}
     run(folder, "whole", **settings)
-    done = [0]
-
-    def advance(tokens: int) -> None:
-        done[0] += tokens
-        if done[0] == 3 * 64:
-            raise KeyboardInterrupt
-
     path = write_tuning(folder, "parts.yaml", **settings)
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "parts", watch=Watch(lambda total: advance))
+        tune(path, folder / "parts", watch=stop_after(3))
     checkpoint = folder / ".parts.moerge-tuning" / "checkpoints" / "checkpoint-2"
     assert (checkpoint / "trained.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
     result = tune(path, folder / "parts", resume=True)
@@ -131,9 +95,9 @@ def test_interrupted_and_continued(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["native", "by_sequence"])
-def test_saved_as_an_adapter(kind: str, folder: Path, routed: Path) -> None:
+def test_saved_as_an_adapter(kind: str, folder: Path, by_sequence: Path) -> None:
     """What peft makes of the model and the adapter is the merged result."""
-    place = folder if kind == "native" else routed
+    place = folder if kind == "native" else by_sequence
     settings: dict[str, Any] = {"steps": 3, "learning_rate": 1e-2}
     run(place, "adapter", adapters={"rank": 2, "save": "adapter", "rslora": True}, **settings)
     run(place, "merged", adapters={"rank": 2, "rslora": True}, **settings)
@@ -166,9 +130,9 @@ def test_experts_that_are_adapters_already(kept: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["native", "by_sequence"])
-def test_gradients_of_factors_follow_from_those_of_the_merged_weights(kind: str, folder: Path, routed: Path) -> None:
+def test_gradients_of_factors_follow_from_those_of_the_merged_weights(kind: str, folder: Path, by_sequence: Path) -> None:
     """The chain rule: with W' = W + s B A and G the gradient of W', those of A and B are s B^T G and s G A^T."""
-    place = folder if kind == "native" else routed
+    place = folder if kind == "native" else by_sequence
     register()
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(place / "moe").eval()

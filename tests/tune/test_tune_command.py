@@ -13,52 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from tune_models import make_moe, rows, write_tuning
+from tune_models import moved, rows, run, stop_after, write_tuning
 
 from command import moerge
 from moerge.errors import InputError
 from moerge.learn.watch import Watch
 from moerge.modeling import register
-from moerge.tune.run import _load_sharded, tune
+from moerge.tune.models import load_sharded
+from moerge.tune.run import tune
 from tiny import read_values
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("native")
-    make_moe(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def by_sequence(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("by_sequence")
-    make_moe(found, by_sequence=True)
-    return found
-
-
-def run(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
-    result = tune(write_tuning(folder, f"{out}.yaml", **changes), folder / out)
-    assert result is not None
-    return result.to_json()
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    one, other = read_values(before), read_values(after)
-    assert one.keys() == other.keys()
-    return {name for name in one if not np.array_equal(one[name], other[name])}
-
-
-def stop_after(step: int, tokens: int = 64) -> Watch:
-    """Interrupts training after this step, as Ctrl-C does."""
-    done = [0]
-
-    def advance(amount: int) -> None:
-        done[0] += amount
-        if done[0] >= step * tokens:
-            raise KeyboardInterrupt
-
-    return Watch(lambda total: advance)
 
 
 def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> None:
@@ -70,7 +33,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> 
     assert sum(source["sequences"] for source in facts["sources"].values()) == 120
     assert sum(sum(row["drawn"].values()) for row in found) == 120
     assert facts["recipe"]["moe"] == {"top_k": 2}
-    assert len(changed(folder / "moe", folder / "learned")) == len(read_values(folder / "moe"))
+    assert len(moved(folder / "moe", folder / "learned")) == len(read_values(folder / "moe"))
     assert (folder / "learned" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
     assert not list(folder.glob(".learned*"))
     assert moerge("verify", folder / "learned").code == 0
@@ -116,13 +79,13 @@ def test_only_what_is_named_is_trained(folder: Path, train: Any, expected: Calla
     name = "part-" + (train if isinstance(train, str) else "list")
     run(folder, name, train=train, steps=2)
     after = read_values(folder / name)
-    assert changed(folder / "moe", folder / name) == {tensor for tensor in after if expected(tensor)}
+    assert moved(folder / "moe", folder / name) == {tensor for tensor in after if expected(tensor)}
 
 
 def test_what_opens_later_stays_until_then(folder: Path) -> None:
     run(folder, "opened-0", train="router", steps=2)
     run(folder, "opened-1", train="router", steps=2, opens=[{"step": 1, "train": "experts"}])
-    assert changed(folder / "moe", folder / "opened-1") == {n for n in read_values(folder / "moe") if "block_sparse_moe" in n}
+    assert moved(folder / "moe", folder / "opened-1") == {n for n in read_values(folder / "moe") if "block_sparse_moe" in n}
     one, two = rows(folder / "opened-0"), rows(folder / "opened-1")
     assert one[0] == two[0]
     assert one[1]["loss"] == two[1]["loss"]  # the experts take part in the second update only
@@ -150,7 +113,7 @@ def test_six_steps_are_three_and_three_more(folder: Path, accumulation: int) -> 
     result = tune(path, folder / parts, resume=True)
     assert result is not None and result.facts["resumed_after_step"] == 3
     assert rows(folder / whole) == rows(folder / parts)
-    assert changed(folder / whole, folder / parts) == set()
+    assert moved(folder / whole, folder / parts) == set()
 
 
 def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +130,24 @@ def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: 
     assert result is not None and result.facts["resumed_after_step"] == 3
     run(folder, "at-once", steps=3, save_every=2)
     assert rows(folder / "published") == rows(folder / "at-once")
-    assert changed(folder / "published", folder / "at-once") == set()
+    assert moved(folder / "published", folder / "at-once") == set()
+
+
+def test_it_is_said_how_to_continue_where_there_is_something(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tuning(folder, steps=1)
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moerge.tune.run.locate_models", killed)
+        stopped = moerge("tune", path, folder / "stopped")
+        assert (stopped.code, stopped.err) == (130, "moerge: interrupted\n")
+        patch.undo()
+        patch.setattr("moerge.tune.work.take_name", killed)
+        stopped = moerge("tune", path, folder / "stopped", "--quiet")
+        assert (stopped.code, stopped.err) == (130, "moerge: interrupted; continue with the same command and --resume\n")
+    assert moerge("tune", path, folder / "stopped", "--quiet", "--resume").code == 0
 
 
 def test_what_is_continued_must_be_what_was_begun(folder: Path) -> None:
@@ -205,7 +185,7 @@ def test_held_out_text_is_measured_from_the_untouched_model_on(folder: Path) -> 
     tuned: Any = AutoModelForCausalLM.from_pretrained(folder / "measured")
     assert found[3]["heldout"]["math"] == pytest.approx(tuned(ids, labels=ids).loss.item(), rel=1e-6)
     run(folder, "unmeasured", steps=3, save_every=1)
-    assert changed(folder / "measured", folder / "unmeasured") == set()
+    assert moved(folder / "measured", folder / "unmeasured") == set()
     with pytest.raises(KeyboardInterrupt):
         tune(write_tuning(folder, **settings), folder / "measured-parts", watch=stop_after(3))
     tune(write_tuning(folder, **settings), folder / "measured-parts", resume=True)
@@ -218,13 +198,13 @@ def test_a_mixture_routed_by_sequence(by_sequence: Path) -> None:
     assert len(found[0]["load"]) == 1 and len(found[0]["load"][0]) == 3
     assert all(sum(row["load"][0]) == pytest.approx(1, abs=1e-5) for row in found)
     assert facts["parameters"]["router"] == 3 * 16
-    assert "router.weight" in changed(by_sequence / "moe", by_sequence / "out")
+    assert "router.weight" in moved(by_sequence / "moe", by_sequence / "out")
     register()
     model: Any = AutoModelForCausalLM.from_pretrained(by_sequence / "out")
     assert model.route(torch.arange(3, 19)[None]).alpha.shape == (1, 3)
     run(by_sequence, "experts", train="experts", steps=1)
-    moved = changed(by_sequence / "moe", by_sequence / "experts")
-    assert moved and all(".mlp." in name for name in moved)
+    learned = moved(by_sequence / "moe", by_sequence / "experts")
+    assert learned and all(".mlp." in name for name in learned)
 
 
 def test_distillation_pulls_to_each_domains_teacher(folder: Path, tmp_path: Path) -> None:
@@ -358,7 +338,7 @@ def test_a_teacher_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_was_not_sharded_is_not_taken_for_one(folder: Path) -> None:
     with pytest.raises(InputError, match=r"did not shard .* over 1 processes: leave out 'sharding', which gives DDP"):
-        _load_sharded(folder / "moe", 1)
+        load_sharded(folder / "moe", 1)
 
 
 def test_a_loss_that_is_no_number_stops(folder: Path) -> None:

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 import moerge
+from moerge.learn.watch import Watch
 from moerge.tune.metrics import read_metrics
-from tiny import EXPERTS, make_models, write_recipe
+from moerge.tune.run import tune
+from tiny import EXPERTS, make_models, read_tensors, write_recipe
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch": 4, "length": 16, "steps": 6, "device": "cpu"}
 
@@ -42,6 +45,32 @@ def write_tuning(folder: Path, name: str = "tune.yaml", **changes: Any) -> Path:
     path = folder / name
     path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False))
     return path
+
+
+def run(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
+    """Tune into `folder/out`; what tune.json and `--json` have."""
+    result = tune(write_tuning(folder, f"{out}.yaml", **changes), folder / out)
+    assert result is not None
+    return result.to_json()
+
+
+def stop_after(step: int, tokens: int = 64) -> Watch:
+    """Interrupts training after this step, as Ctrl-C does."""
+    done = [0]
+
+    def advance(amount: int) -> None:
+        done[0] += amount
+        if done[0] >= step * tokens:
+            raise KeyboardInterrupt
+
+    return Watch(lambda total: advance)
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    """Names of the tensors whose bytes differ between two checkpoints of the same tensors."""
+    old, new = read_tensors(before), read_tensors(after)
+    assert old.keys() == new.keys()
+    return {name for name, value in new.items() if not np.array_equal(value, old[name])}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

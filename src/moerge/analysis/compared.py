@@ -12,7 +12,8 @@ from moerge.methods.average import Average
 from moerge.methods.method import MergeMethod
 from moerge.methods.ties import Ties
 from moerge.methods.values import Values, numbers
-from moerge.planning.build import build_plan
+from moerge.planning.build import build_plan, located
+from moerge.planning.heterogeneous import unlike
 from moerge.planning.match import MethodChooser
 from moerge.planning.operations import Merge, Output
 from moerge.planning.plan import Plan
@@ -57,6 +58,11 @@ def compared_plan(
     the statistics or texts that it would need. `weights` and `commits` are as in `build_plan`. Raises InputError for models that
     cannot be merged tensor by tensor, and for what is wrong with the recipe's overrides.
     """
+    if recipe.moe is not None and recipe.moe.by_sequence and unlike(located(recipe)):
+        raise InputError(
+            f"{recipe.source}: these experts differ in type or shape and stay whole models, so there are no tensors of theirs to "
+            "compare: name those that are alike in a recipe of their own"
+        )
     chooser = MethodChooser(recipe)
     rule = _AsTies(recipe, chooser, density)
     changes: dict[str, Any] = {"moe": None, "calibration": {}, "learn": None, "learned": None, "settings": rule}

@@ -45,12 +45,6 @@ class Whole:
     soft_capping: float | None = None
     prefix: str = ""
 
-    @property
-    def body(self) -> tuple[Expected, ...]:
-        """The tensors that are neither embedding nor head."""
-        outside = (self.embedding, self.head, self.head_bias)
-        return tuple(tensor for tensor in self.tensors if tensor.name not in outside)
-
     def spellings(self, name: str) -> tuple[str, ...]:
         """How checkpoints may spell a tensor's name: as it is, or without the prefix of the model inside."""
         start = f"{self.prefix}."

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
 from moerge.checkpoint.tensor import Elements, Sized, Tensor, rectangles
-from moerge.checkpoint.tokenizer.pieces import EXACT, LEFT, Pieces
+from moerge.checkpoint.tokenizer.pieces import EXACT, Pieces
 from moerge.methods.codec import decode
 from moerge.methods.jit import kernel
 
@@ -28,12 +27,11 @@ _RUN = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class ComposedRows(Sized):
-    """A Tensor [V, width] whose row v is made of the rows `pieces` gives for v of `source`, [own rows, D], times `scale`.
+    """A Tensor [V, width] whose row v is the mean of the rows `pieces` gives for v of `source`, [own rows, D], times `scale`.
 
-    `combine` says how: "mean" of all pieces (a head then gives the mean of their logits), or "first", the row of the piece that
-    the text begins with. Rows without pieces are the mean of all the table's rows. Columns from D up to `width` are zeros; a
-    vector, such as the bias of a head, is [V] and has no width. Sums are in float64 and rounded once. The element type is the
-    source's where rows are copied and nothing is computed, float32 elsewhere; rows of one piece are exact either way.
+    Rows without pieces are the mean of all the table's rows. Columns from D up to `width` are zeros; a vector, such as the bias
+    of a head, is [V] and has no width. Sums are in float64 and rounded once. The element type is the source's where rows are
+    copied and nothing is computed, float32 elsewhere; rows of one piece are exact either way.
     """
 
     name: str
@@ -41,7 +39,6 @@ class ComposedRows(Sized):
     pieces: Pieces = field(repr=False)
     width: int | None = None
     scale: float = 1.0
-    combine: Literal["mean", "first"] = "mean"
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,8 +55,7 @@ class ComposedRows(Sized):
     @cached_property
     def copies(self) -> bool:
         """Whether each row is a copy of one of the source's, and nothing is computed."""
-        kinds_V = self.pieces.kinds_V
-        return self.scale == 1 and bool((kinds_V == EXACT).all() if self.combine == "mean" else (kinds_V != LEFT).all())
+        return self.scale == 1 and bool((self.pieces.kinds_V == EXACT).all())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,15 +86,6 @@ class ComposedRows(Sized):
             _add_rows(values_N.reshape(-1, columns), sum_D)
         return sum_D / max(1, count) * self.scale
 
-    @cached_property
-    def _taken(self) -> tuple[np.ndarray, np.ndarray]:
-        """`starts_V1` and `rows_P` of the pieces that take part."""
-        starts_V1, rows_P = self.pieces.starts_V1, self.pieces.rows_P
-        if self.combine == "mean":
-            return starts_V1, rows_P
-        having_V = np.diff(starts_V1) > 0
-        return np.concatenate(([0], np.cumsum(having_V))).astype(np.int64), rows_P[starts_V1[:-1][having_V]]
-
 
 class ComposedElements:
     """Elements of composed rows; several threads may read them at a time."""
@@ -118,7 +105,7 @@ class ComposedElements:
 
     def _fill(self, row: int, column: int, out_RC: np.ndarray) -> None:
         """Rows `row` and following, the columns `column` and following of each, as many at a time as memory allows."""
-        starts_V1, rows_P = self._tensor._taken
+        starts_V1, rows_P = self._tensor.pieces.starts_V1, self._tensor.pieces.rows_P
         most = max(1, _RUN // out_RC.shape[1])
         stop = row + len(out_RC)
         while row < stop:

@@ -8,12 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
-from moerge.checkpoint.tensor import Tensor
+from moerge.checkpoint.tensor import Sized, Tensor
 from moerge.methods.codec import decode, encode
 
 
+def rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Values of any shape as they are once they have been written as `dtype`, float32."""
+    flat_N = np.array(values, np.float32).reshape(-1)
+    stored_N = np.empty(flat_N.size, dtype.storage)
+    encode(flat_N, dtype, stored_N)
+    decode(stored_N, dtype, flat_N)
+    return flat_N.reshape(np.shape(values))
+
+
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(Sized):
     """The elements of `source`, a tensor of floats, rounded to `dtype` as a merge rounds them."""
 
     source: Tensor
@@ -28,16 +37,6 @@ class Rounded:
     def shape(self) -> tuple[int, ...]:
         """The source's."""
         return self.source.shape
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.source.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its elements take when they are read."""
-        return self.size * self.dtype.itemsize
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -10,9 +10,7 @@ from typing import Any, NoReturn
 from typer import Abort
 
 from moerge.cli.app import app
-from moerge.errors import MoergeError
-
-_INTERRUPTED = 130
+from moerge.errors import Interrupted, MoergeError
 
 
 def main() -> NoReturn:
@@ -21,13 +19,12 @@ def main() -> NoReturn:
     code = None
     try:
         code = app(standalone_mode=False)
-        if code == _INTERRUPTED:  # some versions of typer turn KeyboardInterrupt into this, others into Abort
+        if code == Interrupted.exit_code:  # some versions of typer turn KeyboardInterrupt into this, others into Abort
             raise KeyboardInterrupt
     except MoergeError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, Abort):
-        resumable = sys.argv[1:2] in (["merge"], ["tune"]) or (sys.argv[1:2] == ["eval"] and "--out" in sys.argv)
-        _fail("interrupted" + ("; continue with the same command and --resume" if resumable else ""), _INTERRUPTED)
+        _fail("interrupted", Interrupted.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

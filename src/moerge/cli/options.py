@@ -15,6 +15,12 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads; default: the cores available.", show_default=False)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Such as cuda:1; default: the GPU where there is one.", show_default=False)
+]
+AllowCalibrationText = Annotated[
+    bool, typer.Option("--allow-calibration-text", help="Go on where a text was used to calibrate or tune a checkpoint.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint comes with.")]
 For = Annotated[
     list[str],

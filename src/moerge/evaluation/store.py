@@ -20,6 +20,11 @@ RESULTS = "results.json"
 Row = Mapping[str, Any]
 
 
+def holds_results(folder: Path) -> bool:
+    """Whether a run has left something in the folder of `--out`."""
+    return (folder / RESULTS).exists() or (folder / "partial").exists()
+
+
 class Store:
     """The folder of `--out`, or nothing where there is none.
 
@@ -37,11 +42,10 @@ class Store:
             return
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file: name another folder with --out")
-        results = folder / RESULTS
-        if results.exists() or (folder / "partial").exists():
+        if holds_results(folder):
             if not resume:
                 raise InputError(f"{folder} holds results already: go on with --resume, or name another folder with --out")
-            self._earlier = {measure.fingerprint: measure for measure in _read(results)}
+            self._earlier = {measure.fingerprint: measure for measure in _read(folder / RESULTS)}
 
     def earlier(self, fingerprint: str) -> tuple[Measure, list[Row]] | None:
         """A measure that an earlier run finished, and its documents."""

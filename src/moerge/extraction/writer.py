@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +37,11 @@ class AdapterWriter:
     def __enter__(self) -> AdapterWriter:
         with _writing(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.moerge-partial-", dir=self.target.parent))
+            prefix = f".{self.target.name}.moerge-partial-"
+            _sweep(self.target.parent, prefix)
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.target.parent))
             self._file = open(self.folder / ADAPTER_WEIGHTS, "wb")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
             self._file.seek(self._room)
         return self
 
@@ -77,6 +82,19 @@ class AdapterWriter:
                     _flush(file)
             self.folder.chmod(0o777 & ~umask())
             os.rename(self.folder, self.target)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove what processes that were killed have left: nothing of it can be used. Who is alive holds a lock on the weights."""
+    for folder in parent.iterdir():
+        if not re.fullmatch(re.escape(prefix) + r"\w{8}", folder.name):
+            continue
+        try:
+            with open(folder / ADAPTER_WEIGHTS, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue
 
 
 @contextmanager

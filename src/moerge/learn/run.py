@@ -11,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moerge.errors import InputError
 from moerge.learn.coefficients import FILE, Coefficients
 from moerge.learn.settings import Learning
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.moe.running import require_models_extra
 from moerge.pipeline import MergeResult, check_target, merge
-from moerge.planning.build import build_plan
+from moerge.planning.build import build_plan, located
+from moerge.planning.heterogeneous import stay_whole
 from moerge.planning.plan import Plan
 from moerge.recipe.learned import Learnt
 from moerge.recipe.schema import Recipe
@@ -67,6 +69,11 @@ def learn(
     from moerge.learn.slots import check_recipe
 
     target, settings = Path(out).absolute(), recipe.learn or Learning()
+    if recipe.moe is not None and recipe.moe.by_sequence and stay_whole(recipe, located(recipe)):
+        raise InputError(
+            f"{recipe.source}: experts that stay whole models have no coefficients to learn: merge them with `moerge merge` and "
+            "fine-tune the result with `moerge tune`"
+        )
     check_recipe(recipe)
     whole = build_plan(recipe, weights=True)
     check_target(whole, target, resume=False, force=force)

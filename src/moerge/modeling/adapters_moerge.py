@@ -93,7 +93,9 @@ def check_adapters(adapters: Any, expert_names: Sequence[str], separate: Sequenc
         if name not in expert_names:
             raise ValueError(f"adapters of {name!r}: the experts are {', '.join(expert_names)}")
         seen: set[tuple[int, str]] = set()
-        for group in groups if isinstance(groups, list) else [groups]:
+        if not isinstance(groups, list):
+            raise ValueError(f"adapters of {name!r} should be a list of groups")
+        for group in groups:
             _check_group(group, f"adapters of {name!r}", separate, layers)
             for one in _of(0, [group], layers):
                 if (one.layer, one.module) in seen:

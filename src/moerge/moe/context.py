@@ -10,12 +10,11 @@ import numpy as np
 
 from moerge.architecture.family import Family
 from moerge.calibration import Texts
-from moerge.checkpoint.digest import CHUNK, chunk_digest, combined_digest, tensor_digest
+from moerge.checkpoint.digest import combined_digest
 from moerge.checkpoint.reader import Checkpoint
-from moerge.errors import InputError
-from moerge.methods.codec import decode
 from moerge.moe.router import MODULE
-from moerge.planning.operations import Output
+from moerge.planning.operations import Output, Source
+from moerge.planning.reading import Stream
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,8 @@ class FitContext:
         assert self.family is not None
         stored = self.models[model].tensors.values()
         tensor = next(tensor for tensor in stored if self.family.role_of(tensor.name) == role)
-        values_N = np.empty(tensor.size, np.float32)
-        elements, chunks, finite = tensor.open(), [], True
-        for start in range(0, tensor.size, CHUNK):
-            chunk_N = elements.read(start, np.empty(min(CHUNK, tensor.size - start), tensor.dtype.storage))
-            chunks.append(chunk_digest(chunk_N))
-            finite &= decode(chunk_N, tensor.dtype, values_N[start : start + chunk_N.size])
-        if not finite:
-            raise InputError(f"{model}: tensor {tensor.name!r} holds NaN or infinity, so no router can be made from it")
-        self.read_digests[f"{model}:{tensor.name}"] = tensor_digest(chunks)
+        source, values_N = Source(model, tensor), np.empty(tensor.size, np.float32)
+        stream = Stream(source)
+        stream.fill_finite(values_N)
+        self.read_digests[source.label] = stream.digest()
         return values_N.reshape(tensor.shape)

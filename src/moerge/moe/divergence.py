@@ -88,8 +88,10 @@ def log_softmax(logit_SK: np.ndarray) -> np.ndarray:
     return log_q_SK
 
 
-def least_divergence(heads: Heads, held_out: Heads, start_MD: np.ndarray, moment_MM: np.ndarray) -> np.ndarray:
-    """From `start_MD`, Newton steps for as long as the divergence on held-out states falls.
+def least_divergence(
+    heads: Heads, held_out: Heads, start_MD: np.ndarray, moment_MM: np.ndarray, stepped: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """From `start_MD`, Newton steps for as long as the divergence on held-out states falls; `stepped` is told of each.
 
     Each is solved by a few steps of conjugate gradients, with the second moments of the shared head's rows (`moment_MM`) and of
     the states as preconditioner: the curvature itself, if probabilities did not depend on the state.
@@ -99,6 +101,7 @@ def least_divergence(heads: Heads, held_out: Heads, start_MD: np.ndarray, moment
     best_MD, best = start_MD, held_out.divergence(start_MD)
     for _ in range(STEPS):
         step_MD = _newton_step(heads, best_MD, left_MM, right_DD)
+        stepped()
         tried = [(held_out.divergence(best_MD + share * step_MD), share) for share in SHARES]
         least, share = min(tried)
         if not least < best:

@@ -10,6 +10,7 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
+from moerge.errors import InputError
 from moerge.moe.context import FitContext
 from moerge.moe.token_weights import known_tokens
 
@@ -28,6 +29,7 @@ def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarr
 
     loaded = load(context.folder, device="cpu")
     model, number = loaded.model.model, context.experts.index(expert)
+    limit = min(TOKENS, model.config.max_position_embeddings or TOKENS)
     seen: list[np.ndarray] = []
     hook = model.projectors_out[number].register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0][0].float().numpy()), prepend=True
@@ -35,13 +37,15 @@ def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarr
     texts, count = [], 0
     with torch.no_grad():
         for index, text in enumerate(_documents(context, expert)):
-            ids = known_tokens(loaded.tokenizer, text, TOKENS, rows, expert)
+            ids = known_tokens(loaded.tokenizer, text, limit, rows, expert)
             if count >= STATES or not ids.size:
                 continue
             model.path(number, model.make_prompt(torch.from_numpy(ids)[None], None, None, None))
             texts.append(np.full(len(seen[-1]), index))
             count += len(seen[-1])
     hook.remove()
+    if not seen:
+        raise InputError("calibration: no text has a token: name files with some text")
     return np.concatenate(seen)[:STATES], np.concatenate(texts)[:STATES]
 
 

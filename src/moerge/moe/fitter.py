@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from moerge.moe.router import MoESize
     from moerge.recipe.schema import Recipe
 
+Unit = Literal["texts", "tokens"]
+"""What is counted while something is computed."""
+
 
 class Fitter:
     """Computes the outputs whose operation is `Fit` with this very object.
 
     A subclass says in `fit` what they are, in `inputs` what text that takes, and in `memory_bytes` and `operations` what it
-    costs. `title` is how the plan calls what is computed, `counts_texts` whether progress counts the texts that are done.
+    costs. `title` is how the plan calls what is computed, `counts` what progress counts: see `steps`.
     """
 
     kind: ClassVar[str]
-    counts_texts: ClassVar[bool] = False
+    counts: ClassVar[Unit] = "texts"
 
     @property
     def title(self) -> str:
@@ -39,6 +42,11 @@ class Fitter:
         """Whether the merged model is loaded for it."""
         return False
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch and transformers are in memory while it works."""
+        return True
+
     def inputs(self, recipe: Recipe, experts: Sequence[str]) -> tuple[Texts, ...]:
         """The calibration text of the experts, read while planning; InputError if something is missing."""
         return ()
@@ -53,6 +61,10 @@ class Fitter:
     def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
         """Floating-point operations that it takes, roughly."""
         return 0.0
+
+    def steps(self, calibration: Sequence[Texts]) -> int:
+        """How many texts or tokens (whichever it `counts`) `fit` goes through, which tells `context.advance` of those done."""
+        return 0
 
     def fit(self, context: FitContext) -> Mapping[str, np.ndarray]:
         """float32 arrays of their shapes for all of `context.outputs` by name."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moerge.architecture import family_of
+from moerge.calibration import Texts
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.staging import Staging
 from moerge.methods.codec import encode
 from moerge.moe.context import FitContext
 from moerge.moe.crew import one_thread_each
+from moerge.moe.fitter import Fitter, Unit
 from moerge.planning.operations import Fit, Output
 from moerge.planning.plan import Plan
+
+Calibrating = Callable[[int, Unit], Callable[[int], None]]
+"""Told how many texts or tokens there are; returns what is told of those that are done."""
 
 
 def fit_outputs(
@@ -22,30 +27,58 @@ def fit_outputs(
     staging: Staging,
     files: Callable[[], Mapping[str, bytes]],
     threads: int,
-    calibrating: Callable[[int], Callable[[int], None]] | None = None,
+    calibrating: Calibrating | None = None,
 ) -> tuple[str, ...]:
     """Compute and store what `plan` leaves to fitters, one after the other; returns what the user should know about it.
 
     `files()` make the staging folder a checkpoint that loads. What an interrupted run has completed is kept, unless a fitter
-    was not done with all of its tensors. Nothing depends on `threads`. `calibrating` is called with the number of texts, if
-    some fitter counts them, and returns what is told of those that are done.
+    was not done with all of its tensors. Nothing depends on `threads`. `calibrating` is called with a number of texts or tokens
+    before the first fitter that counts those, and returns what is told of those that are done.
     """
     remarks: tuple[str, ...] = ()
     fittings = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fittings]
     pending = [fitting for fitting, _ in fittings if not all(map(staging.finished, fitting.outputs))]
     if pending:
         staging.add(files())
-    texts = sum(len(texts.documents) for texts in plan.calibration) * sum(f.fitter.counts_texts for f in pending)
-    advance = calibrating(texts) if calibrating and texts else _ignore
+    counters = _Counters([fitting.fitter for fitting in pending], plan.calibration, calibrating)
     for fitting, context in fittings:
         if fitting in pending:
-            counts = advance if fitting.fitter.counts_texts else _ignore
+            counter = counters.of(fitting.fitter)
             with one_thread_each():
-                fitted = fitting.fitter.fit(replace(context, threads=threads, advance=counts))
+                fitted = fitting.fitter.fit(replace(context, threads=threads, advance=counter.advance))
+            counter.advance(counter.left)
             for output in fitting.outputs:
                 _store(staging, output, fitted[output.name], context.read_digests)
         remarks += fitting.fitter.remarks(context)
     return remarks
+
+
+@dataclass
+class _Counter:
+    """What a fitter tells of its progress, never more than it said before."""
+
+    left: int
+    tell: Callable[[int], None]
+
+    def advance(self, count: int) -> None:
+        count = min(count, self.left)
+        self.left -= count
+        self.tell(count)
+
+
+class _Counters:
+    """A counter for each fitter; those that count the same thing count towards one total."""
+
+    def __init__(self, fitters: Sequence[Fitter], calibration: Sequence[Texts], calibrating: Calibrating | None) -> None:
+        self._fitters, self._calibration, self._calibrating = fitters, calibration, calibrating
+        self._tell: dict[Unit, Callable[[int], None]] = {}
+
+    def of(self, fitter: Fitter) -> _Counter:
+        """Where the total is shown once the first of those that count it begins."""
+        if fitter.counts not in self._tell:
+            total = sum(other.steps(self._calibration) for other in self._fitters if other.counts == fitter.counts)
+            self._tell[fitter.counts] = self._calibrating(total, fitter.counts) if self._calibrating and total else _ignore
+        return _Counter(fitter.steps(self._calibration), self._tell[fitter.counts])
 
 
 def _ignore(count: int) -> None:

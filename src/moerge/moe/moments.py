@@ -6,7 +6,6 @@ Shapes: L layers, E experts, H hidden, T tokens. Sums add up: those of two texts
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.header import build_header, read_header
 from moerge.checkpoint.staging import machine_errors
 from moerge.errors import InputError
+from moerge.files import whole_file
 
 _COUNT, _SUM, _MOMENT = "tokens", "sum", "moment"
 
@@ -53,14 +53,12 @@ def save_moments(path: Path, moments: Moments) -> None:
     }
     facts = {"moerge": json.dumps(moments.facts, sort_keys=True), _COUNT: str(moments.tokens)}
     header, _ = build_header([(name, F32, array.shape) for name, array in arrays.items()], facts)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     with machine_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with whole_file(path) as beside, open(beside, "wb") as file:
             file.write(header)
             for array in arrays.values():
                 file.write(np.ascontiguousarray(array, F32.storage).tobytes())
-        os.replace(aside, path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from moerge.calibration import Texts
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.tensor import Tensor
 from moerge.moe.context import FitContext
-from moerge.moe.fitter import Fitter
+from moerge.moe.fitter import Fitter, Unit
 from moerge.moe.tables import Table, blocks
 from moerge.moe.token_weights import TokenWeights
 
@@ -34,7 +34,7 @@ against: the vocabulary is not a sample of something larger."""
 class ProjectorFit(Fitter):
     """Either projector of an expert; `table` is the expert's own embedding or head on the shared vocabulary."""
 
-    kind: ClassVar[str] = "projectors"
+    counts: ClassVar[Unit] = "tokens"
 
     def __init__(self, expert: str, table: Tensor, weights: TokenWeights, features: int) -> None:
         self.expert, self.table, self.weights, self.features = expert, table, weights, features
@@ -48,6 +48,11 @@ class ProjectorFit(Fitter):
         """The text that tokens are counted in, if the recipe names any."""
         return self.weights.inputs(recipe, experts)
 
+    @property
+    def needs_torch(self) -> bool:
+        """For the tokenizer, if there is text, and to run the expert."""
+        return self.weights.have_text
+
     def require(self) -> None:
         """A tokenizer, if there is text."""
         self.weights.require()
@@ -60,6 +65,10 @@ class ProjectorFit(Fitter):
         """Sums of products over the vocabulary, in float64, and one solution."""
         rows, columns = self.table.shape
         return 2 * rows * self.features * (self.features + 2 * columns) + 4 / 3 * self.features**3
+
+    def steps(self, calibration: Sequence[Texts]) -> int:
+        """The rows of the table."""
+        return self.table.shape[0]
 
     def pairs(self, context: FitContext, name: str) -> Pairs:
         """The shared table of this name, which has been written already, beside the expert's own."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from moerge.architecture.heterogeneous import EMBEDDING
 from moerge.checkpoint.dtypes import DType
+from moerge.checkpoint.rounded import rounded
 from moerge.checkpoint.tensor import Tensor
-from moerge.methods.codec import decode, encode
 from moerge.moe.context import FitContext
 from moerge.moe.least_squares import NormalEquations
 from moerge.moe.projector_fit import PENALTY, Pairs, ProjectorFit, named
@@ -28,6 +28,8 @@ class ProjectorInFit(ProjectorFit):
     part serves all others.
     """
 
+    kind: ClassVar[str] = "projector_in"
+
     def __init__(self, expert: str, embedding: Tensor, weights: TokenWeights, *, shared: int, units: int, seed: int) -> None:
         super().__init__(expert, embedding, weights, shared + 1 + units)
         self.units, self.seed = units, seed
@@ -35,7 +37,7 @@ class ProjectorInFit(ProjectorFit):
     @property
     def settings(self) -> Mapping[str, Any]:
         """How many units, and the seed of those that stand for no token."""
-        return {"side": "in", "units": self.units, "penalty": PENALTY, "seed": self.seed}
+        return {"units": self.units, "penalty": PENALTY, "seed": self.seed}
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """All six tensors."""
@@ -56,7 +58,7 @@ class ProjectorInFit(ProjectorFit):
     def _units(self, shared: Table, weights_V: np.ndarray, mean_M: np.ndarray, name: str, dtype: DType) -> Units:
         chosen_K = np.argsort(-weights_V, kind="stable")[: self.units]
         units = token_units(shared.take(chosen_K), mean_M, self.units, self.seed, f"{name}.up")
-        return Units(_as_stored(units.up_NM, dtype), _as_stored(units.bias_N, dtype))
+        return Units(rounded(units.up_NM, dtype), rounded(units.bias_N, dtype))
 
     def _solution(self, context: FitContext, pairs: Pairs, weights_V: np.ndarray, units: Units) -> np.ndarray:
         with ThreadPoolExecutor(context.threads) as pool:
@@ -65,13 +67,5 @@ class ProjectorInFit(ProjectorFit):
                 constant_R1 = np.ones((len(shared_RM), 1))
                 features_RF = np.concatenate([shared_RM, constant_R1, units.apply(shared_RM)], axis=1)
                 equations.add(features_RF, residual_RD, weights_V[rows])
+                context.advance(len(shared_RM))
         return equations.solve(PENALTY, free=pairs.shared.columns)
-
-
-def _as_stored(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """float32 values as they are once they have been written."""
-    flat_N = np.ascontiguousarray(values, np.float32).reshape(-1)
-    stored_N = np.empty(flat_N.size, dtype.storage)
-    encode(flat_N, dtype, stored_N)
-    decode(stored_N, dtype, flat_N)
-    return flat_N.reshape(values.shape)

@@ -5,9 +5,9 @@ Shapes: V tokens, K of them, M the shared width, D the expert's, S states, R row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -51,6 +51,8 @@ class ProjectorOutFit(ProjectorFit):
     Both leave the identity alone where the heads are equal.
     """
 
+    kind: ClassVar[str] = "projector_out"
+
     def __init__(self, expert: str, head: Tensor, weights: TokenWeights, *, shared: int, bias: Tensor | None) -> None:
         super().__init__(expert, head, weights, shared + 1)
         self.bias = bias
@@ -58,12 +60,16 @@ class ProjectorOutFit(ProjectorFit):
     @property
     def settings(self) -> Mapping[str, Any]:
         """Nothing is drawn."""
-        return {"side": "out", "penalty": PENALTY}
+        return {"penalty": PENALTY}
 
     @property
     def runs_model(self) -> bool:
         """Where there is text, the expert runs on it inside the merged model."""
         return self.weights.have_text
+
+    def steps(self, calibration: Sequence[Texts]) -> int:
+        """Besides, with text, as many states as a search of all its steps sees."""
+        return super().steps(calibration) + (STATES * STEPS if self.runs_model else 0)
 
     def memory_bytes(self, size: MoESize, threads: int) -> int:
         """Besides, with text, the merged model, and probabilities of the states before and after."""
@@ -91,6 +97,7 @@ class ProjectorOutFit(ProjectorFit):
                 for rows, shared_RM, residual_RD in pairs:
                     targets_RK = np.concatenate([residual_RD, (own_V - shared_V)[rows, None]], axis=1)
                     equations.add(_with_ones(shared_RM), targets_RK, weights_V[rows])
+                    context.advance(len(shared_RM))
                 solution_MK = equations.solve(PENALTY, free=pairs.shared.columns)[:-1]
                 linear_MD, bias_M = linear_MD + solution_MK[:, :-1], solution_MK[:, -1]
                 if self.runs_model:
@@ -119,14 +126,16 @@ class ProjectorOutFit(ProjectorFit):
         shared_KM = pairs.shared.take(chosen_K)
         bias_K = biases[1][chosen_K].astype(np.float32)
         held_S = held_out(text_S)
+        if held_S.all():  # too little text to say when to stop
+            return start_MD
         parts = [Heads(shared_KM, bias_K, _with_ones(state_SD[s]), log_p_SK[s], spread) for s in (~held_S, held_S)]
-        return least_divergence(parts[0], parts[1], start_MD, moment_MM)
+        return least_divergence(parts[0], parts[1], start_MD, moment_MM, lambda: context.advance(STATES))
 
 
 def held_out(text_S: np.ndarray) -> np.ndarray:
     """Which states are of every fifth text; of fewer texts, the last fifth of the states."""
     held_S: np.ndarray = text_S % HELD_OUT == HELD_OUT - 1
-    if not held_S.any():
+    if held_S.all() or not held_S.any():
         held_S = np.arange(len(text_S)) >= len(text_S) * (HELD_OUT - 1) // HELD_OUT
     return held_S
 
@@ -138,18 +147,22 @@ def predicted(head: Table, state_SD: np.ndarray, bias_V: np.ndarray) -> tuple[np
     block: the first for what all logits of a state add up to, so that no more than a block of them is held.
     """
     most_S, total_S = np.full(len(state_SD), -np.inf, np.float32), np.zeros(len(state_SD))
-    for start, stop in blocks(head.rows, ROWS):
-        logit_SR = state_SD @ head.read(start, stop).T + bias_V[start:stop].astype(np.float32)
+    for _, logit_SR in _logits(head, state_SD, bias_V):
         before_S, most_S = most_S, np.maximum(most_S, logit_SR.max(axis=1))
         total_S = total_S * np.exp(before_S - most_S) + np.exp(logit_SR - most_S[:, None]).sum(axis=1)
     mean_V = np.empty(head.rows)
-    for start, stop in blocks(head.rows, ROWS):
-        logit_SR = state_SD @ head.read(start, stop).T + bias_V[start:stop].astype(np.float32)
-        mean_V[start:stop] = (np.exp(logit_SR - most_S[:, None]) / total_S[:, None]).mean(axis=0)
+    for rows, logit_SR in _logits(head, state_SD, bias_V):
+        mean_V[rows] = (np.exp(logit_SR - most_S[:, None]) / total_S[:, None]).mean(axis=0)
     order_V = np.argsort(-mean_V, kind="stable")
     count = int(np.searchsorted(np.cumsum(mean_V[order_V]), COVERED)) + 1
     chosen_K = np.sort(order_V[: min(count, MOST_TOKENS)])
     return chosen_K, log_softmax(state_SD @ head.take(chosen_K).T + bias_V[chosen_K].astype(np.float32))
+
+
+def _logits(head: Table, state_SD: np.ndarray, bias_V: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Some tokens, and their logits [S, R]."""
+    for start, stop in blocks(head.rows, ROWS):
+        yield slice(start, stop), state_SD @ head.read(start, stop).T + bias_V[start:stop].astype(np.float32)
 
 
 def _with_ones(rows_RM: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ linear(x) + down(gelu(up(x))), without the linear part where all of it is drawn.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +44,11 @@ class _Part:
     side: Literal["in", "out"]
     layer: Literal["linear", "up", "down"]
     inputs: int
+
+    @property
+    def what(self) -> str:
+        """How the plan calls it."""
+        return f"projector_{self.side}.{self.layer}"
 
 
 def projector_config(kind: Kind, width: int) -> dict[str, Any]:
@@ -101,9 +105,8 @@ def _fitted(part: _Part, into: Sequence[Operation], out: Sequence[Operation], se
         return into[part.tensor.expert]
     if part.layer == "up":
         return _drawn(part, seed)
-    return Draw(seed=0, bound=0.0) if part.layer == "down" else out[part.tensor.expert]
+    return Draw(seed=0, bound=0.0, what=part.what) if part.layer == "down" else out[part.tensor.expert]
 
 
 def _drawn(part: _Part, seed: int) -> Draw:
-    """As torch.nn.Linear initialises weights and biases alike."""
-    return Draw(seed=seed, bound=1 / math.sqrt(part.inputs))
+    return Draw.of_linear(part.inputs, seed, what=part.what)

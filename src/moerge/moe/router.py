@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +13,9 @@ from moerge.architecture.family import Expected
 from moerge.moe.fitter import Fitter
 from moerge.planning.operations import Draw, Fit, Operation
 from moerge.registry import Registry
+
+if TYPE_CHECKING:
+    from moerge.calibration import Texts
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -65,8 +67,7 @@ class RandomRouter(Router):
 
     def operation(self, gate: Expected) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
-        std = self.std if self.std is not None else 1 / math.sqrt(3 * gate.shape[1])
-        return Draw(seed=self.seed, bound=math.sqrt(3) * std)
+        return Draw.of_linear(gate.shape[1], self.seed, self.std)
 
 
 class FittedRouter(Router, Fitter):
@@ -75,8 +76,6 @@ class FittedRouter(Router, Fitter):
     A subclass says in `fit` what they are, float32 [experts, hidden] for each of `context.outputs` by name; the rest is as
     `Fitter` has it.
     """
-
-    counts_texts: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
@@ -87,6 +86,10 @@ class FittedRouter(Router, Fitter):
     def settings(self) -> Mapping[str, Any]:
         """Its keys in the recipe."""
         return dict(self)
+
+    def steps(self, calibration: Sequence[Texts]) -> int:
+        """All texts that there are."""
+        return sum(len(texts.documents) for texts in calibration)
 
     def operation(self, gate: Expected) -> Operation:
         """Room for the gate, which `fit` fills later."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -105,8 +104,7 @@ class LearnedRouting(SequenceRouter):
 
     def operation(self, gate: Expected) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
-        std = self.std if self.std is not None else 1 / math.sqrt(3 * gate.shape[1])
-        return Draw(seed=self.seed, bound=math.sqrt(3) * std)
+        return Draw.of_linear(gate.shape[1], self.seed, self.std)
 
 
 _SEQUENCE_ROUTERS: Registry[type[SequenceRouter]] = Registry("moerge.sequence_routers", "sequence router kind")

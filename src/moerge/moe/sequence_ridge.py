@@ -17,6 +17,7 @@ from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.architecture.whole import whole_of
 from moerge.calibration import Texts
 from moerge.checkpoint.reader import Checkpoint, open_folder
+from moerge.errors import InputError
 from moerge.moe.calibrated import Count, expert_texts
 from moerge.moe.context import FitContext
 from moerge.moe.router import FittedRouter, MoESize, Positive
@@ -34,6 +35,9 @@ HELD_OUT = 5
 """Every so many-th text of an expert decides how strong the penalty is and how sharp the gate."""
 PENALTIES = tuple(10.0**power for power in range(-8, 2))
 SHARPNESS = tuple(float(value) for value in np.geomspace(0.03, 1, 24))
+SLACK = 0.02
+"""Nats a sample for which a softer gate is taken: where texts are easy to tell apart, the sharpest is the most probable one, and
+no training could move it any more."""
 PENALTY, SHARP = 1e-2, 0.1
 """Where an expert has too few texts to hold any out."""
 ROWS = 512
@@ -45,8 +49,8 @@ class RidgeRouting(FittedRouter, SequenceRouter):
     Texts are cut into windows as long as the prefix that the model routes by (64 tokens where it reads whole prompts). The gate
     is W / s, with W = (X^T X + lambda I)^-1 X^T Y, X the windows' mean embeddings, Y whose text each is from, every expert's
     windows counting the same in total. lambda (`penalty` times the mean of the diagonal of X^T X) and s are those that make a
-    fifth of the texts, held out from W meanwhile, most probable under softmax(W x / s); with fewer than 5 texts of an expert
-    they are 0.01 and 0.1. No model runs: what is read are the embeddings of the tokens that occur.
+    fifth of the texts, held out from W meanwhile, most probable under softmax(W x / s), or nearly so with a softer gate; with
+    fewer than 5 texts of an expert they are 0.01 and 0.1. No model runs: only the embeddings of the tokens that occur are read.
 
     Not in the paper, whose gate starts at random.
     """
@@ -67,6 +71,10 @@ class RidgeRouting(FittedRouter, SequenceRouter):
         """The first `texts` documents of every expert's entry in the recipe's `calibration`."""
         return tuple(expert_texts(recipe, expert, self.texts, self.kind) for expert in experts)
 
+    def steps(self, calibration: Sequence[Texts]) -> int:
+        """The texts that it reads; projectors may want more."""
+        return sum(len(texts.documents[: self.texts]) for texts in calibration)
+
     def memory_bytes(self, size: MoESize, threads: int) -> int:
         """The samples twice, and what is decomposed."""
         samples = size.experts * self.texts * (1 + self.tokens // WINDOW)
@@ -74,7 +82,7 @@ class RidgeRouting(FittedRouter, SequenceRouter):
 
     def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
         """Two decompositions."""
-        samples = sum(len(texts.documents) for texts in calibration) * (1 + self.tokens // WINDOW)
+        samples = self.steps(calibration) * (1 + self.tokens // WINDOW)
         return 2.0 * (samples * size.hidden + 10 * min(samples, size.hidden) ** 2) * min(samples, size.hidden)
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
@@ -99,6 +107,8 @@ class RidgeRouting(FittedRouter, SequenceRouter):
                 experts += [index] * len(cut)
                 documents += [number] * len(cut)
                 context.advance(1)
+            if index not in experts:
+                raise InputError(f"calibration.{expert}: no text has a token: name files with some text")
         features_SH = mean_embeddings(windows, tables)
         return Samples(features_SH, np.array(experts, np.int64), np.array(documents, np.int64), len(context.experts))
 
@@ -151,10 +161,14 @@ class Samples:
         return solve
 
     def best_sharpness(self, weights_EH: np.ndarray) -> tuple[float, float]:
-        """The s for which softmax(W x / s) gives these samples' experts the highest probability, and -log of that."""
+        """The s for which softmax(W x / s) gives these samples' experts the highest probability, and -log of that.
+
+        Of those that are within SLACK of it the softest s.
+        """
         score_SE = self.feature_SH @ weights_EH.T
         losses = [(sharp, self._loss(score_SE / sharp)) for sharp in SHARPNESS]
-        return min(losses, key=lambda each: each[1])
+        least = min(loss for _, loss in losses)
+        return max(sharp for sharp, loss in losses if loss <= least + SLACK * self.experts), least
 
     def _loss(self, logit_SE: np.ndarray) -> float:
         logit_SE = logit_SE - logit_SE.max(axis=1, keepdims=True)

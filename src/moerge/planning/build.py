@@ -40,7 +40,7 @@ def build_plan(
     headers are fetched. Without `bind` methods do not get the statistics that they need: such a plan cannot be carried out.
     Raises InputError if the models cannot be merged as asked.
     """
-    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
+    models = located(recipe, weights=weights, commits=commits)
     if stay_whole(recipe, models):
         return _plan_whole_models(recipe, models)
     check_models(models)
@@ -62,6 +62,11 @@ def build_plan(
         return planned
     used = tuple(binder.used.values())
     return replace(planned, statistics=used, warnings=(*planned.warnings, *binder.remarks()))
+
+
+def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> tuple[Checkpoint, ...]:
+    """The recipe's models, with their tensors under the names that their families' tables have; arguments as in `build_plan`."""
+    return tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
 
 
 def _plan_whole_models(recipe: Recipe, models: tuple[Checkpoint, ...]) -> Plan:
@@ -143,13 +148,14 @@ def _model_warnings(recipe: Recipe, models: Sequence[Checkpoint]) -> list[str]:
 
 
 def _fitting_notes(plan: Plan) -> list[str]:
-    text = f", from {sum(len(texts.documents) for texts in plan.calibration)} texts" if plan.calibration else ""
+    every = sum(len(texts.documents) for texts in plan.calibration)
     notes = []
     for title, fitter in {fitting.fitter.title: fitting.fitter for fitting in plan.fittings}.items():
         holds = "with the whole merged model" if fitter.runs_model else "with a few tensors"
-        gigabytes = plan.fitting_bytes(title=title) / 1e9
-        verb = "are" if title.endswith("s") else "is"
-        notes.append(f"{title} {verb} computed after merging {holds} in memory, about {gigabytes:.1f} GB{text}")
+        size = f"about {plan.fitting_bytes(title=title) / 1e9:.1f} GB{' with torch itself' if fitter.needs_torch else ''}"
+        texts = fitter.steps(plan.calibration) if fitter.counts == "texts" else every
+        verb, source = "are" if title.endswith("s") else "is", f", from {texts} texts" if texts else ""
+        notes.append(f"{title} {verb} computed after merging {holds} in memory, {size}{source}")
     return notes
 
 

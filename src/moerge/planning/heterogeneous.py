@@ -18,9 +18,9 @@ from moerge.architecture.heterogeneous import expert_tensors, shared_tensors, wh
 from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.dtypes import F32, DType
 from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.rounded import rounded
 from moerge.checkpoint.tensor import ArrayTensor, Tensor
 from moerge.errors import InputError
-from moerge.methods.codec import decode, encode
 from moerge.modeling import HETEROGENEOUS_AUTO_MAP
 from moerge.moe.projectors import projector_config, projector_outputs
 from moerge.moe.sequence import LearnedRouting, RandomRouting, SequenceRouter
@@ -40,7 +40,12 @@ def stay_whole(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
     """Whether this recipe's experts stay whole models: it says so, or it routes sequences and they are too different."""
     if recipe.moe is None or not recipe.moe.by_sequence:
         return False
-    if recipe.moe.asks_for_whole_models or len({model.model_type for model in models}) > 1:
+    return recipe.moe.asks_for_whole_models or unlike(models)
+
+
+def unlike(models: Sequence[Checkpoint]) -> bool:
+    """Whether these models differ in type or shape, so that they cannot be merged tensor by tensor."""
+    if len({model.model_type for model in models}) > 1:
         return True
     configs = [canonical(model.config, family_of(model.config)) for model in models]
     return any(config.get(key) != configs[0].get(key) for key in STRUCTURAL - {"vocab_size"} for config in configs[1:])
@@ -151,10 +156,7 @@ class _Building:
 
     def _scale(self, expert: WholeExpert) -> float:
         """What its embedding is scaled by, as its own module has it: in the element type of the weights."""
-        stored_1, value_1 = np.empty(1, self.dtype.storage), np.array([expert.whole.embedding_scale], np.float32)
-        encode(value_1, self.dtype, stored_1)
-        decode(stored_1, self.dtype, value_1)
-        return float(value_1[0])
+        return float(rounded(np.array(expert.whole.embedding_scale), self.dtype))
 
     def _head(self, tensor: Expected) -> Operation:
         if len(tensor.shape) == 2:

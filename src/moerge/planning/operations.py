@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,10 +84,19 @@ class Merge:
 
 @dataclass(frozen=True)
 class Draw:
-    """Uniform random values in [-bound, bound), a function of the seed and the output's name."""
+    """Uniform random values in [-bound, bound), a function of the seed and the output's name.
+
+    `what` is drawn, as the plan shows it.
+    """
 
     seed: int
     bound: float
+    what: str = ""
+
+    @classmethod
+    def of_linear(cls, inputs: int, seed: int = 0, std: float | None = None, what: str = "") -> Draw:
+        """As `torch.nn.Linear` draws weights and biases alike, within 1 / sqrt(inputs); or with this standard deviation."""
+        return cls(seed, 1 / sqrt(inputs) if std is None else sqrt(3) * std, what)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -159,11 +169,13 @@ class Output:
         """The operation's settings in a line."""
         operation = self.operation
         if isinstance(operation, Draw):
-            return f"seed {operation.seed}, uniform within {operation.bound:.4g}" if operation.bound else ""
+            how = f"seed {operation.seed}, uniform within {operation.bound:.4g}" if operation.bound else ""
+            return ", ".join(filter(None, (operation.what, how)))
         if isinstance(operation, Copy) or self.action == "convert":
             return ""
         if isinstance(operation, Fit):
-            return ", ".join([operation.fitter.kind, *(f"{key} {value}" for key, value in operation.fitter.settings.items())])
+            settings = {key: value for key, value in operation.fitter.settings.items() if value is not None}
+            return ", ".join([operation.fitter.kind, *(f"{key} {value}" for key, value in settings.items())])
         weights = "" if set(operation.weights) == {1.0} else f", weights {', '.join(f'{w:g}' for w in operation.weights)}"
         return ", ".join(f"{key} {_short(value)}" for key, value in operation.method) + weights
 

@@ -112,8 +112,11 @@ class Plan:
     def fitting_bytes(self, threads: int = 1, *, title: str = "") -> int:
         """Memory that computing takes what is computed once the rest is merged; 0 if nothing is. `title`: of that alone."""
         every = [fitting for fitting in self.fittings if title in ("", fitting.fitter.title)]
-        needed = [fitting.fitter.memory_bytes(self._size(fitting.outputs), threads) for fitting in every]
-        return max(needed) + _INTERPRETER_BYTES + _TORCH_BYTES if needed else 0
+        needed = [
+            fitting.fitter.memory_bytes(self._size(fitting.outputs), threads) + _TORCH_BYTES * fitting.fitter.needs_torch
+            for fitting in every
+        ]
+        return max(needed) + _INTERPRETER_BYTES if needed else 0
 
     @property
     def fitting_seconds(self) -> float:

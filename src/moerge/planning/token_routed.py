@@ -34,7 +34,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         elif _among(chosen.zeros, tensor):
             operation = Draw(seed=0, bound=0.0)
         elif _among(chosen.drawn, tensor):
-            operation = Draw(seed=0, bound=tensor.shape[-1] ** -0.5)
+            operation = Draw.of_linear(tensor.shape[-1])
         elif tensor.parts or tensor.expert is not None:
             operation = _kept(assembly, tensor, dense, experts)
         else:

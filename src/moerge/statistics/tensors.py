@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
-from moerge.checkpoint.tensor import Elements, Tensor
+from moerge.checkpoint.tensor import Elements, Sized, Tensor
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Sized):
     """A Tensor: another one, of float32, times `scale`, and at least `least`."""
 
     inner: Tensor
@@ -29,16 +29,6 @@ class Scaled:
     def shape(self) -> tuple[int, ...]:
         """That of the other tensor."""
         return self.inner.shape
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.inner.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return self.inner.nbytes
 
     @property
     def files(self) -> tuple[Path, ...]:

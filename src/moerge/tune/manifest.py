@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def tuned_manifest(
 ) -> dict[str, Any]:
     """What `moerge.json` holds. `folder` is complete but for it, `before` the manifest of the model that was tuned.
 
-    Recipe, experts and calibration texts are those of the merge that it began with; `tuning` has the sources.
+    Recipe, experts and calibration texts are those of the merge that it began with; `tuning` has the sources, also those of
+    tunings before.
     """
     alone = (folder / ADAPTER_CONFIG).exists()
     return {
@@ -36,12 +38,22 @@ def tuned_manifest(
         "experts": [] if alone else list(before.get("experts") or source.config.get("expert_names") or ()),
         "operations": [],
         **{key: before[key] for key in ("calibration", "statistics", "vocabulary") if key in before},
-        "tuning": {name: _seen(outlook, index) for index, name in enumerate(outlook.mixture.names)},
+        "tuning": _texts(outlook, before),
         "warnings": list(outlook.warnings),
         "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
         "tensors": {name: _digest(tensor) for name, tensor in open_folder(folder).tensors.items()},
         "files": {path.name: file_digest(path.read_bytes()) for path in sorted(folder.iterdir()) if _beside(path)},
     }
+
+
+def _texts(outlook: Outlook, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was trained on: now, and when the model was tuned before, of which a name that comes again gets a number."""
+    found = {name: _seen(outlook, index) for index, name in enumerate(outlook.mixture.names)}
+    for name, entry in (before.get("tuning") or {}).items():
+        if entry not in found.values():
+            numbered = (f"{name}-{number}" for number in count(2))
+            found[name if name not in found else next(other for other in numbered if other not in found)] = entry
+    return found
 
 
 def _seen(outlook: Outlook, index: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import read_manifest, to_json
-from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.staging import MANIFEST, machine_errors
 from moerge.errors import InputError
 from moerge.learn.watch import Watch
 from moerge.tune.launch import check_device, check_launch, explain, on_main, rank
+from moerge.tune.models import expert_names, load_sharded, locate_models, skeleton_of
 from moerge.tune.settings import Request, load_tuning
 from moerge.tune.work import Work
 
@@ -53,12 +51,12 @@ def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> 
     from moerge.tune.outlook import make_outlook
 
     request = load_tuning(tuning, seed=seed)
-    models = _locate(request, weights=False)
+    models = locate_models(request, weights=False)
     with tempfile.TemporaryDirectory(prefix="moerge-tune-") as folder:
         work = Work(Path(folder) / "out")
-        skeleton, tokenizer = _skeleton(models[""].folder)
+        skeleton, tokenizer = skeleton_of(models[""].folder)
         processes = request.settings.processes or 1
-        return make_outlook(request, work, tokenizer, skeleton, processes, lambda text: None, _experts(models[""]))
+        return make_outlook(request, work, tokenizer, skeleton, processes, lambda text: None, expert_names(models[""]))
 
 
 def tune(
@@ -100,68 +98,6 @@ def tune(
         return job.result
 
 
-def _locate(request: Request, *, weights: bool = True) -> dict[str, Checkpoint]:
-    """The model, under "", and each source's teacher."""
-    wanted: dict[str, tuple[tuple[str, ...], str]] = {"": (("model",), request.settings.model)}
-    if request.settings.distils:
-        for name, source in request.settings.data.items():
-            wanted[name] = (("data", name, "teacher"), str(source.teacher))
-    found = {}
-    for name, (path, location) in wanted.items():
-        try:
-            found[name] = locate(location, relative_to=request.folder, weights=weights)
-        except InputError as error:
-            raise request.error(path, f": {error}") from None
-    return found
-
-
-def _experts(model: Checkpoint) -> list[str]:
-    """The names of a MoE's experts, where moerge made it."""
-    return list((read_manifest(model.folder) or {}).get("experts", ()))
-
-
-def _skeleton(folder: Path) -> tuple[Any, Any]:
-    """The model without values, and its tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from moerge.modeling import register
-
-    register()
-    try:
-        auto: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(AutoConfig.from_pretrained(folder))
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        tokenizer.model_max_length = sys.maxsize  # documents are cut afterwards
-        return model, tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _load_sharded(folder: Path, processes: int) -> Any:
-    """The model in float32, each process with a part of every parameter. Raises InputError where transformers cannot."""
-    import torch
-    from torch.distributed.tensor import DTensor
-    from transformers import AutoModelForCausalLM
-
-    from moerge.inference.loading import without_progress_bars
-
-    try:
-        from transformers import distributed as untyped
-
-        distributed: Any = untyped
-        shards = distributed.DistributedConfig(fsdp_size=processes)
-    except (ImportError, AttributeError):
-        raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
-    auto: Any = AutoModelForCausalLM
-    with without_progress_bars():
-        model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards)
-    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
-    return model
-
-
 @dataclass
 class _Job:
     request: Request
@@ -178,7 +114,7 @@ class _Job:
         from moerge.tune.result import weights_digest
         from moerge.tune.teachers import check_space
 
-        models = _locate(self.request)
+        models = locate_models(self.request)
         self.inputs = {
             name or "model": {"location": m.location, "revision": m.revision, "digest": weights_digest(m)}
             for name, m in models.items()
@@ -223,10 +159,10 @@ class _Job:
         """The outlook, the tokenizer and the model's config; tokens that are there are not made again."""
         from moerge.tune.outlook import make_outlook
 
-        source = _locate(self.request)[""]
-        skeleton, tokenizer = _skeleton(source.folder)
+        source = locate_models(self.request)[""]
+        skeleton, tokenizer = skeleton_of(source.folder)
         note = self.watch.note if rank() == 0 else lambda text: None
-        outlook = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, note, _experts(source))
+        outlook = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, note, expert_names(source))
         return outlook, tokenizer, skeleton.config
 
     def arguments(self) -> Any:
@@ -314,9 +250,9 @@ class _Job:
         from moerge.inference.loading import load
         from moerge.tune.adapters import add_adapters, load_trained
 
-        settings, targets, source = self.request.settings, self.outlook[0].targets, _locate(self.request)[""]
+        settings, targets, source = self.request.settings, self.outlook[0].targets, locate_models(self.request)[""]
         if settings.sharding != "none":
-            return _load_sharded(checkpoint or source.folder, self.processes)
+            return load_sharded(checkpoint or source.folder, self.processes)
         begin = source.folder if targets else checkpoint or source.folder
         model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
         if settings.adapters and targets:
@@ -342,7 +278,7 @@ class _Job:
         from moerge.tune.manifest import tuned_manifest
         from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_adapter, write_result
 
-        source, settings = _locate(self.request)[""], self.request.settings
+        source, settings = locate_models(self.request)[""], self.request.settings
         with machine_errors(self.work.root):
             model = self.trainer.model
             if settings.sharding != "none":

@@ -17,17 +17,25 @@ from moerge.files import make_durable
 
 FACTS = "tune.json"
 METRICS = "metrics.jsonl"
-_COMPLETE = "complete"
+_BEGUN, _COMPLETE = "facts.json", "complete"
 _FREE = ("save_every", "processes", "device", "dying")
 """Settings that may change when a tuning is continued: they do not change what is computed."""
+
+
+def _folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.moerge-tuning"
+
+
+def interrupted(target: Path) -> bool:
+    """Whether a tuning that did not come to its end has left something to continue from."""
+    return (_folder(target) / _BEGUN).exists()
 
 
 class Work:
     """One process holds its lock; `close` lets go of it."""
 
     def __init__(self, target: Path) -> None:
-        self.target = target
-        self.root = target.parent / f".{target.name}.moerge-tuning"
+        self.target, self.root = target, _folder(target)
         self.tokens, self.targets, self.result = self.root / "tokens", self.root / "targets", self.root / "result"
         self.gathered = self.root / "gathered"
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / METRICS
@@ -41,7 +49,7 @@ class Work:
         Raises InputError where OUT must not be written, or is being written, or what is continued was something else.
         """
         self._check_target(sources, force)
-        left = self.root / "facts.json"
+        left = self.root / _BEGUN
         if left.exists() and not (resume or force):
             raise InputError(
                 f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force"

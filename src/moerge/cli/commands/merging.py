@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moerge.cli.interruption import resumable
 from moerge.cli.options import AsJson, CheckpointName, For, Quiet, RecipeFile, Seed, Threads
+
+if TYPE_CHECKING:
+    from moerge.moe.fitter import Unit
 
 
 def plan(
@@ -45,6 +50,7 @@ def merge(
     json: AsJson = False,
 ) -> None:
     """Merge as the recipe says and write the checkpoint folder OUT."""
+    from moerge.checkpoint.staging import staging_folder
     from moerge.cli import show
     from moerge.cli.console import parse_size
     from moerge.cli.progress import Progress
@@ -60,14 +66,18 @@ def merge(
         "clients": clients,
     }
     loaded = load_recipe(recipe, seed=seed)
-    with Progress("merging", quiet=quiet) as merging, Progress("calibrating", quiet=quiet, unit="texts") as texts:
+    with ExitStack() as stack:
+        shown = [stack.enter_context(Progress("merging", quiet=quiet))]
 
-        def calibrating(count: int) -> Callable[[int], None]:
-            merging.finish()
-            return texts.start(count)
+        def calibrating(count: int, unit: Unit) -> Callable[[int], None]:
+            shown[-1].finish()
+            what = "calibrating" if unit == "texts" else "fitting projectors"
+            shown.append(stack.enter_context(Progress(what, quiet=quiet, unit=unit)))
+            return shown[-1].start(count)
 
-        options |= {"progress": lambda planned: merging.start(planned.work_bytes), "calibrating": calibrating}
-        result = run_merge(loaded, out, **options)
+        options |= {"progress": lambda planned: shown[0].start(planned.work_bytes), "calibrating": calibrating}
+        with resumable(lambda: staging_folder(out).exists()):
+            result = run_merge(loaded, out, **options)
     show.merge(result, quiet=quiet, as_json=json)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moerge.cli.options import AsJson, CheckpointName, TrustRemoteCode
+from moerge.cli.options import AllowCalibrationText, AsJson, CheckpointName, TrustRemoteCode
 
 
 def generate(
@@ -41,9 +41,7 @@ def route(
         bool,
         typer.Option("--oracle/--no-oracle", help="Also run each expert alone, to see which has the lowest loss."),
     ] = True,
-    allow_calibration_text: Annotated[
-        bool, typer.Option("--allow-calibration-text", help="Go on where a text was used to calibrate the checkpoint.")
-    ] = False,
+    allow_calibration_text: AllowCalibrationText = False,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moerge.cli.options import AsJson, Quiet, RecipeFile
+from moerge.cli.options import AsJson, Device, Quiet, RecipeFile
 
 
 def stats(
@@ -43,9 +43,7 @@ def stats(
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option("--dtype", help="Run in this type; default: as stored, float32 for float16.", show_default=False),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="Such as cuda:1; default: the GPU where there is one.", show_default=False)
-    ] = None,
+    device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace statistics that are there already.")] = False,
     quiet: Quiet = False,
     json: AsJson = False,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moerge.cli.interruption import resumable
 from moerge.cli.options import AsJson, Quiet
 
 
@@ -28,6 +29,7 @@ def tune(
     from moerge.tune.launch import rank
     from moerge.tune.run import look
     from moerge.tune.run import tune as run_tune
+    from moerge.tune.work import interrupted
 
     if dry_run:
         show_tuning.outlook(look(settings, seed=seed), as_json=json)
@@ -37,7 +39,8 @@ def tune(
     quiet = quiet or rank() > 0
     with Progress("tuning", quiet=quiet, unit="tokens") as progress:
         watch = Watch(progress.start, show_tuning.note if not quiet else lambda text: None)
-        result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
+        with resumable(lambda: interrupted(out)):
+            result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
     if result is not None:
         show_tuning.tuned(result, quiet=quiet, as_json=json)
 

@@ -1,0 +1,75 @@
+"""The models of a tuning: where they lie, the one that is tuned without values, and in parts on several processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from moerge.checkpoint.locate import locate
+from moerge.checkpoint.manifest import read_manifest
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.tune.settings import Request
+
+
+def locate_models(request: Request, *, weights: bool = True) -> dict[str, Checkpoint]:
+    """The model, under "", and each source's teacher. Raises InputError that names the line where one is not there."""
+    wanted: dict[str, tuple[tuple[str, ...], str]] = {"": (("model",), request.settings.model)}
+    if request.settings.distils:
+        for name, source in request.settings.data.items():
+            wanted[name] = (("data", name, "teacher"), str(source.teacher))
+    found = {}
+    for name, (path, location) in wanted.items():
+        try:
+            found[name] = locate(location, relative_to=request.folder, weights=weights)
+        except InputError as error:
+            raise request.error(path, f": {error}") from None
+    return found
+
+
+def expert_names(model: Checkpoint) -> list[str]:
+    """The names of a MoE's experts, where moerge made it."""
+    return list((read_manifest(model.folder) or {}).get("experts", ()))
+
+
+def skeleton_of(folder: Path) -> tuple[Any, Any]:
+    """The model without values, and its tokenizer. Raises InputError where transformers cannot load them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from moerge.modeling import register
+
+    register()
+    try:
+        auto: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(AutoConfig.from_pretrained(folder))
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer.model_max_length = sys.maxsize  # documents are cut afterwards
+        return model, tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_sharded(folder: Path, processes: int) -> Any:
+    """The model in float32, each process with a part of every parameter. Raises InputError where transformers cannot."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+
+    from moerge.inference.loading import without_progress_bars
+
+    try:
+        from transformers import distributed as untyped
+
+        distributed: Any = untyped
+        shards = distributed.DistributedConfig(fsdp_size=processes)
+    except (ImportError, AttributeError):
+        raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
+    auto: Any = AutoModelForCausalLM
+    with without_progress_bars():
+        model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards)
+    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
+    return model
