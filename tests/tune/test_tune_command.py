@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from tune_models import moved, rows, run, stop_after, write_tuning
+from tune_models import moved, rows, run, stop_after, write_texts, write_tuning
 
 from command import moerge
 from moerge.errors import InputError
@@ -172,18 +172,33 @@ def test_memory_saving_does_not_change_what_is_learned(folder: Path) -> None:
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+def test_held_out_sequences_are_routed_by_their_first_half(by_sequence: Path) -> None:
+    register()
+    model: Any = AutoModelForCausalLM.from_pretrained(by_sequence / "moe")
+    write_texts(by_sequence)
+    tokens = [int(word[1:]) for word in json.loads((by_sequence / "code.jsonl").read_text().splitlines()[0])["text"].split()][:16]
+    (by_sequence / "heldout.txt").write_text(" ".join(f"w{token}" for token in tokens))
+    run(by_sequence, "halves", heldout={"code": "heldout.txt"}, steps=1)
+    ids, labels = torch.tensor([tokens]), torch.tensor([[-100] * 8 + tokens[8:]])
+    first, whole = model.route(ids[:, :8]), model.route(ids)
+    assert not torch.equal(first.alpha, whole.alpha)
+    measured = rows(by_sequence / "halves")[0]["heldout"]["code"]
+    assert measured == pytest.approx(model(ids, labels=labels, routing=first).loss.item(), rel=1e-6)
+
+
 def test_held_out_text_is_measured_from_the_untouched_model_on(folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "moe")
+    write_texts(folder)
     tokens = [int(word[1:]) for word in json.loads((folder / "math.jsonl").read_text().splitlines()[0])["text"].split()]
     (folder / "heldout.txt").write_text(" ".join(f"w{token}" for token in tokens))
     settings: dict[str, Any] = {"heldout": {"math": "heldout.txt"}, "evaluate_every": 2, "steps": 3, "save_every": 1}
     run(folder, "measured", **settings)
     found = rows(folder / "measured")
     assert [(row["step"], "heldout" in row) for row in found] == [(0, True), (1, False), (2, True), (3, True)]
-    ids = torch.tensor([tokens[:16]])
-    assert found[0]["heldout"]["math"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-6)
+    ids, labels = torch.tensor([tokens[:16]]), torch.tensor([[-100] * 8 + tokens[8:16]])
+    assert found[0]["heldout"]["math"] == pytest.approx(model(ids, labels=labels).loss.item(), rel=1e-6)
     tuned: Any = AutoModelForCausalLM.from_pretrained(folder / "measured")
-    assert found[3]["heldout"]["math"] == pytest.approx(tuned(ids, labels=ids).loss.item(), rel=1e-6)
+    assert found[3]["heldout"]["math"] == pytest.approx(tuned(ids, labels=labels).loss.item(), rel=1e-6)
     run(folder, "unmeasured", steps=3, save_every=1)
     assert moved(folder / "measured", folder / "unmeasured") == set()
     with pytest.raises(KeyboardInterrupt):

@@ -112,8 +112,8 @@ class Tuning(_Strict):
     one after the other. `steps` or `tokens` says how long. `dtype` is what is computed in; the trained weights and AdamW's
     moments are float32 whatever it is. `sharding: fsdp2` gives each process a part of every parameter. `adapters` are trained
     instead of weights. `save_dtype` is what OUT stores, by default what the model is stored in. `heldout` are texts by name
-    whose cross-entropy is measured before the first step, every `evaluate_every` steps and after the last. `dying` is the
-    fraction of an even share below which an expert counts as dying.
+    the cross-entropy of whose sequences' second halves is measured before the first step, every `evaluate_every` steps and after
+    the last. `dying` is the fraction of an even share below which an expert counts as dying.
     """
 
     model: Annotated[str, Field(min_length=1)]

@@ -236,7 +236,11 @@ class TuneTrainer(Trainer):
 
     @torch.no_grad()
     def heldout_losses(self) -> dict[str, dict[str, float]]:
-        """Cross-entropy on each held-out text, in nats a token. Every process runs all of it, as shards need."""
+        """Cross-entropy on the second halves of each held-out text's sequences, in nats a token.
+
+        A model that routes sequences routes by the first half: by the whole it would be chosen by what it is to predict. Every
+        process runs all of it, as shards need.
+        """
         found = {}
         self._model.eval()
         for name, tokens in self._heldout.items():
@@ -245,13 +249,19 @@ class TuneTrainer(Trainer):
             for start in range(0, count, rows):
                 numbers = range(start, min(start + rows, count))
                 ids_BT = torch.stack([torch.from_numpy(tokens.sequence(number)) for number in numbers]).to(self.args.device)
-                with self.compute_loss_context_manager():
-                    logits_BTV = self._model(input_ids=ids_BT, use_cache=False).logits.float()
-                total += float(losses.cross_entropy(logits_BTV, ids_BT)) * len(numbers)
+                total += float(self._second_half(ids_BT)) * len(numbers)
             found[name] = total / count
         self._model.train()
         self._begun = time.perf_counter()
         return {"heldout": found} if found else {}
+
+    def _second_half(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        half, routed = ids_BT.shape[1] // 2, {}
+        with self.compute_loss_context_manager():
+            if self._model.config.model_type in BY_SEQUENCE:
+                routed = {"routing": self._model(input_ids=ids_BT[:, :half], use_cache=False).routing}
+            logits_BTV = self._model(input_ids=ids_BT, use_cache=False, **routed).logits.float()
+        return losses.cross_entropy(logits_BTV[:, half - 1 :], ids_BT[:, half - 1 :])
 
     def before_training(self) -> None:
         """The row of step 0, where there is something to say."""
