@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BTX = "BTX: average"
-AGAINST_AVERAGE = ("TIES", "DARE")
 SHOWN = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Points of the table, as fractions of all tokens; the nearest measured ones."""
 Curve = list[tuple[int, float]]
@@ -83,13 +82,11 @@ class Report:
         return f"{spread(known, 0)} %{reached}" if known else "not reached"
 
     def against_average(self) -> list[list[str]]:
-        """How much lower TIES' and DARE's perplexities are than the average's, point by point."""
-        every = [tokens for tokens, _ in next(iter(self.curves[BTX].values()))]
-        places = [place for place, tokens in enumerate(every) if tokens == every[-1] or tokens < 0.99 * every[-1]]
-        names = [name for name in AGAINST_AVERAGE if name in self.curves]
+        """How much lower than the average's perplexity each row's is at some points, paired by seed."""
         return [
-            [f"{self.tokens(place):,}", *(f"{spread([100 * v for v in self.ahead(name, place)], 1)} %" for name in names)]
-            for place in places
+            [name, *(f"{spread([100 * v for v in self.ahead(name, point)], 1)} %" for point in self.points())]
+            for name in self.curves
+            if name != BTX
         ]
 
 
@@ -130,9 +127,9 @@ def write(report: Report, path: Path) -> None:
         "",
         *_markdown(["row", *(f"{report.tokens(point):,}" for point in report.points()[1:])], report.savings()),
         "",
-        "How much lower than the average's perplexity, paired by seed:",
+        f"How much lower the perplexity is than that of {BTX}, paired by seed; negative is higher:",
         "",
-        *_markdown(["tokens", *(name for name in AGAINST_AVERAGE if name in report.curves)], report.against_average()),
+        *_markdown(["row", *report.header()[2:]], report.against_average()),
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if figures.available():
