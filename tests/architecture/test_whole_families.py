@@ -64,13 +64,6 @@ def test_other_families_are_asked_about(family: str, expected: tuple[Any, ...]) 
     assert set(shapes(whole.tensors)) == names
 
 
-def test_the_body_is_what_is_neither_embedding_nor_head() -> None:
-    whole = whole_of(FAMILIES["gpt_neox"]().to_dict(), "expert")
-    names = {tensor.name for tensor in whole.body}
-    assert {whole.embedding, whole.head} == {"gpt_neox.embed_in.weight", "embed_out.weight"}
-    assert names == {tensor.name for tensor in whole.tensors} - {whole.embedding, whole.head}
-
-
 def test_names_may_lack_the_prefix_of_the_model_inside() -> None:
     whole = whole_of(OTHERS["bloom"]().to_dict(), "bloom")
     assert whole.spellings("transformer.ln_f.weight") == ("transformer.ln_f.weight", "ln_f.weight")
