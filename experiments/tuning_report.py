@@ -154,17 +154,21 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 @chart
 def draw(report: Report) -> Figure:
-    """Merges on the left, baselines on the right; the band is the standard deviation over seeds."""
+    """Merges on the left, baselines on the right, each side of the seeds that all its rows have; the band is their deviation."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     figure = new_figure(9.0, 4.2)
     panels: Any = figure.subplots(1, 2, sharey=True)
     names = list(report.curves)
     merges = [name for name in names if report.settings.get("groups", {}).get(name) != "baseline"]
     for axes, group in zip(panels, (merges, [BTX, *(name for name in names if name not in merges)]), strict=True):
+        seeds = set.intersection(*(set(report.curves[name]) for name in group))
         for index, name in enumerate(group):
-            _line(axes, report.curves[name], name, index)
-        axes.set(xlabel="tokens tuned, thousands", yscale="log")
+            _line(axes, {seed: report.curves[name][seed] for seed in sorted(seeds)}, name, index)
+        axes.set(xlabel="tokens tuned, thousands", yscale="log", title=f"seeds: {', '.join(map(str, sorted(seeds)))}")
+        axes.yaxis.set_major_locator(MaxNLocator(8))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
         axes.legend(frameon=False)
     panels[0].set(ylabel="held-out perplexity, geometric mean over domains")
     return figure
