@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.demo.runtime import import_models_extra, load, settled
 from moerge.demo.text import Corpus, make_corpora
-from moerge.demo.train import TRAININGS, Training, _new_model, _steps, _train, pack, train_tokenizer
+from moerge.demo.train import TRAININGS, Training, _new_model, _steps, pack, train_model, train_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, scale: float) 
             continue
         with settled(seed + OTHER_SEED * (name == "twin")):
             model: Any = load(folder / base) if base else _new_model(tokenizer)
-            *_, last = _train(model, training, streams, _steps(training, scale))
+            *_, last = train_model(model, training, streams, _steps(training, scale))
             model.to(torch.bfloat16).save_pretrained(path)
             tokenizer.save_pretrained(path)
         print(f"seed {seed}: {name} from {base or 'nothing'}, loss {last:.2f}", flush=True)

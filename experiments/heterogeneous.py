@@ -21,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from common import domain_weights, markdown, spread, train_demo
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -28,8 +29,8 @@ from rich.table import Table
 import moerge
 from moerge.demo.progress import counting
 from moerge.demo.runtime import import_models_extra, settled
-from moerge.demo.text import DOMAINS, Corpus, make_corpora, write_corpora
-from moerge.demo.train import TRAININGS, WINDOW, Training, pack, total_steps, train_model, train_models
+from moerge.demo.text import DOMAINS, Corpus, make_corpora
+from moerge.demo.train import TRAININGS, WINDOW, Training, pack, train_model
 from moerge.evaluation.likelihood import document_losses
 from moerge.inference.loading import load
 from moerge.tune.run import tune
@@ -104,11 +105,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, list[Bits]]:
 
 def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, options: argparse.Namespace) -> None:
     """The demo's models and the odd one, unless `folder` holds them."""
-    if not (folder / "trained").exists():
-        write_corpora(dict(corpora), folder / "text")
-        with counting(total_steps(options.scale)) as advance:
-            train_models(corpora, folder / "models", seed=seed, scale=options.scale, on_step=lambda name, loss: advance(name))
-        (folder / "trained").touch()
+    train_demo(corpora, folder, seed, options.scale)
     if not (folder / "models" / ODD).exists():
         train_odd(corpora, folder / "models" / ODD, seed, options)
 
@@ -179,9 +176,7 @@ def legs(merged: Path, folder: Path, seed: int, options: argparse.Namespace) -> 
 
 def tuning(model: Path, folder: Path, tokens: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """All parameters, cross-entropy alone, on what the base and the experts were trained on (the paper's table 5)."""
-    weights = {
-        domain: statistics.fmean(training.mixture.get(domain, 0.0) for training in TRAININGS.values()) for domain in DOMAINS
-    }
+    weights = domain_weights()
     steps = max(1, round(tokens / (BATCH * WINDOW)))
     return {
         "model": str(model),
@@ -226,7 +221,7 @@ def report(found: Mapping[str, Mapping[int, Sequence[Bits]]], options: argparse.
     written = {"settings": settings, "tokens": TOKENS, "bits_per_byte": found}
     options.results.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     lines = ["Bits per byte of held-out text, mean ± standard deviation over seeds.", ""]
-    lines += [f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
+    lines += markdown(header, rows)
     options.results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -234,12 +229,8 @@ def _rows(found: Mapping[str, Mapping[int, Sequence[Bits]]]) -> Iterator[list[st
     for name, by_seed in found.items():
         for point in range(max(map(len, by_seed.values()))):
             at = [points[point] for points in by_seed.values() if len(points) > point]
-            cells = [_spread([bits[domain] for bits in at]) for domain in DOMAINS]
-            yield [name, f"{TOKENS[point]:,}", str(len(at)), *cells, _spread([mean(bits) for bits in at])]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+            cells = [spread([bits[domain] for bits in at], 3) for domain in DOMAINS]
+            yield [name, f"{TOKENS[point]:,}", str(len(at)), *cells, spread([mean(bits) for bits in at], 3)]
 
 
 if __name__ == "__main__":

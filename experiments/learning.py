@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import spread, train_demo
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import moerge
-from moerge.demo.progress import counting
 from moerge.demo.runtime import import_models_extra, load, settled
-from moerge.demo.text import Corpus, make_corpora, write_corpora
-from moerge.demo.train import pack, total_steps, train_models
+from moerge.demo.text import Corpus, make_corpora
+from moerge.demo.train import pack
 from moerge.learn.run import learn
 from moerge.recipe import load_recipe
 
@@ -72,11 +72,7 @@ def main() -> None:
 def run_seed(seed: int, scale: float, folder: Path) -> dict[str, Measured]:
     """Train unless `folder` holds the models, merge, learn, measure."""
     corpora = make_corpora(seed, scale=scale)
-    if not (folder / "trained").exists():
-        write_corpora(corpora, folder / "text")
-        with counting(total_steps(scale)) as advance:
-            train_models(corpora, folder / "models", seed=seed, scale=scale, on_step=lambda name, loss: advance(name))
-        (folder / "trained").touch()
+    train_demo(corpora, folder, seed, scale)
     with settled(seed):
         heldout = {expert: _rows(folder, corpora[expert].heldout) for expert in EXPERTS}
         experts = {expert: _logits(folder / "models" / expert, heldout[expert]) for expert in EXPERTS}
@@ -247,7 +243,7 @@ def report(found: Mapping[str, Mapping[int, Measured]], options: Any, console: C
     table = Table("model", "perplexity", "KL to the expert", "scale or mean coefficients", box=SIMPLE_HEAD)
     lines = ["| model | perplexity | KL to the expert, nats | scale or mean coefficients |", "|---|---|---|---|"]
     for name, by_seed in found.items():
-        cells = [_spread([measured[key] for measured in by_seed.values()]) for key in ("perplexity", "kl")]
+        cells = [spread([measured[key] for measured in by_seed.values()], 3) for key in ("perplexity", "kl")]
         keys = [key for key in ("scale", *EXPERTS) if key in next(iter(by_seed.values()))]
         cells.append(", ".join(f"{statistics.fmean(m[key] for m in by_seed.values()):.2f}" for key in keys))
         table.add_row(name, *cells)
@@ -291,17 +287,18 @@ def _paired(found: Mapping[str, Mapping[int, Measured]]) -> list[str]:
                     continue
                 changes = [[100 * (ours[seed][key] / theirs[seed][key] - 1) for seed in theirs] for key in ("perplexity", "kl")]
                 ahead = sum(max(both) < 0 for both in zip(*changes, strict=True))
-                cells = [_with(rival, texts), _with(name, texts), *map(_spread, changes), f"{ahead} of {len(theirs)}"]
+                cells = [
+                    _with(rival, texts),
+                    _with(name, texts),
+                    *(spread(change, 3) for change in changes),
+                    f"{ahead} of {len(theirs)}",
+                ]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _with(name: str, texts: int) -> str:
     return f"{name} {texts} texts" if name.endswith(" on") else f"{name}, {texts} texts"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import train_demo
 from rich.console import Console
 from routing_report import Results, show, write
 
 import moerge
 from moerge.calibration import overlap
-from moerge.demo.progress import counting
 from moerge.demo.runtime import import_models_extra, load, settled
-from moerge.demo.text import DOMAINS, Corpus, make_corpora, write_corpora
-from moerge.demo.train import TRAININGS, pack, total_steps, train_models
+from moerge.demo.text import DOMAINS, Corpus, make_corpora
+from moerge.demo.train import TRAININGS, pack
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def main() -> None:
 def run_seed(seed: int, scale: float, most_rows: int, folder: Path, results: Results) -> None:
     """Train (unless `folder` holds the models), merge, evaluate."""
     corpora = make_corpora(seed, scale=scale)
-    _train(corpora, folder, seed, scale)
+    train_demo(corpora, folder, seed, scale, lambda name, loss: f"seed {seed}, training {name}, loss {loss:.2f}")
     heldout = [document for corpus in corpora.values() for document in corpus.heldout]
     for name, recipe in recipes(folder, seed).items():
         out = folder / "merged" / name
@@ -118,22 +118,6 @@ def run_seed(seed: int, scale: float, most_rows: int, folder: Path, results: Res
         results.tokens[seed] = {domain: rows_RT[:, PROMPT:].numel() for domain, rows_RT in rows.items()}
         for model, measured in evaluate(folder, rows):
             results.add(seed, model.name, **measured)
-
-
-def _train(corpora: dict[str, Corpus], folder: Path, seed: int, scale: float) -> None:
-    done = folder / "trained"
-    if done.exists():
-        return
-    write_corpora(corpora, folder / "text")
-    with counting(total_steps(scale)) as advance:
-        train_models(
-            corpora,
-            folder / "models",
-            seed=seed,
-            scale=scale,
-            on_step=lambda name, loss: advance(f"seed {seed}, training {name}, loss {loss:.2f}"),
-        )
-    done.touch()
 
 
 def recipes(folder: Path, seed: int) -> dict[str, dict[str, Any]]:

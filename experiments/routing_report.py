@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common import spread
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -109,9 +110,7 @@ class Results:
 
         def perplexity(name: str, column: str) -> str:
             means = {model: statistics.fmean(self.values(self.perplexity, model, column)) for model in merged}
-            return _spread(self.values(self.perplexity, name, column)) + (
-                "*" if name == min(means, key=means.__getitem__) else ""
-            )
+            return spread(self.values(self.perplexity, name, column)) + ("*" if name == min(means, key=means.__getitem__) else "")
 
         def own(name: str, column: str) -> str:
             first, weight = (statistics.fmean(self.values(what, name, column)) for what in (self.own_first, self.own_weight))
@@ -130,7 +129,7 @@ class Results:
                 "Geometric mean perplexity of one against another",
                 ["model", "against", "lower by, %", "more accurate in the paper, %"],
                 [
-                    [c["model"], c["other"], _spread(c["lower_per_cent"], 1), _number(c["paper_accuracy_per_cent"])]
+                    [c["model"], c["other"], spread(c["lower_per_cent"], 1), _number(c["paper_accuracy_per_cent"])]
                     for c in self.comparisons()
                 ],
             ),
@@ -143,8 +142,8 @@ class Results:
         """The paper's main claim of its section 5.1.2, in a sentence."""
         return (
             f"With separate attention and PPL routing the geometric mean perplexity is "
-            f"{_spread(self.reductions(BEST, DARE), 1)} % lower than dense DARE's (in the paper, the accuracy is "
-            f"13.6 % higher) and {_spread(self.reductions(BEST, TIES), 1)} % lower than dense TIES's."
+            f"{spread(self.reductions(BEST, DARE), 1)} % lower than dense DARE's (in the paper, the accuracy is "
+            f"13.6 % higher) and {spread(self.reductions(BEST, TIES), 1)} % lower than dense TIES's."
         )
 
 
@@ -186,11 +185,6 @@ def markdown(results: Results) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         lines.append("")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _number(value: float | None) -> str:

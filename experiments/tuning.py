@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common import domain_weights, train_demo
 from rich.console import Console
 from tuning_report import BTX, Curve, Report, show, write
 
 import moerge
-from moerge.demo.progress import counting
 from moerge.demo.runtime import import_models_extra
-from moerge.demo.text import DOMAINS, make_corpora, write_corpora
-from moerge.demo.train import TRAININGS, WINDOW, total_steps, train_models
+from moerge.demo.text import DOMAINS, make_corpora
+from moerge.demo.train import WINDOW
 from moerge.tune.metrics import read_metrics
 from moerge.tune.run import tune
 
@@ -91,7 +91,7 @@ def main() -> None:
     settings["groups"] = {name: row.group for name, row in ROWS.items()}
     for seed in options.seeds:
         folder = options.work.absolute() / f"seed-{seed}-scale-{options.scale:g}"
-        train(folder, seed, options.scale)
+        train_demo(make_corpora(seed, scale=options.scale), folder, seed, options.scale)
         for name in options.rows:
             begun = time.perf_counter()
             curves.setdefault(name, {})[seed] = run(name, folder, seed, options)
@@ -99,17 +99,6 @@ def main() -> None:
         found = Report(curves, {**settings, "seeds": list(next(iter(curves.values())))})
         write(found, options.results)
     show(found, Console(width=140))
-
-
-def train(folder: Path, seed: int, scale: float) -> None:
-    """The demo's base and experts, unless `folder` holds them."""
-    if (folder / "trained").exists():
-        return
-    corpora = make_corpora(seed, scale=scale)
-    write_corpora(corpora, folder / "text")
-    with counting(total_steps(scale)) as advance:
-        train_models(corpora, folder / "models", seed=seed, scale=scale, on_step=lambda name, loss: advance(name))
-    (folder / "trained").touch()
 
 
 def run(name: str, folder: Path, seed: int, options: argparse.Namespace) -> Curve:
@@ -138,9 +127,7 @@ def recipe(row: Row, folder: Path, seed: int) -> Mapping[str, Any]:
 
 def tuning(row: Row, folder: Path, merged: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """How a row is tuned: on what the base and all experts were trained on, as in the paper's table 5."""
-    weights = {
-        domain: statistics.fmean(training.mixture.get(domain, 0.0) for training in TRAININGS.values()) for domain in DOMAINS
-    }
+    weights = domain_weights()
     data = {}
     for domain in DOMAINS:
         if domain != row.without:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import markdown, spread
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -98,12 +99,6 @@ def tokens_to_reach(curve: Curve, perplexity: float) -> float | None:
     return None
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
 def show(report: Report, console: Console) -> None:
     """The tables on the terminal."""
     for header, rows in ((report.header(), report.rows()), (["tokens saved", *report.header()[3:]], report.savings())):
@@ -121,15 +116,15 @@ def write(report: Report, path: Path) -> None:
     lines = [
         "Perplexity, the geometric mean over the domains' held-out text, by tokens tuned; mean ± standard deviation over seeds.",
         "",
-        *_markdown(report.header(), report.rows()),
+        *markdown(report.header(), report.rows()),
         "",
         f"Tokens saved on the way to the perplexity that {BTX} has after so many; interpolated between the points measured:",
         "",
-        *_markdown(["row", *(f"{report.tokens(point):,}" for point in report.points()[1:])], report.savings()),
+        *markdown(["row", *(f"{report.tokens(point):,}" for point in report.points()[1:])], report.savings()),
         "",
         f"How much lower the perplexity is than that of {BTX}, paired by seed; negative is higher:",
         "",
-        *_markdown(["row", *report.header()[2:]], report.against_average()),
+        *markdown(["row", *report.header()[2:]], report.against_average()),
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if figures.available():
@@ -145,11 +140,6 @@ def read(path: Path) -> Report:
         for name, by_seed in content["curves"].items()
     }
     return Report(curves, content["settings"])
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    ruler = "|".join(["---", *("---:" for _ in header[1:])])
-    return [f"| {' | '.join(header)} |", f"|{ruler}|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 @chart

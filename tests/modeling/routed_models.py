@@ -7,10 +7,14 @@ dense_path(model, 1)                                       # the dense model tha
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,3 +127,86 @@ def counting(model: nn.Module) -> Iterator[Counter[str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and labels of two prompts."""
+    ids, mask = padded(prompts(9, 6), "right")
+    return ids, mask, ids.masked_fill(mask == 0, -100)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Of the loss on `batch`, by parameter."""
+    model.zero_grad()
+    ids, mask, labels = batch()
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@torch.no_grad()
+def check_cache(model: Any, *, crops: bool = True) -> None:
+    """The cache selects, repeats and forgets rows and, if it `crops`, tokens."""
+    ids = torch.stack(prompts(6, 6, 6, 6, seed=2))
+    step = torch.tensor([[7], [8], [9], [10]])
+
+    def after(cache: Any, rows: Tensor) -> Tensor:
+        return model(step[rows], past_key_values=cache).logits
+
+    expected = after(model(ids).past_key_values, torch.arange(4))
+    for rows in ([3, 1], [2], [0, 0, 1, 3, 3, 3]):
+        cache = model(ids).past_key_values
+        cache.batch_select_indices(torch.tensor(rows))
+        assert cache.batch_size == len(rows)
+        torch.testing.assert_close(after(cache, torch.tensor(rows)), expected[rows], atol=1e-5, rtol=1e-5)
+    cache = model(ids).past_key_values
+    cache.batch_repeat_interleave(2)
+    twice = torch.arange(4).repeat_interleave(2)
+    torch.testing.assert_close(after(cache, twice), expected[twice], atol=1e-5, rtol=1e-5)
+    cache = model(ids).past_key_values
+    if crops:
+        assert cache.is_croppable
+        after(cache, torch.arange(4))
+        cache.crop(-1)
+        torch.testing.assert_close(after(cache, torch.arange(4)), expected, atol=1e-5, rtol=1e-5)
+    cache.reset()
+    assert (cache.batch_size, cache.get_seq_length(), cache.is_initialized, len(cache)) == (-1, 0, False, 0)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def check_without_moerge(model: Any, folder: Path) -> None:
+    """What `folder` holds of the model gives the same where moerge cannot be imported; also saved once more."""
+    ids, mask = padded(prompts(6, 4), "left")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    torch.save({"ids": ids, "mask": mask, "options": options}, folder / "case.pt")
+    environment = {**os.environ, "HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _WITHOUT_MOERGE, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(folder / "result.pt")
+    assert result["module"].startswith("transformers_modules.")
+    torch.testing.assert_close(result["logits"], model(ids, attention_mask=mask).logits)
+    assert torch.equal(result["generated"], model.generate(ids, attention_mask=mask, num_beams=2, **options))
+
+
+_WITHOUT_MOERGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "moerge":
+            raise ModuleNotFoundError("moerge is not installed")
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+case = torch.load(folder + "/case.pt")
+with torch.no_grad():
+    logits = model(case["ids"], attention_mask=case["mask"]).logits
+generated = model.generate(case["ids"], attention_mask=case["mask"], num_beams=2, **case["options"])
+model.save_pretrained(folder + "/again")
+again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
+with torch.no_grad():
+    torch.testing.assert_close(again(case["ids"], attention_mask=case["mask"]).logits, logits)
+torch.save({"logits": logits, "generated": generated, "module": type(model).__module__}, folder + "/result.pt")
+"""

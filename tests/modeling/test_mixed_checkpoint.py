@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from mixed_models import FOUR, expert, is_table, mixed, write_by_hand
-from routed_models import padded, prompts
+from routed_models import check_without_moerge, padded, prompts
 from safetensors.torch import load_file
-from test_routed_checkpoint import WITHOUT_MOERGE
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -147,14 +143,4 @@ def test_it_loads_where_moerge_is_not_installed(tmp_path: Path) -> None:
     assert {path.name for path in folder.glob("*.py")} == set(files)
     assert "layers_moerge.py" not in files and "experts_moerge.py" not in code_files()
     assert json.loads((folder / "config.json").read_text())["auto_map"].items() <= HETEROGENEOUS_AUTO_MAP.items()
-    ids, mask = padded(prompts(6, 4), "left")
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    torch.save({"ids": ids, "mask": mask, "options": options}, folder / "case.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_MOERGE, str(folder)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = torch.load(folder / "result.pt")
-    assert result["module"].startswith("transformers_modules.")
-    torch.testing.assert_close(result["logits"], model(ids, attention_mask=mask).logits)
-    assert torch.equal(result["generated"], model.generate(ids, attention_mask=mask, num_beams=2, **options))
+    check_without_moerge(model, folder)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mixed_models import FOUR, expert, mixed
-from routed_models import padded, prompts
+from routed_models import check_cache, padded, prompts
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -152,32 +152,7 @@ def test_the_routing_pass_is_the_prefill_if_it_reads_the_whole_prompt() -> None:
 @torch.no_grad()
 def test_the_cache_selects_repeats_and_forgets_rows_and_tokens() -> None:
     for mix in ("four", "positions", "states"):
-        model = model_of(mix)
-        ids = torch.stack(prompts(6, 6, 6, 6, seed=2))
-        step = torch.tensor([[7], [8], [9], [10]])
-
-        def after(cache: Any, rows: Tensor, model: Any = model, step: Tensor = step) -> Tensor:
-            return model(step[rows], past_key_values=cache).logits
-
-        expected = after(model(ids).past_key_values, torch.arange(4))
-        for rows in ([3, 1], [2], [0, 0, 1, 3, 3, 3]):
-            cache = model(ids).past_key_values
-            cache.batch_select_indices(torch.tensor(rows))
-            assert cache.batch_size == len(rows)
-            torch.testing.assert_close(after(cache, torch.tensor(rows)), expected[rows], atol=1e-5, rtol=1e-5)
-        cache = model(ids).past_key_values
-        cache.batch_repeat_interleave(2)
-        twice = torch.arange(4).repeat_interleave(2)
-        torch.testing.assert_close(after(cache, twice), expected[twice], atol=1e-5, rtol=1e-5)
-        cache = model(ids).past_key_values
-        if mix != "states":
-            assert cache.is_croppable
-            after(cache, torch.arange(4))
-            cache.crop(-1)
-            torch.testing.assert_close(after(cache, torch.arange(4)), expected, atol=1e-5, rtol=1e-5)
-        cache.reset()
-        assert (cache.batch_size, cache.get_seq_length(), cache.is_initialized, len(cache)) == (-1, 0, False, 0)
-        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+        check_cache(model_of(mix), crops=mix != "states")
 
 
 @pytest.mark.parametrize("mix", ["four", "windows"])

@@ -8,25 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from mixed_models import FOUR, config_of, expert, mixed
-from routed_models import padded, prompts
-from torch import Tensor, nn
+from routed_models import batch, gradients, prompts
+from torch import nn
 from torch.nn import functional
 
 from moerge.modeling import MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM, Routing
 
 EMBEDDINGS = ("shared", "separate")
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    ids, mask = padded(prompts(9, 6), "right")
-    return ids, mask, ids.masked_fill(mask == 0, -100)
-
-
-def gradients(model: MoergeHeterogeneousForCausalLM) -> dict[str, Tensor]:
-    model.zero_grad()
-    ids, mask, labels = batch()
-    model(ids, attention_mask=mask, labels=labels).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from routed_models import CONFIGS, NAMES, dense_experts, padded, prompts, routed
+from routed_models import CONFIGS, NAMES, check_without_moerge, dense_experts, padded, prompts, routed
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -126,29 +125,6 @@ def test_a_checkpoint_assembled_by_hand_loads(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-WITHOUT_MOERGE = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "moerge":
-            raise ModuleNotFoundError("moerge is not installed")
-sys.meta_path.insert(0, Absent())
-import torch
-from transformers import AutoModelForCausalLM
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-case = torch.load(folder + "/case.pt")
-with torch.no_grad():
-    logits = model(case["ids"], attention_mask=case["mask"]).logits
-generated = model.generate(case["ids"], attention_mask=case["mask"], num_beams=2, **case["options"])
-model.save_pretrained(folder + "/again")
-again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-with torch.no_grad():
-    torch.testing.assert_close(again(case["ids"], attention_mask=case["mask"]).logits, logits)
-torch.save({"logits": logits, "generated": generated, "module": type(model).__module__}, folder + "/result.pt")
-"""
-
-
 @torch.no_grad()
 def test_it_loads_where_moerge_is_not_installed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
@@ -156,17 +132,7 @@ def test_it_loads_where_moerge_is_not_installed(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     assert {path.name for path in folder.glob("*.py")} == set(code_files())
     assert json.loads((folder / "config.json").read_text())["auto_map"].items() <= AUTO_MAP.items()
-    ids, mask = padded(prompts(6, 4), "left")
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    torch.save({"ids": ids, "mask": mask, "options": options}, folder / "case.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_MOERGE, str(folder)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = torch.load(folder / "result.pt")
-    assert result["module"].startswith("transformers_modules.")
-    torch.testing.assert_close(result["logits"], model(ids, attention_mask=mask).logits)
-    assert torch.equal(result["generated"], model.generate(ids, attention_mask=mask, num_beams=2, **options))
+    check_without_moerge(model, folder)
 
 
 def test_the_code_that_travels_needs_only_torch_and_transformers() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from routed_models import counting, dense_experts, dense_path, padded, prompts, routed
+from routed_models import check_cache, counting, dense_experts, dense_path, padded, prompts, routed
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -156,29 +156,7 @@ def test_other_caches_are_refused() -> None:
 def test_the_cache_selects_repeats_and_forgets_rows_and_tokens() -> None:
     for mix, separate, kind in SETTINGS:
         model = routed(separate=separate, mix=mix, routing={"kind": kind})
-        ids = torch.stack(prompts(6, 6, 6, 6, seed=2))
-        step = torch.tensor([[7], [8], [9], [10]])
-
-        def after(cache: MoergeCache, rows: Tensor, model: MoergeForCausalLM = model, step: Tensor = step) -> Tensor:
-            return model(step[rows], past_key_values=cache).logits
-
-        expected = after(model(ids).past_key_values, torch.arange(4))
-        for rows in ([3, 1], [2], [0, 0, 1, 3, 3, 3]):
-            cache = model(ids).past_key_values
-            cache.batch_select_indices(torch.tensor(rows))
-            assert cache.batch_size == len(rows)
-            torch.testing.assert_close(after(cache, torch.tensor(rows)), expected[rows], atol=1e-5, rtol=1e-5)
-        cache = model(ids).past_key_values
-        cache.batch_repeat_interleave(2)
-        twice = torch.arange(4).repeat_interleave(2)
-        torch.testing.assert_close(after(cache, twice), expected[twice], atol=1e-5, rtol=1e-5)
-        cache = model(ids).past_key_values
-        after(cache, torch.arange(4))
-        cache.crop(-1)
-        torch.testing.assert_close(after(cache, torch.arange(4)), expected, atol=1e-5, rtol=1e-5)
-        cache.reset()
-        assert (cache.batch_size, cache.get_seq_length(), cache.is_initialized, len(cache)) == (-1, 0, False, 0)
-        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+        check_cache(model)
 
 
 def by_expert(calls: Counter[str], module: str) -> dict[int, int]:

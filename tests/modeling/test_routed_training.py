@@ -6,25 +6,13 @@ import copy
 
 import pytest
 import torch
-from routed_models import counting, dense_experts, padded, prompts, routed
-from torch import Tensor, nn
+from routed_models import batch, counting, dense_experts, gradients, prompts, routed
+from torch import nn
 from torch.nn import functional
 
-from moerge.modeling import MoergeForCausalLM, Routing, dense_name
+from moerge.modeling import Routing, dense_name
 
 MIXES = ("layer", "output", "logits")
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    ids, mask = padded(prompts(9, 6), "right")
-    return ids, mask, ids.masked_fill(mask == 0, -100)
-
-
-def gradients(model: MoergeForCausalLM) -> dict[str, Tensor]:
-    model.zero_grad()
-    ids, mask, labels = batch()
-    model(ids, attention_mask=mask, labels=labels).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -20,6 +20,7 @@ from moerge.checkpoint.reader import Checkpoint, open_folder
 from moerge.errors import InputError
 from moerge.moe.calibrated import Count, expert_texts
 from moerge.moe.context import FitContext
+from moerge.moe.divergence import log_softmax
 from moerge.moe.router import FittedRouter, MoESize, Positive
 from moerge.moe.running import require_models_extra
 from moerge.moe.sequence import SequenceRouter
@@ -171,9 +172,7 @@ class Samples:
         return max(sharp for sharp, loss in losses if loss <= least + SLACK * self.experts), least
 
     def _loss(self, logit_SE: np.ndarray) -> float:
-        logit_SE = logit_SE - logit_SE.max(axis=1, keepdims=True)
-        own_S = logit_SE[np.arange(len(logit_SE)), self.expert_S]
-        return float(self.weight_S @ (np.log(np.exp(logit_SE).sum(axis=1)) - own_S))
+        return -float(self.weight_S @ log_softmax(logit_SE)[np.arange(len(logit_SE)), self.expert_S])
 
 
 def gate_tables(merged: Checkpoint) -> list[tuple[Table, float]]:

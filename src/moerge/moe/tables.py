@@ -35,9 +35,12 @@ class Table:
         return out_N.reshape(-1, self.columns)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Some rows in this order, float32 [R, D]."""
-        taken = [self.read(int(row), int(row) + 1) for row in rows]
-        return np.concatenate(taken) if taken else np.empty((0, self.columns), np.float32)
+        """Some rows in this order, float32 [R, D]; those that follow one another are read in one go."""
+        rows_R = np.asarray(rows, np.int64)
+        if not rows_R.size:
+            return np.empty((0, self.columns), np.float32)
+        runs = np.split(rows_R, np.flatnonzero(np.diff(rows_R) != 1) + 1)
+        return np.concatenate([self.read(int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
 def blocks(rows: int, count: int) -> Iterator[tuple[int, int]]:
