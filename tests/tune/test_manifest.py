@@ -132,3 +132,20 @@ def test_tensorboard_gets_the_figures(folder: Path, monkeypatch: pytest.MonkeyPa
     by_key = {key: value for key, value, step in told if step == 2}
     assert by_key["train/cross_entropy"] == pytest.approx(result.facts["last"]["cross_entropy"])
     assert by_key["train/heldout/x"] == pytest.approx(result.facts["last"]["heldout"]["x"])
+
+
+def test_the_real_tensorboard(folder: Path) -> None:
+    """What its own reader finds."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = tune(write_tuning(folder, steps=2, heldout={"x": "math.jsonl"}), folder / "real", force=True)
+    events = EventAccumulator(str(folder / "real" / "tensorboard"))
+    events.Reload()
+    assert result is not None
+    for key, value in (
+        ("cross_entropy", result.facts["last"]["cross_entropy"]),
+        ("heldout/x", result.facts["last"]["heldout"]["x"]),
+    ):
+        last = events.Scalars(f"train/{key}")[-1]
+        assert (last.step, last.value) == (2, pytest.approx(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tune_models import make_moe, rows, write_tuning
 
 from command import moerge, start
 from moerge.learn.watch import Watch
 from moerge.tune.run import tune
-from tiny import read_values
 
 TUNINGS = ("native", "routed")
 
@@ -35,7 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes |= {"train": "router+experts", "opens": [{"step": 3, "train": "backbone"}], "save_every": 3}
         write_tuning(found / name, **changes)
         write_tuning(found / name, "sharded.yaml", **changes, sharding="fsdp2")
-        write_tuning(found / name, "adapted.yaml", **{**changes, "opens": None, "train": "router"}, adapters={"rank": 2})
+        adapted = {**changes, "train": "router", "opens": [{"step": 3, "train": "*norm*"}], "adapters": {"rank": 2}}
+        write_tuning(found / name, "adapted.yaml", **adapted)
+        write_tuning(found / name, "sharded-adapted.yaml", **adapted, sharding="fsdp2")
+    alone = {**changes, "train": None, "opens": None, "adapters": {"rank": 2, "save": "adapter"}}
+    single = {**changes, "train": "experts.math", "opens": [{"step": 3, "train": "experts.code"}], "weight_decay": 0.5}
+    for name, settings in (("alone", alone), ("single", single)):
+        write_tuning(found / "native", f"{name}.yaml", **settings)
+        write_tuning(found / "native", f"sharded-{name}.yaml", **settings, sharding="fsdp2")
     return found
 
 
@@ -71,6 +79,11 @@ def interrupted(settings: str, out: str) -> None:
     tune(settings, out, resume=True)
 
 
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """The values of a checkpoint or of an adapter."""
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
 def assert_alike(one: list[dict[str, Any]], two: list[dict[str, Any]], what: str) -> None:
     assert len(one) == len(two) == 5
     for mine, theirs in zip(one, two, strict=True):
@@ -82,47 +95,54 @@ def assert_alike(one: list[dict[str, Any]], two: list[dict[str, Any]], what: str
             assert mine[key] == pytest.approx(theirs[key], rel=2e-6), (what, mine["step"], key)
 
 
-def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
-    """Half the choices of a batch are one process's; an expert that nobody chose there must not stop the other.
-
-    The same with adapters, and with each parameter shared out (FSDP2), interrupted and continued. At the end comes a mistake,
-    which is said once.
-    """
-    bad = write_tuning(folder / "native", "bad.yaml", train="projectors")
-    code = "\n".join(
-        [
-            "import sys",
-            "from moerge.cli import main",
-            "from moerge.tune.run import tune",
-            "from test_processes import interrupted",
-            *(f"tune({str(folder / name / 'tune.yaml')!r}, {str(folder / name / 'two')!r})" for name in TUNINGS),
-            f"tune({str(folder / 'routed' / 'adapted.yaml')!r}, {str(folder / 'routed' / 'adapted')!r})",
-            *(f"interrupted({str(folder / name / 'sharded.yaml')!r}, {str(folder / name / 'sharded')!r})" for name in TUNINGS),
-            f"sys.argv = ['moerge', 'tune', {str(bad)!r}, {str(folder / 'never')!r}]",
-            "main()",
-        ]
-    )
+def as_two_processes(code: str) -> list[str]:
+    """What each wrote to stderr; the code ends in a mistake."""
     here = Path(__file__).parent
     processes = start_processes(2, code, PYTHONPATH=os.pathsep.join((str(here.parent), str(here))))
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
+    return said
+
+
+def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
+    """Half the choices of a batch are one process's; an expert that nobody chose there must not stop the other.
+
+    The same with adapters, with a single expert, and with each parameter shared out (FSDP2), interrupted and continued. At the
+    end comes a mistake, which is said once.
+    """
+    bad = write_tuning(folder / "native", "bad.yaml", train="projectors")
+    whole = ["native/tune", "routed/tune", "routed/adapted"]
+    shared = [f"{name}/sharded{of}" for name in TUNINGS for of in ("", "-adapted")]
+    shared += ["native/sharded-alone", "native/sharded-single"]
+    code = [
+        "import sys",
+        "from moerge.cli import main",
+        "from moerge.tune.run import tune",
+        "from test_processes import interrupted",
+        *(f"tune({str(folder / name) + '.yaml'!r}, {str(folder / name) + '-two'!r})" for name in whole),
+        *(f"interrupted({str(folder / name) + '.yaml'!r}, {str(folder / name) + '-two'!r})" for name in shared),
+        f"sys.argv = ['moerge', 'tune', {str(bad)!r}, {str(folder / 'never')!r}]",
+        "main()",
+    ]
+    said = as_two_processes("\n".join(code))
     assert "train: the model has no projectors" in said[0] and said[1] == ""
     assert not (folder / "never").exists() and not (folder / ".never.moerge-tuning").exists()
     idle = 0
-    for name in TUNINGS:
-        result = tune(folder / name / "tune.yaml", folder / name / "one")
-        assert result is not None
-        one = rows(folder / name / "one")
-        idle += sum(0.0 in row["load"][0] for row in one[1:])
-        for other in ("two", "sharded"):
-            assert_alike(one, rows(folder / name / other), f"{name}, {other}")
-        weights = [read_values(folder / name / out) for out in ("one", "two", "sharded")]
-        for tensor, values in weights[0].items():
-            for theirs in weights[1:]:
-                np.testing.assert_allclose(values, theirs[tensor], rtol=0, atol=1e-6, err_msg=tensor)
-    tune(folder / "routed" / "adapted.yaml", folder / "routed" / "adapted-one")
-    assert_alike(rows(folder / "routed" / "adapted-one"), rows(folder / "routed" / "adapted"), "adapted")
+    for of_two in (*whole, *shared):
+        name = of_two.replace("sharded-", "").replace("sharded", "tune")
+        one, two = folder / f"{name}-one", folder / f"{of_two}-two"
+        if not one.exists():
+            tune(folder / f"{name}.yaml", one)
+        assert_alike(rows(one), rows(two), of_two)
+        idle += sum(0.0 in row["load"][0] for row in rows(one)[1:])
+        theirs = stored(two)
+        for tensor, values in stored(one).items():
+            np.testing.assert_allclose(values, theirs.pop(tensor), rtol=0, atol=1e-6, err_msg=f"{of_two}, {tensor}")
+        assert not theirs
     assert idle, "no expert was idle: the test does not show what it should"
+    before = stored(folder / "native" / "moe")
+    for tensor, values in stored(folder / "native" / "sharded-single-two").items():
+        assert np.array_equal(values, before[tensor]) != bool(re.search(r"experts\.[12]\.", tensor)), tensor
 
 
 def test_a_killed_tuning_goes_on_as_if_nothing_had_happened(folder: Path) -> None:

@@ -72,7 +72,6 @@ def test_an_expert_by_number_where_nobody_named_them(folder: Path, tmp_path: Pat
             {"train": "experts.math", "model": "math"},
             "'experts.math' is none of router, projectors, experts, backbone, all, and no",
         ),
-        ({"train": "experts.math", "sharding": "fsdp2"}, "sharding is fsdp2"),
     ],
 )
 def test_mistakes(folder: Path, changes: dict[str, Any], message: str) -> None:

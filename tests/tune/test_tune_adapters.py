@@ -211,7 +211,6 @@ def test_gradients_of_kept_adapters(kept: Path) -> None:
         ({"adapters": {"save": "adapter"}, "save_dtype": "bfloat16"}, "save_dtype has no effect on adapters"),
         ({"adapters": {"rank": 0}}, "adapters.rank"),
         ({"adapters": {"ranks": 4}}, "adapters.ranks"),
-        ({"adapters": {}, "sharding": "fsdp2", "processes": 2}, "sharding is fsdp2, which does not share out adapters"),
     ],
 )
 def test_mistakes(folder: Path, changes: dict[str, Any], message: str) -> None:

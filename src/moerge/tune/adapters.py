@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from moerge.errors import InputError
+from moerge.tune.models import local, part_of
 from moerge.tune.parts import Parts, Schedule, chosen, split_slice
 from moerge.tune.settings import Adapters, Request
 
@@ -79,6 +81,19 @@ def add_adapters(model: Any, adapters: Adapters, targets: Targets, seed: int) ->
         return peft.get_peft_model(model, config)
 
 
+def share_out(model: Any) -> None:
+    """Share out adapters over the processes that share a sharded model, each layer's for itself (FSDP2), in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.distributed.fsdp import fully_shard
+
+    sharded: set[Any] = {parameter for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    mesh = next(iter(sharded)).device_mesh
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for module in reversed(adapted):  # an adapter of an expert's other tensor may lie within
+        fully_shard(module, mesh=mesh, ignored_params=sharded)
+        sharded.update(parameter for parameter in module.parameters() if isinstance(parameter, DTensor))
+
+
 def with_adapters(schedule: Schedule, model: Any) -> Schedule:
     """The schedule in the names that parameters have once adapters are there, which are open from the beginning."""
     names = [name for name, _ in model.named_parameters()]
@@ -93,16 +108,22 @@ def _renamed(name: str, now: Mapping[str, str]) -> str:
     return now.get(plain, plain) + ("" if number is None else f"[{number}]")
 
 
-def save_trained(model: Any, schedule: Schedule, folder: Path) -> None:
-    """Write what is trained."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_trained(model: Any, schedule: Schedule, folder: Path, *, write: bool = True) -> None:
+    """Write what is trained. All processes that share a sharded model must call this, one of them with `write`."""
     parameters = dict(model.named_parameters())
-    save_file({name: parameters[name].detach().contiguous().cpu() for name in sorted(schedule.ever)}, folder / TRAINED)
+    trained = {name: _whole(parameters[name].detach()).contiguous().cpu() for name in sorted(schedule.ever)}
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / TRAINED)
 
 
 def load_trained(model: Any, folder: Path) -> None:
-    """Put what `save_trained` wrote into the model."""
+    """Put what `save_trained` wrote into the model, of which a process may have a part."""
     parameters: Mapping[str, torch.Tensor] = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(folder / TRAINED).items():
-            parameters[name].copy_(value)
+            local(parameters[name]).copy_(part_of(value, parameters[name]))
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

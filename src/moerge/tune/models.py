@@ -55,7 +55,6 @@ def skeleton_of(folder: Path) -> tuple[Any, Any]:
 def load_sharded(folder: Path, processes: int) -> Any:
     """The model in float32, each process with a part of every parameter. Raises InputError where transformers cannot."""
     import torch
-    from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
 
     from moerge.inference.loading import without_progress_bars
@@ -70,6 +69,29 @@ def load_sharded(folder: Path, processes: int) -> Any:
     auto: Any = AutoModelForCausalLM
     with without_progress_bars():
         model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards)
-    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not is_sharded(model):
         raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
     return model
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether this process has a part of every parameter (FSDP2), but for adapters that are new."""
+    from torch.distributed.tensor import DTensor
+
+    return all(isinstance(parameter, DTensor) for name, parameter in model.named_parameters() if ".lora_" not in name)
+
+
+def part_of(whole: Any, like: Any) -> Any:
+    """This process's part of a tensor that all have, shared out by rows as `like` is; all of it where that is not."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def local(value: Any) -> Any:
+    """This process's part of a tensor, in place."""
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -147,10 +147,7 @@ def make_schedule(request: Request, parts: Parts) -> Schedule:
     openings = [(0, chosen(request, ("train",), settings.trains, parts))]
     for index, opening in enumerate(settings.opens):
         openings.append((opening.step, chosen(request, ("opens", index, "train"), opening.train, parts)))
-    schedule = Schedule(tuple(openings))
-    if schedule.sliced and settings.sharding != "none":
-        raise request.error(("sharding",), f" is {settings.sharding}, which cuts across single experts: leave it out")
-    return schedule
+    return Schedule(tuple(openings))
 
 
 def chosen(request: Request, path: tuple[str | int, ...], wanted: Sequence[str], parts: Parts) -> frozenset[str]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.manifest import read_manifest, to_json
+from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.staging import MANIFEST, machine_errors
 from moerge.errors import InputError
 from moerge.learn.watch import Watch
 from moerge.tune.launch import check_device, check_launch, explain, on_main, rank
-from moerge.tune.models import expert_names, load_sharded, locate_models, skeleton_of
+from moerge.tune.models import expert_names, is_sharded, load_sharded, locate_models, skeleton_of
 from moerge.tune.settings import Request, load_tuning
 from moerge.tune.work import Work
 
@@ -248,17 +249,26 @@ class _Job:
     def _model(self, checkpoint: Path | None) -> Any:
         """The model as it is after a training checkpoint, or as it was to begin with."""
         from moerge.inference.loading import load
-        from moerge.tune.adapters import add_adapters, load_trained
 
         settings, targets, source = self.request.settings, self.outlook[0].targets, locate_models(self.request)[""]
-        if settings.sharding != "none":
-            return load_sharded(checkpoint or source.folder, self.processes)
         begin = source.folder if targets else checkpoint or source.folder
-        model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
-        if settings.adapters and targets:
-            self.adapted = add_adapters(model, settings.adapters, targets, settings.seed)
-            if checkpoint:
-                load_trained(model, checkpoint)
+        if settings.sharding != "none":
+            model = load_sharded(begin, self.processes)
+        else:
+            model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        return self._with_adapters(model, checkpoint) if targets else model
+
+    def _with_adapters(self, model: Any, trained: Path | None) -> Any:
+        """The model with adapters on it, as new or as they are in a folder."""
+        from moerge.tune.adapters import add_adapters, load_trained, share_out
+
+        settings, targets = self.request.settings, self.outlook[0].targets
+        assert settings.adapters is not None and targets is not None
+        self.adapted = add_adapters(model, settings.adapters, targets, settings.seed)
+        if is_sharded(model):
+            share_out(model)
+        if trained:
+            load_trained(model, trained)
         return model
 
     def gather(self) -> None:
@@ -266,24 +276,33 @@ class _Job:
         if self.request.settings.sharding == "none":
             return
         from moerge.inference.loading import without_progress_bars
+        from moerge.tune.adapters import save_trained
 
         with without_progress_bars(), machine_errors(self.work.root):
             model: Any = self.trainer.model
-            model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
+            if self.adapted:
+                save_trained(model, self.outlook[0].schedule, self.work.gathered, write=rank() == 0)
+            else:
+                model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
             self.trainer.accelerator.wait_for_everyone()
+
+    def _gathered(self, source: Checkpoint) -> Any:
+        """Of a sharded model, the whole that `gather` put together, on this process alone."""
+        from moerge.inference.loading import load
+
+        begin = source.folder if self.adapted else self.work.gathered
+        model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        return self._with_adapters(model, self.work.gathered) if self.adapted else model
 
     def finish(self, *, force: bool) -> None:
         """On the first process: write the result and publish it."""
-        from moerge.inference.loading import load
         from moerge.tune.manifest import tuned_manifest
         from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_adapter, write_result
 
         source, settings = locate_models(self.request)[""], self.request.settings
         with machine_errors(self.work.root):
-            model = self.trainer.model
-            if settings.sharding != "none":
-                model = load(self.work.gathered, dtype="float32", device="cpu", tokenizer_from=source.folder).model
-            elif settings.adapters and settings.adapters.save == "merged":
+            model = self.trainer.model if settings.sharding == "none" else self._gathered(source)
+            if settings.adapters and settings.adapters.save == "merged":
                 model = self.adapted.merge_and_unload()
             if settings.adapters and settings.adapters.save == "adapter":
                 write_adapter(self.adapted, self.work, settings.model)

@@ -228,8 +228,6 @@ def _check_adapters(request: Request, adapters: Adapters) -> None:
     settings, error = request.settings, request.error
     if "router" in adapters.target:
         raise error(("adapters", "target"), " names the router, which is small: train it whole, with 'train: router'")
-    if settings.sharding != "none":
-        raise error(("sharding",), f" is {settings.sharding}, which does not share out adapters: leave it out, which gives DDP")
     if adapters.save == "adapter" and (settings.trains or settings.opens):
         key = "train" if settings.trains else "opens"
         raise error((key,), " trains weights too, which have no place in an adapter: remove it, or use 'save: merged'")

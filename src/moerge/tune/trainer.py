@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
@@ -21,6 +22,7 @@ from moerge.tune.adapters import save_trained
 from moerge.tune.launch import world_size
 from moerge.tune.metrics import Metrics, not_finite
 from moerge.tune.mixture import Mixture
+from moerge.tune.models import local, part_of
 from moerge.tune.parts import Schedule, router_modules
 from moerge.tune.settings import Tuning
 from moerge.tune.teachers import Lessons
@@ -183,9 +185,7 @@ class TuneTrainer(Trainer):
             elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif name in slices:
-                open_E = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
-                open_E[slices[name]] = True
-                parameter.grad[~open_E] = 0
+                local(parameter.grad)[~_is_open(parameter, slices[name])] = 0
         return loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -207,15 +207,15 @@ class TuneTrainer(Trainer):
         factor = 1 - optimizer.param_groups[0]["lr"] * self._settings.weight_decay
         for name in self._schedule.sliced - closed:
             parameter = self._parameters[name]
-            for number in slices.get(name, range(len(parameter))):
-                parameter[number].mul_(factor)
+            open_E = _is_open(parameter, slices.get(name, range(len(parameter))))
+            local(parameter).mul_(torch.where(open_E, factor, 1.0)[:, None, None])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As Trainer's; where adapters are trained, only what is trained."""
         if not self._only_trained:
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            save_trained(self._model, self._schedule, Path(str(output_dir)))
+        elif self.args.should_save or self.sharded:
+            save_trained(self._model, self._schedule, Path(str(output_dir)), write=self.args.should_save)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A step's row for the metrics, and for whatever else Trainer reports to."""
@@ -252,6 +252,7 @@ class TuneTrainer(Trainer):
                 total += float(self._second_half(ids_BT)) * len(numbers)
             found[name] = total / count
         self._model.train()
+        _let_go(self._model)
         self._begun = time.perf_counter()
         return {"heldout": found} if found else {}
 
@@ -345,6 +346,21 @@ class _Complete(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
         if args.should_save:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _let_go(model: Any) -> None:
+    """Of a sharded model, let go of the others' parts that forward keeps for a backward (FSDP2): the optimizer knows its own."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _is_open(parameter: torch.Tensor, open_slices: Sequence[int]) -> torch.Tensor:
+    """Whether slices of a parameter [E, ...] are among these, bool [E]; of a sharded one, the slices that are this process's."""
+    open_E = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+    open_E[open_slices] = True
+    mine: torch.Tensor = part_of(open_E, parameter)
+    return mine
 
 
 def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
