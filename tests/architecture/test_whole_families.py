@@ -18,6 +18,8 @@ OTHERS = {
     "opt": lambda: transformers.OPTConfig(**SMALL, word_embed_proj_dim=16, ffn_dim=32),
     "gptj": lambda: transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
     "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.125, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "falcon_h1": lambda: transformers.FalconH1Config(**SMALL, num_key_value_heads=4, lm_head_multiplier=0.25),
+    "mamba": lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
     "stablelm": lambda: transformers.StableLmConfig(**SMALL),
     "xglm": lambda: transformers.XGLMConfig(vocab_size=64, d_model=16, ffn_dim=32, num_layers=1, attention_heads=4),
 }
@@ -50,6 +52,8 @@ def test_a_table_says_what_transformers_says(family: str, tied: bool) -> None:
         "opt": (64, 16, "model.decoder.embed_tokens.weight", None, None, 1.0, 1.0, None),
         "gptj": (64, 32, "transformer.wte.weight", "lm_head.weight", "lm_head.bias", 1.0, 1.0, None),
         "cohere": (64, 32, "model.embed_tokens.weight", None, None, 1.0, 0.125, None),
+        "falcon_h1": (64, 32, "model.embed_tokens.weight", "lm_head.weight", None, 1.0, 0.25, None),
+        "mamba": (64, 32, "backbone.embeddings.weight", None, None, 1.0, 1.0, None),
         "stablelm": (64, 32, "model.embed_tokens.weight", "lm_head.weight", None, 1.0, 1.0, None),
         "xglm": (64, 16, "model.embed_tokens.weight", None, None, 4.0, 1.0, None),
     }.items(),
@@ -57,7 +61,7 @@ def test_a_table_says_what_transformers_says(family: str, tied: bool) -> None:
 def test_other_families_are_asked_about(family: str, expected: tuple[Any, ...]) -> None:
     config = OTHERS[family]()
     whole = whole_of(config.to_dict(), family)
-    assert outside(whole) == expected
+    assert outside(whole) == expected and whole.head_measured
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     names = {name for name in model.state_dict() if whole.head or name != "lm_head.weight"}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from moerge.inference.one_expert import load_one_expert
 from moerge.modeling import (
     HETEROGENEOUS_AUTO_MAP,
     MoergeHeterogeneousForCausalLM,
@@ -144,3 +145,16 @@ def test_it_loads_where_moerge_is_not_installed(tmp_path: Path) -> None:
     assert "layers_moerge.py" not in files and "experts_moerge.py" not in code_files()
     assert json.loads((folder / "config.json").read_text())["auto_map"].items() <= HETEROGENEOUS_AUTO_MAP.items()
     check_without_moerge(model, folder)
+
+
+@pytest.mark.parametrize("families", GROUPS)
+@torch.no_grad()
+def test_one_expert_alone_is_what_it_is_among_the_others(families: tuple[str, ...], tmp_path: Path) -> None:
+    write_by_hand(tmp_path, experts(families), "shared", routing={"kind": "learned"})
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).model
+    ids = torch.stack(prompts(7, 7))
+    for number in range(len(families)):
+        alone = load_one_expert(tmp_path, number)
+        assert sum(map(torch.numel, alone.parameters())) < sum(map(torch.numel, whole.parameters()))
+        mine, theirs = (model.path(n, model.make_prompt(ids, None, None, None)) for model, n in ((alone, 0), (whole, number)))
+        assert torch.equal(mine, theirs)

@@ -76,7 +76,7 @@ def test_the_plan_lists_what_is_fitted(models: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "fit 12" in out and "projector_in, units 64, penalty 1e-06, seed 0" in out
     assert "fit 4" in out and "projector_out, penalty 1e-06" in out and "projector_out.up, seed 0, uniform within" in out
-    assert "the projectors are computed after merging with the whole merged model in memory" in out and "from 24 texts" in out
+    assert "the projectors are computed after merging with one expert after the other in memory" in out and "from 24 texts" in out
     planned = moerge.plan(recipe(models, "plan"))
     assert [(type(each.fitter), each.fitter.expert) for each in planned.fittings] == [  # type: ignore[attr-defined]
         (fitter, name) for name in WIDTHS for fitter in (ProjectorInFit, ProjectorOutFit)

@@ -13,7 +13,7 @@ import pytest
 
 from adapters import low_rank, merged, write_adapter
 from command import moerge
-from hf_models import FAMILIES, transformers
+from hf_models import FAMILIES, SIZES, transformers
 from moerge.checkpoint import header
 from moerge.checkpoint.staging import staging_folder
 from moerge.checkpoint.tokenizer import token_ids
@@ -253,6 +253,19 @@ def test_soft_capping_is_lost_with_a_shared_head_only(mixed: Path, tmp_path: Pat
     shared = plan(write_whole(tmp_path, ["llama", "gemma2"], moe=RANDOM)).warnings
     assert any(text.startswith("gemma2: its logits are capped at 30, and the shared head's are not") for text in shared)
     assert plan(write_whole(tmp_path, ["llama", "gemma2"], moe={"embedding": "separate"})).warnings == ()
+
+
+def test_a_head_that_cannot_be_looked_at_is_warned_about(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no states like these")
+
+    monkeypatch.setattr(transformers.StableLmForCausalLM, "forward", fails)
+    (tmp_path / "llama").symlink_to(mixed / "llama")
+    make_model(tmp_path / "odd", transformers.StableLmConfig(**SIZES), vocabulary=280)
+    warning = "odd: what models of type 'stablelm' do to the head's outputs could not be found out"
+    shared, own = ({"router": {"kind": "random"}, **more} for more in ({"projectors": "random"}, {"embedding": "separate"}))
+    assert any(text.startswith(warning) for text in plan(write_whole(tmp_path, ["llama", "odd"], moe=shared)).warnings)
+    assert not any(text.startswith(warning) for text in plan(write_whole(tmp_path, ["llama", "odd"], moe=own)).warnings)
 
 
 def test_merge_settings_are_of_no_use_where_nothing_is_merged(mixed: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,18 @@ from moerge.architecture.whole import Whole, whole_of
 from moerge.errors import InputError
 
 EMBEDDING, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
+_OF_EXPERT = re.compile(r"model\.experts\.(\d+)\.")
 
 
 def expert_prefix(number: int) -> str:
     """What the names of an expert's tensors begin with."""
     return f"model.experts.{number}."
+
+
+def expert_number(name: str) -> int | None:
+    """Which expert a tensor of the model belongs to; None for what is outside the experts."""
+    match = _OF_EXPERT.match(name)
+    return int(match[1]) if match else None
 
 
 def expert_tensors(whole: Whole, number: int, *, rows: int | None = None) -> Iterator[tuple[Expected, Expected]]:

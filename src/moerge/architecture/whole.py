@@ -29,6 +29,7 @@ class Whole:
 
     `rows` x `width` is the shape of the input embedding, and of the head; `head` is None where it is the embedding itself.
     The embedding module puts out `embedding_scale` times a row, and logits are `logit_scale` times what the head puts out.
+    `head_measured` is False where that and the cap could not be found out, and count as none.
     What the model does to embeddings afterwards is its inside. `soft_capping` limits logits, in nats, where it is not None.
     `spellings` are further names that checkpoints may have for a tensor.
     """
@@ -43,6 +44,7 @@ class Whole:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     soft_capping: float | None = None
+    head_measured: bool = True
     prefix: str = ""
 
     def spellings(self, name: str) -> tuple[str, ...]:

@@ -96,13 +96,15 @@ def _look(model: Any, kind: str, where: str) -> Whole:
         _embedding_scale(embedding, kind, where),
         prefix=model.base_model_prefix,
     )
-    scale, capping = _around_head(model, whole.width)  # which takes the model apart
-    return replace(whole, logit_scale=scale, soft_capping=capping)
+    measured = _around_head(model, whole.width)  # which takes the model apart
+    if measured is None:
+        return replace(whole, head_measured=False)
+    return replace(whole, logit_scale=measured[0], soft_capping=measured[1])
 
 
 def _modules(model: Any) -> tuple[Any, Any]:
     """Input embedding and head, None where there is none."""
-    found = []
+    factor, found = 1.0, []
     for get in (model.get_input_embeddings, model.get_output_embeddings):
         try:
             found.append(get())
@@ -147,10 +149,10 @@ def _embedding_scale(embedding: Any, kind: str, where: str) -> float:
     )
 
 
-def _around_head(model: Any, width: int) -> tuple[float, float | None]:
+def _around_head(model: Any, width: int) -> tuple[float, float | None] | None:
     """What the model multiplies the head's outputs by, and what limits them: measured, with a body that puts out chosen states.
 
-    What cannot be measured counts as nothing.
+    None where that does not work.
     """
     import torch
     from torch import nn
@@ -159,26 +161,23 @@ def _around_head(model: Any, width: int) -> tuple[float, float | None]:
     head = nn.Linear(width, _SAMPLE, bias=False)
     nn.init.eye_(head.weight)
 
-    class Body(nn.Module):
-        factor = 1.0
+    class Output(BaseModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:  # whatever else a family's body puts out: a cache, the router's logits
+            if name.startswith("__"):
+                raise AttributeError(name)
 
-        @property
-        def decoder(self) -> Any:  # the part that some models call
-            return self
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return BaseModelOutputWithPast(last_hidden_state=self.factor * torch.ones(1, 1, width))
-
-    body, found = Body(), []
+    body: Any = getattr(model, model.base_model_prefix)
+    factor, found = 1.0, []
+    for part in (body, getattr(body, "decoder", body)):  # the part that some models call
+        part.forward = lambda *args, **kwargs: Output(last_hidden_state=factor * torch.ones(1, 1, width))
     try:
         model.set_output_embeddings(head)
-        setattr(model, model.base_model_prefix, body)
         with torch.no_grad():
-            for body.factor in (1e-4, 1e4):
+            for factor in (1e-4, 1e4):
                 logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits
-                found.append(float(logits.flatten()[0]) / body.factor)
+                found.append(float(logits.flatten()[0]) / factor)
     except Exception:  # every family's code is another, and this is none that it was made for
-        return 1.0, None
+        return None
     small, large = found
     return round(small, 6), None if abs(large - small) < 1e-3 * abs(small) else 1e4 * large
 

@@ -142,7 +142,8 @@ class Prompt:
     def cropped(self) -> Prompt:
         """Without the tokens behind the last one that routing reads; the prompt itself where there are none."""
         length = self.position_ids_BT.shape[1]
-        end = length if self.read_BT is None else int(self.read_BT.any(0).nonzero().amax()) + 1
+        ends = () if self.read_BT is None else self.read_BT.any(0).nonzero().flatten().tolist()
+        end = ends[-1] + 1 if ends else length
         if end == length:
             return self
         kept = [None if part is None else part[:, :end] for part in self._parts]

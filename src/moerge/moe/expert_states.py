@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -21,29 +22,29 @@ STATES, TOKENS = 4096, 256
 def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """States float32 [S, D] on the expert's own text (else on that of all others), and the number of the text each is from [S].
 
-    The merged model runs as far as it is complete: the shared embedding, the expert's Proj-in, the expert.
+    The merged model runs as far as it is complete, with this expert alone in memory: the shared embedding, its Proj-in, it.
     """
     import torch
+    from transformers import AutoTokenizer
 
-    from moerge.inference.loading import load
+    from moerge.inference.one_expert import load_one_expert
 
-    loaded = load(context.folder, device="cpu")
-    model, number = loaded.model.model, context.experts.index(expert)
+    model: Any = load_one_expert(context.folder, context.experts.index(expert))
+    tokenizer: Any = AutoTokenizer.from_pretrained(context.folder)
     limit = min(TOKENS, model.config.max_position_embeddings or TOKENS)
     seen: list[np.ndarray] = []
-    hook = model.projectors_out[number].register_forward_pre_hook(
+    model.projectors_out[0].register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0][0].float().numpy()), prepend=True
     )
     texts, count = [], 0
     with torch.no_grad():
         for index, text in enumerate(_documents(context, expert)):
-            ids = known_tokens(loaded.tokenizer, text, limit, rows, expert)
+            ids = known_tokens(tokenizer, text, limit, rows, expert)
             if count >= STATES or not ids.size:
                 continue
-            model.path(number, model.make_prompt(torch.from_numpy(ids)[None], None, None, None))
+            model.path(0, model.make_prompt(torch.from_numpy(ids)[None], None, None, None))
             texts.append(np.full(len(seen[-1]), index))
             count += len(seen[-1])
-    hook.remove()
     if not seen:
         raise InputError("calibration: no text has a token: name files with some text")
     return np.concatenate(seen)[:STATES], np.concatenate(texts)[:STATES]

@@ -39,7 +39,12 @@ class Fitter:
 
     @property
     def runs_model(self) -> bool:
-        """Whether the merged model is loaded for it."""
+        """Whether the merged model is loaded for it, or an expert of it."""
+        return False
+
+    @property
+    def runs_one_expert(self) -> bool:
+        """Whether of experts that are whole models only one is loaded at a time."""
         return False
 
     @property

@@ -67,12 +67,17 @@ class ProjectorOutFit(ProjectorFit):
         """Where there is text, the expert runs on it inside the merged model."""
         return self.weights.have_text
 
+    @property
+    def runs_one_expert(self) -> bool:
+        """The expert whose states they are."""
+        return True
+
     def steps(self, calibration: Sequence[Texts]) -> int:
         """Besides, with text, as many states as a search of all its steps sees."""
         return super().steps(calibration) + (STATES * STEPS if self.runs_model else 0)
 
     def memory_bytes(self, size: MoESize, threads: int) -> int:
-        """Besides, with text, the merged model, and probabilities of the states before and after."""
+        """Besides, with text, the expert, and probabilities of the states before and after."""
         tokens = min(MOST_TOKENS, self.table.shape[0])
         running = size.nbytes + 4 * STATES * 4 * tokens if self.runs_model else 0
         return super().memory_bytes(size, threads) + running

@@ -28,7 +28,8 @@ MODULE = re.compile(r"\.ffn\.(\d+)\.")
 class MoESize:
     """How large a merged model is: `shared` and `module` count the parameters of the backbone and of one expert's modules.
 
-    `layers` is how many gates are computed, `experts` and `hidden` are the rows and columns of each.
+    `nbytes` are those of what is loaded where it runs. `layers` is how many gates are computed, `experts` and `hidden` are the
+    rows and columns of each.
     """
 
     nbytes: int

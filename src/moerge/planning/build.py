@@ -151,7 +151,8 @@ def _fitting_notes(plan: Plan) -> list[str]:
     every = sum(len(texts.documents) for texts in plan.calibration)
     notes = []
     for title, fitter in {fitting.fitter.title: fitting.fitter for fitting in plan.fittings}.items():
-        holds = "with the whole merged model" if fitter.runs_model else "with a few tensors"
+        model = "one expert after the other" if fitter.runs_one_expert else "the whole merged model"
+        holds = f"with {model if fitter.runs_model else 'a few tensors'}"
         size = f"about {plan.fitting_bytes(title=title) / 1e9:.1f} GB{' with torch itself' if fitter.needs_torch else ''}"
         texts = fitter.steps(plan.calibration) if fitter.counts == "texts" else every
         verb, source = "are" if title.endswith("s") else "is", f", from {texts} texts" if texts else ""

@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moerge.architecture.heterogeneous import expert_number
 from moerge.calibration import Texts
 from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
+from moerge.moe.fitter import Fitter
 from moerge.moe.router import MODULE, MoESize
 from moerge.planning.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
 from moerge.planning.reading import BLOCK, WINDOW
@@ -101,19 +103,30 @@ class Plan:
         """What is computed once the rest is merged, in the order in which it is."""
         return fittings(self.outputs)
 
-    def _size(self, outputs: tuple[Output, ...]) -> MoESize:
-        """The size of the model, of which these outputs are still to be fitted."""
+    def _size(self, fitting: Fitting) -> MoESize:
+        """The size of the model, of which some outputs are still to be fitted."""
+        outputs = fitting.outputs
         experts, hidden = outputs[0].shape[0], outputs[0].shape[-1]
         separate = sum(output.size for output in self.outputs if MODULE.search(output.role))
         vocabulary = int(self.config.get("vocab_size") or 0)
         shared = self.parameters - separate
-        return MoESize(self.output_bytes, len(outputs), hidden, vocabulary, experts, shared, separate // experts)
+        loaded = self._loaded_bytes(fitting.fitter)
+        return MoESize(loaded, len(outputs), hidden, vocabulary, experts, shared, separate // experts)
+
+    def _loaded_bytes(self, fitter: Fitter) -> int:
+        """Of the merged model, what is loaded where a fitter runs it: everything, or the largest expert and what is shared."""
+        if not fitter.runs_one_expert:
+            return self.output_bytes
+        sizes: Counter[int | None] = Counter()
+        for output in self.outputs:
+            sizes[expert_number(output.name)] += output.nbytes
+        return sizes.pop(None, 0) + max(sizes.values())
 
     def fitting_bytes(self, threads: int = 1, *, title: str = "") -> int:
         """Memory that computing takes what is computed once the rest is merged; 0 if nothing is. `title`: of that alone."""
         every = [fitting for fitting in self.fittings if title in ("", fitting.fitter.title)]
         needed = [
-            fitting.fitter.memory_bytes(self._size(fitting.outputs), threads) + _TORCH_BYTES * fitting.fitter.needs_torch
+            fitting.fitter.memory_bytes(self._size(fitting), threads) + _TORCH_BYTES * fitting.fitter.needs_torch
             for fitting in every
         ]
         return max(needed) + _INTERPRETER_BYTES if needed else 0
@@ -126,8 +139,9 @@ class Plan:
     def _seconds_of(self, fitting: Fitting) -> float:
         fitter = fitting.fitter
         speed = _OPERATIONS_PER_SECOND if getattr(fitter, "device", "cpu") == "cpu" else _OPERATIONS_PER_SECOND_ON_A_DEVICE
-        loading = _TORCH_SECONDS + self.output_bytes / _BYTES_READ_PER_SECOND if fitter.runs_model else 0.0
-        return loading + fitter.operations(self._size(fitting.outputs), self.calibration) / speed
+        loaded = self._loaded_bytes(fitter)
+        loading = _TORCH_SECONDS + loaded / _BYTES_READ_PER_SECOND if fitter.runs_model else 0.0
+        return loading + fitter.operations(self._size(fitting), self.calibration) / speed
 
     @property
     def seconds(self) -> float:

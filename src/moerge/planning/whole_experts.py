@@ -93,6 +93,11 @@ class WholeExpert:
                 f"{self.name}: its logits are capped at {self.whole.soft_capping:.4g}, and the shared head's are not: large ones "
                 "come out larger ('embedding: separate' keeps the cap)"
             )
+        if shared and not self.whole.head_measured:
+            found.append(
+                f"{self.name}: what models of type {self.whole.model_type!r} do to the head's outputs could not be found out: if "
+                "they scale them, the result does not ('embedding: separate' keeps it)"
+            )
         doubled = int(self.pieces.doubled_V.sum())
         if doubled and not shared and self.whole.head is None:
             found.append(
