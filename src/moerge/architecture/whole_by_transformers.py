@@ -104,7 +104,7 @@ def _look(model: Any, kind: str, where: str) -> Whole:
 
 def _modules(model: Any) -> tuple[Any, Any]:
     """Input embedding and head, None where there is none."""
-    factor, found = 1.0, []
+    found = []
     for get in (model.get_input_embeddings, model.get_output_embeddings):
         try:
             found.append(get())
