@@ -42,6 +42,30 @@ def test_jsonl_takes_the_text_field_and_skips_what_is_blank(tmp_path: Path) -> N
     assert list(read_documents(str(file))) == ["one", "zwölf"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in {"a.txt": "one\n\ntwo", "b/a.txt": "one", "c.jsonl": '{"text": "one"}\n'}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    found = [list(read_documents(name, relative_to=tmp_path)) for name in ("a.txt", "b", "c.jsonl")]
+    assert found == [["one", "two"], ["one"], ["one"]]
+
+
+def test_a_character_written_as_two_halves_is_whole(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}\n')
+    assert list(read_documents(str(file))) == ["\U0001f600"]
+
+
+def test_the_text_may_be_in_another_field(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"body": "one", "text": 3}])
+    assert list(read_documents(str(file), field="body")) == ["one"]
+    with pytest.raises(InputError) as caught:
+        list(read_documents(str(file), field="content"))
+    assert str(caught.value) == (
+        f'{file}, line 1: should be an object with a "content", such as {{"content": "..."}}, '
+        "or say with 'field' where its text is"
+    )
+
+
 def test_only_as_much_is_read_as_is_wanted(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "two"}\nnot JSON\n')
     assert read_texts("math", "a.jsonl", relative_to=tmp_path, limit=2).documents == ("one", "two")
@@ -56,6 +80,11 @@ def test_only_as_much_is_read_as_is_wanted(tmp_path: Path) -> None:
         ("a.jsonl", '"text"\n', r'a.jsonl, line 1: should be an object with a "text"'),
         ("a.jsonl", '{"txt": "a"}\n', r'a.jsonl, line 1: should be an object with a "text"'),
         ("a.jsonl", '{"text": 3}\n', r'a.jsonl, line 1: should be an object with a "text"'),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "b \\ud83d c"}\n',
+            r"a.jsonl, line 2: the text has \\ud83d, half of a character: write it whole, or remove it$",
+        ),
         ("a.txt", " \n\n", "a.txt holds no text"),
     ],
 )
@@ -93,8 +122,11 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "b.parquet")
     write(tmp_path / "c.parquet", "not parquet")
     assert list(read_documents("a.parquet", relative_to=tmp_path)) == ["one", "two"]
-    with pytest.raises(InputError, match=r"b\.parquet has no column 'text', only body"):
+    with pytest.raises(InputError, match=r"b\.parquet has no column 'text', only body: rename the one that holds the text$"):
         list(read_documents("b.parquet", relative_to=tmp_path))
+    assert list(read_documents("b.parquet", relative_to=tmp_path, field="body")) == ["one"]
+    with pytest.raises(InputError, match=r"b\.parquet has no column 'title', only body: say with 'field' which holds the text$"):
+        list(read_documents("b.parquet", relative_to=tmp_path, field="title"))
     with pytest.raises(InputError, match=r"cannot read .*c\.parquet as parquet"):
         list(read_documents("c.parquet", relative_to=tmp_path))
 

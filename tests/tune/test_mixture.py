@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moerge.errors import InputError
+from moerge.methods.random import stream_key
 from moerge.tune.mixture import Mixture
 from moerge.tune.settings import Source
 from moerge.tune.tokens import documents_of, tokenise
@@ -61,6 +63,37 @@ def test_order_changes_with_the_seed_and_from_one_reading_to_the_next() -> None:
     assert numbers != [Mixture({"a": 1.0}, 40, seed=1).place(i, (20,))[1] for i in range(40)]
 
 
+@given(st.integers(0, 3), st.lists(st.integers(1, 30), min_size=3, max_size=3), st.booleans())
+def test_which_sequences_are_drawn_at_all(seed: int, available: list[int], shuffle: bool) -> None:
+    mixture = Mixture({"a": 5.0, "b": 1.0, "c": 1e-9}, 25, seed, shuffle)
+    places = [mixture.place(i, available) for i in range(25)]
+    for source in range(3):
+        assert mixture.used(source, available[source]) == tuple(sorted({n for s, n in places if s == source}))
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Mixture(TABLE_5, 1000, seed=1).drawn_N
+    expected = np.random.Generator(np.random.Philox(key=int(stream_key(1, "tune", "draws")))).random(1000)
+    edges = np.cumsum(Mixture(TABLE_5, 1, seed=1).shares)
+    assert whole.tolist() == [int((edges[:-1] <= u).sum()) for u in expected]
+    monkeypatch.setattr("moerge.tune.mixture._BLOCK", 7)
+    assert Mixture(TABLE_5, 1000, seed=1).drawn_N.tolist() == whole.tolist()
+
+
+def test_memory_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bytes a sequence, and at most five more meanwhile."""
+    monkeypatch.setattr("moerge.tune.mixture._BLOCK", 1 << 12)
+    mixture = Mixture({"a": 1000.0, "b": 1.0}, 1_000_000, seed=0)
+    tracemalloc.start()
+    try:
+        mixture.place(0, (1, 1))
+        assert sum(mixture.counts) == 1_000_000
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 8_200_000 and peak < 13_500_000
+
+
 class Words:
     """A tokenizer that gives each word its number, after a token that begins the text."""
 
@@ -97,6 +130,17 @@ def test_too_little_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds 4 tokens, less than one sequence of length 5: add text or lower 'length'"):
         tokenise(iter(["10 11"]), Words(), length=5, sequences=1, file=tmp_path / "a.bin")
     assert not (tmp_path / "a.json").exists()
+
+
+def test_files_with_the_text_in_another_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "text 0"}\n')
+    assert list(documents_of(Source(path="a.jsonl", field="body"), tmp_path)) == ["text 0"]
+    with pytest.raises(InputError) as caught:
+        list(documents_of(Source(path="a.jsonl"), tmp_path))
+    where = f"{tmp_path / 'a.jsonl'}, line 1"
+    assert str(caught.value) == (
+        f'{where}: should be an object with a "text", such as {{"text": "..."}}, or say with \'field\' where its text is'
+    )
 
 
 def test_a_dataset_is_streamed(tmp_path: Path) -> None:

@@ -57,6 +57,32 @@ def test_the_last_step_may_be_filled_in_part() -> None:
         ({"losses": {"distillation": {"weight": 1.0}}}, "data.math has no teacher: distillation needs one for every source"),
         ({"losses": {"distillation": {"wait": 1.0}}}, "losses.distillation.wait: unknown key, did you mean 'weight'?"),
         ({"losses": {"cross_entropy": 0.0}}, "losses: nothing says what text looks like"),
+        (
+            {"data": {"math": {"path": "a.jsonl", "teacher": "nowhere"}}},
+            "tune.yaml, line 5: data.math.teacher teaches nothing: give losses.distillation a weight, or remove it",
+        ),
+        (
+            {"data": {"math": {"path": "a.jsonl", "split": "train"}}},
+            "line 5: data.math.split says what of a 'hub' dataset is read, and this source is a 'path': remove it",
+        ),
+        (
+            {"data": {"math": {"path": "a.jsonl", "subset": "main"}}},
+            "line 5: data.math.subset says what of a 'hub' dataset is read, and this source is a 'path': remove it",
+        ),
+        (
+            {"data": {"math": {"path": "a.txt", "field": "body"}}},
+            "line 5: data.math.field says where the text is in jsonl and parquet, and this is txt: remove it",
+        ),
+        (
+            {"steps": 1_000_000_000_000},
+            "line 4: steps means 8,000,000,000,000 sequences, and a run can have 1,000,000,000: lower it, or batch",
+        ),
+        (
+            {"steps": None, "tokens": 1e13, "length": 2},
+            "line 4: tokens means 5,000,000,000,000 sequences, and a run can have 1,000,000,000: lower it, or batch",
+        ),
+        ({"seed": 2**32}, "line 5: seed should be less than 4294967296, not 4294967296"),
+        ({"train": "router + "}, "train[1] should not be empty"),
         ({"opens": [{"step": 10, "train": "all"}]}, "line 6: opens[0].step is 10, which never comes: the last step is 9"),
         ({"accumulation": 3}, "accumulation is 3, which does not divide batch 8"),
         ({"train": []}, "train should not be empty"),
@@ -67,6 +93,19 @@ def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None
     with pytest.raises(InputError) as caught:
         load_tuning(write(tmp_path, **changes))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_beside_the_file_that_is_no_seed(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(InputError, match=f"^the seed should be from 0 to 4294967295, not {seed}$"):
+        load_tuning(write(tmp_path, seed=3), seed=seed)
+    assert load_tuning(write(tmp_path, seed=3), seed=2**32 - 1).settings.seed == 2**32 - 1
+
+
+def test_parts_may_have_spaces_between_them() -> None:
+    settings = load_tuning({**GOOD, "train": "router + experts.math", "adapters": {"target": "backbone +projectors"}}).settings
+    assert settings.train == ("router", "experts.math")
+    assert settings.adapters is not None and settings.adapters.target == ("backbone", "projectors")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

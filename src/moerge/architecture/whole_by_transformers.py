@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from moerge.architecture.family import Expected
 from moerge.architecture.whole import Whole, not_decoder
 from moerge.errors import InputError
+from moerge.quiet import without_warnings
 
 _SAMPLE = 3
 """Logits that are looked at to see what a model does to them."""
@@ -28,7 +28,7 @@ def ask_transformers(config: Mapping[str, Any], where: str) -> Whole:
             f"{where}: moerge does not know models of type {kind!r}, and asking transformers needs {error.name}: "
             "pip install 'moerge[models]'"
         ) from None
-    with _silent(transformers):
+    with without_warnings():
         return _ask(transformers, torch, config, kind, where)
 
 
@@ -180,17 +180,6 @@ def _around_head(model: Any, width: int) -> tuple[float, float | None] | None:
         return None
     small, large = found
     return round(small, 6), None if abs(large - small) < 1e-3 * abs(small) else 1e4 * large
-
-
-@contextmanager
-def _silent(transformers: Any) -> Iterator[None]:
-    logging = transformers.utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _short(error: Exception) -> str:

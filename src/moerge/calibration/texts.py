@@ -1,8 +1,8 @@
 """Calibration text from files: txt, jsonl and parquet, one by one, in folders or by glob.
 
-What a document is: in jsonl and parquet an entry's `text` field; in a txt file that is named itself a paragraph, that is
-lines between empty lines; in a folder or glob each txt file as a whole. Files are taken in the order of their paths and
-only as far as documents are wanted, so shuffle a file that is sorted by topic.
+What a document is: in jsonl and parquet an entry's `text` field, or another that is named; in a txt file that is named itself
+a paragraph, that is lines between empty lines; in a folder or glob each txt file as a whole. Files are taken in the order of
+their paths and only as far as documents are wanted, so shuffle a file that is sorted by topic.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 from moerge.calibration.overlap import document_hash
 from moerge.checkpoint.digest import file_digest
 from moerge.errors import InputError
+
+_ENCODING = "utf-8-sig"
+"""UTF-8, at the beginning of a file with a byte order mark or without."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,14 @@ def read_texts(expert: str, location: str, *, relative_to: Path = Path(), limit:
     return Texts(expert, location, documents)
 
 
-def read_documents(location: str, *, relative_to: Path = Path()) -> Iterator[str]:
-    """The documents that are not blank at `location`: a file, a folder or a glob. Nothing is read before it is asked for."""
+def read_documents(location: str, *, relative_to: Path = Path(), field: str | None = None) -> Iterator[str]:
+    """The documents that are not blank at `location`: a file, a folder or a glob. Nothing is read before it is asked for.
+
+    `field` is that of jsonl and parquet which holds the text; None means `text`, where the caller's user cannot name another.
+    """
     files, named_itself = _files(location, relative_to)
     for file in files:
-        for document in _read_file(file, named_itself):
+        for document in _read_file(file, named_itself, field):
             if document.strip():
                 yield document
 
@@ -96,21 +102,21 @@ def _listed() -> str:
     return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 
 
-def _read_file(path: Path, named_itself: bool) -> Iterator[str]:
+def _read_file(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
     try:
-        yield from _READERS[path.suffix](path, named_itself)
+        yield from _READERS[path.suffix](path, named_itself, field)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: save it as such") from None
 
 
-def _read_txt(path: Path, named_itself: bool) -> Iterator[str]:
+def _read_txt(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
     if not named_itself:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_text(encoding=_ENCODING)
         return
     lines: list[str] = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=_ENCODING) as file:
         for line in file:
             if line.strip():
                 lines.append(line)
@@ -120,8 +126,8 @@ def _read_txt(path: Path, named_itself: bool) -> Iterator[str]:
     yield "".join(lines).rstrip("\n")
 
 
-def _read_jsonl(path: Path, named_itself: bool) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+def _read_jsonl(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
+    with open(path, encoding=_ENCODING) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -129,17 +135,25 @@ def _read_jsonl(path: Path, named_itself: bool) -> Iterator[str]:
                 entry = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
-            yield _text(entry, f"{path}, line {number}")
+            yield _text(entry, f"{path}, line {number}", field)
 
 
-def _text(entry: Any, where: str) -> str:
-    text = entry.get("text") if isinstance(entry, dict) else None
+def _text(entry: Any, where: str, field: str | None) -> str:
+    name = field or "text"
+    text = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'{where}: should be an object with a "text", such as {{"text": "..."}}')
+        other = "" if field is None else ", or say with 'field' where its text is"
+        raise InputError(f'{where}: should be an object with a "{name}", such as {{"{name}": "..."}}{other}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise InputError(f"{where}: the text has {half}, half of a character: write it whole, or remove it") from None
     return text
 
 
-def _read_parquet(path: Path, named_itself: bool) -> Iterator[str]:
+def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
+    name = field or "text"
     try:
         import pyarrow
         import pyarrow.parquet
@@ -147,17 +161,18 @@ def _read_parquet(path: Path, named_itself: bool) -> Iterator[str]:
         raise InputError(f"reading {path} needs pyarrow: pip install pyarrow, or convert it to jsonl") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
+            if name not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
-                raise InputError(f"{path} has no column 'text', only {columns}: rename the one that holds the text")
-            for batch in file.iter_batches(batch_size=64, columns=["text"]):
+                remedy = "rename the one that holds the text" if field is None else "say with 'field' which holds the text"
+                raise InputError(f"{path} has no column {name!r}, only {columns}: {remedy}")
+            for batch in file.iter_batches(batch_size=64, columns=[name]):
                 for text in batch.column(0).to_pylist():
-                    yield _text({"text": "" if text is None else text}, str(path))
+                    yield _text({name: "" if text is None else text}, str(path), field)
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {path} as parquet: {error}") from None
 
 
-_READERS: dict[str, Callable[[Path, bool], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, bool, str | None], Iterator[str]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

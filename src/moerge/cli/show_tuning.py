@@ -33,7 +33,8 @@ def outlook(found: Outlook, *, as_json: bool) -> None:
     targets = f", teachers' targets {as_size(figures['target_bytes'])}" if figures["target_bytes"] else ""
     console.print(
         f"{figures['steps']:,} steps, {figures['tokens']:,} tokens; trains {as_count(trained)} of {as_count(whole)} parameters\n"
-        f"on disk meanwhile: two training checkpoints of {as_size(figures['checkpoint_bytes'])}{targets}",
+        f"on disk meanwhile: {as_size(figures['disk_bytes'])} for training checkpoints of "
+        f"{as_size(figures['checkpoint_bytes'])} and the result{targets}",
         highlight=False,
     )
     for warning in figures["warnings"]:

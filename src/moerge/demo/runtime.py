@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import without_progress_bars
+from moerge.quiet import without_progress_bars
 
 _SPINS = "3000"
 _MOST_THREADS = 4

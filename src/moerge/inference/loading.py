@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
+from moerge.quiet import without_progress_bars, without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -83,12 +84,14 @@ def load(
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
     _register_ours(str(checkpoint), place, options)
-    with without_progress_bars():
+    with without_progress_bars(), without_warnings():
         try:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, **in_dtype(dtype), **options)
+            auto: Any = transformers.AutoModelForCausalLM
+            model, found = auto.from_pretrained(place, **in_dtype(dtype), **options, output_loading_info=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from or place, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise InputError(_explain(str(checkpoint), error)) from None
+    check_complete(str(checkpoint), found)
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     except (RuntimeError, AssertionError) as error:
@@ -113,6 +116,14 @@ def _register_ours(checkpoint: str, place: str, options: dict[str, Any]) -> None
                 raise InputError(f"{checkpoint}: {error}: pip install --upgrade transformers") from None
 
 
+def check_complete(checkpoint: str, found: Mapping[str, Any]) -> None:
+    """InputError where transformers has drawn at random what a checkpoint does not have. `found` is its loading info."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        shown = f"{missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}"
+        raise InputError(f"{checkpoint} lacks tensors of its model, {shown}: it would run on random numbers, so copy it again")
+
+
 def _explain(checkpoint: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
@@ -126,18 +137,3 @@ def in_dtype(dtype: str | None) -> dict[str, Any]:
 
     keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
     return {keyword: "auto" if dtype is None else getattr(torch, dtype)}
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """No bars of transformers inside the block."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.inference.loading import in_dtype, without_progress_bars
+from moerge.inference.loading import check_complete, in_dtype
+from moerge.quiet import without_progress_bars, without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +28,11 @@ def load_one_expert(folder: Path, number: int) -> Any:
     config.expert_configs, config.expert_names = [config.expert_configs[number]], [config.expert_names[number]]
     config.routing = config.check_routing({"kind": "uniform"})
     kind: Any = MoergeHeterogeneousModel
-    with without_progress_bars():
+    with without_progress_bars(), without_warnings():
         model, found = kind.from_pretrained(
             None, config=config, state_dict=dict(_tensors(folder, number)), output_loading_info=True, **in_dtype(None)
         )
-    if found["missing_keys"] or found["mismatched_keys"]:
-        raise AssertionError(f"{folder} lacks {found['missing_keys']} or has {found['mismatched_keys']} of another shape")
+    check_complete(str(folder), found)
     return model.eval()
 
 

@@ -6,14 +6,18 @@ from collections.abc import Callable
 
 
 class Watch:
-    """`start(total)` is called with the texts or tokens to come and returns what is told those done; `note` hears facts."""
+    """`start(total)` is called with the texts or tokens to come and returns what is told those done; `note` hears facts.
+
+    `warn` hears what its user should know, `note` too if it is not given.
+    """
 
     def __init__(
         self,
         start: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
         note: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
-        self._start, self.note = start, note
+        self._start, self.note, self.warn = start, note, warn or note
         self._advance: Callable[[int], None] = lambda done: None
 
     def begin(self, total: int) -> None:

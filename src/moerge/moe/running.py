@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import in_dtype, without_progress_bars
+from moerge.inference.loading import in_dtype
+from moerge.quiet import without_progress_bars
 
 if TYPE_CHECKING:
     import torch

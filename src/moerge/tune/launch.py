@@ -9,6 +9,9 @@ from typing import Any
 from moerge.errors import InputError, MachineError, MoergeError
 from moerge.tune.settings import Request
 
+_DISK_FULL = ("No space left", "PytorchStreamWriter failed writing", "inline_container")
+"""What torch says where it cannot write a file to its end."""
+
 _TORCHRUN = "torchrun --nproc_per_node {} -m moerge tune ..."
 
 
@@ -72,16 +75,17 @@ def on_main(job: Callable[[], None]) -> None:
         raise failure
 
 
-def check_device(device: str | None) -> str:
+def check_device(request: Request) -> str:
     """The device to train on: the GPU where there is one. Raises InputError for one that cannot be used."""
     import torch
 
+    device = request.settings.device
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
-        raise InputError(f"device is {device!r}: use cpu or cuda, and CUDA_VISIBLE_DEVICES to say which")
+        raise request.error(("device",), f" is {device!r}: use cpu or cuda, and CUDA_VISIBLE_DEVICES to say which")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch sees no GPU here: use cpu, or install torch for your GPU")
+        raise request.error(("device",), " is cuda, but torch sees no GPU here: use cpu, or install torch for your GPU")
     return device
 
 
@@ -91,6 +95,6 @@ def explain(error: Exception) -> MoergeError | None:
 
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return MachineError("the GPU's memory is full: raise 'accumulation', lower 'length', or set gradient_checkpointing")
-    if any(sign in str(error) for sign in ("No space left", "PytorchStreamWriter failed writing")):
+    if any(sign in str(error) for sign in _DISK_FULL):
         return MachineError("no space left for a training checkpoint: free some and run the same command again with --resume")
     return None

@@ -13,6 +13,8 @@ from moerge.checkpoint.digest import TensorDigest, file_digest
 from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint, open_folder
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.tensor import Tensor
+from moerge.errors import InputError
+from moerge.methods.codec import decode
 from moerge.tune.outlook import Outlook
 
 MOST_DOCUMENTS = 100_000
@@ -63,9 +65,18 @@ def _seen(outlook: Outlook, index: int) -> dict[str, Any]:
 
 
 def _digest(tensor: Tensor) -> str:
+    """InputError for a tensor of floats that are not all finite."""
     elements, digest = tensor.open(), TensorDigest()
+    values_N = np.empty(min(_WINDOW, tensor.size), np.float32)
     for start in range(0, tensor.size, _WINDOW):
-        digest.update(elements.read(start, np.empty(min(_WINDOW, tensor.size - start), tensor.dtype.storage)))
+        count = min(_WINDOW, tensor.size - start)
+        stored_N = elements.read(start, np.empty(count, tensor.dtype.storage))
+        if tensor.dtype.is_float and not decode(stored_N, tensor.dtype, values_N[:count]):
+            raise InputError(
+                f"{tensor.name} has come to hold NaN or infinity, as {tensor.dtype.name} stores it: lower learning_rate, or "
+                "choose another save_dtype"
+            )
+        digest.update(stored_N)
     return digest.digest()
 
 

@@ -26,8 +26,8 @@ class Metrics:
         self.last: dict[str, Any] = {}
 
     def begin(self, step: int) -> None:
-        """Training continues after this step."""
-        rows = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() else []
+        """Training continues after this step, or begins with its first."""
+        rows = [row for row in read_metrics(self.file) if row["step"] <= step] if step and self.file.exists() else []
         with whole_file(self.file) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:

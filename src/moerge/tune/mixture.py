@@ -14,6 +14,9 @@ import numpy as np
 
 from moerge.methods.random import stream_key
 
+_BLOCK = 1 << 20
+"""Sequences drawn at a time."""
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -38,22 +41,33 @@ class Mixture:
     @cached_property
     def drawn_N(self) -> np.ndarray:
         """The source's number of each sequence. Longer runs start with the same draws."""
-        u_N = _generator(self.seed, "draws").random(self.sequences)
-        return np.searchsorted(np.cumsum(self.shares)[:-1], u_N, side="right").astype(np.int32)
+        generator, edges = _generator(self.seed, "draws"), np.cumsum(self.shares)[:-1]
+        found_N = np.empty(self.sequences, np.int32)
+        for start in range(0, self.sequences, _BLOCK):
+            block_N = found_N[start : start + _BLOCK]
+            block_N[:] = np.searchsorted(edges, generator.random(len(block_N)), side="right")
+        return found_N
 
     @cached_property
     def ordinals_N(self) -> np.ndarray:
         """How many sequences of the same source came before."""
-        found_N = np.empty(self.sequences, np.int64)
+        found_N = np.empty(self.sequences, np.int32)
         for number in range(len(self.names)):
             mine_N = self.drawn_N == number
-            found_N[mine_N] = np.arange(int(mine_N.sum()))
+            found_N[mine_N] = np.arange(np.count_nonzero(mine_N), dtype=np.int32)
         return found_N
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """How many sequences each source gives."""
-        return tuple(int(count) for count in np.bincount(self.drawn_N, minlength=len(self.names)))
+        return tuple(int(np.count_nonzero(self.drawn_N == number)) for number in range(len(self.names)))
+
+    def used(self, source: int, available: int) -> tuple[int, ...]:
+        """Which of a source's `available` sequences are drawn at all, in their order."""
+        count = self.counts[source]
+        if count >= available or not self.shuffle:
+            return tuple(range(min(count, available)))
+        return tuple(sorted(_order(self.seed, self.names[source], 0, available)[:count].tolist()))
 
     def place(self, sequence: int, available: Sequence[int]) -> tuple[int, int]:
         """Source and number within it of a sequence, where the sources have `available` sequences each."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import read_manifest
-from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.tune.settings import Request
 
@@ -25,6 +25,8 @@ def locate_models(request: Request, *, weights: bool = True) -> dict[str, Checkp
             found[name] = locate(location, relative_to=request.folder, weights=weights)
         except InputError as error:
             raise request.error(path, f": {error}") from None
+        if is_adapter(found[name]):
+            raise request.error(path, f" is {location}, an adapter and no model: merge it with its base first")
     return found
 
 
@@ -57,7 +59,8 @@ def load_sharded(folder: Path, processes: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from moerge.inference.loading import without_progress_bars
+    from moerge.inference.loading import check_complete
+    from moerge.quiet import without_progress_bars, without_warnings
 
     try:
         from transformers import distributed as untyped
@@ -67,8 +70,9 @@ def load_sharded(folder: Path, processes: int) -> Any:
     except (ImportError, AttributeError):
         raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
     auto: Any = AutoModelForCausalLM
-    with without_progress_bars():
-        model = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards)
+    with without_progress_bars(), without_warnings():
+        model, found = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards, output_loading_info=True)
+    check_complete(str(folder), found)
     if not is_sharded(model):
         raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
     return model

@@ -15,7 +15,7 @@ from moerge.tune.adapters import Targets, add_adapters, targets_of, with_adapter
 from moerge.tune.mixture import Mixture
 from moerge.tune.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
 from moerge.tune.settings import PARTS, Request, Tuning
-from moerge.tune.teachers import Lessons, check_vocabularies, lesson_bytes, plan_lessons
+from moerge.tune.teachers import Lessons, check_teachers, check_vocabularies, lesson_bytes, plan_lessons, positions
 from moerge.tune.tokens import Tokens, documents_of, tokenise
 from moerge.tune.work import Work
 
@@ -49,6 +49,14 @@ class Outlook:
         if self.targets:
             return _STATE_BYTES * self.trained
         return 4 * self.parameters["all"] + (_STATE_BYTES - 4) * self.trained
+
+    @property
+    def disk_bytes(self) -> int:
+        """What lies on the disk at most: three training checkpoints while one is written, or two and the result."""
+        alone = self.settings.adapters is not None and self.settings.adapters.save == "adapter"
+        whole = 0 if alone else 4 * self.parameters["all"]
+        gathered = whole if self.settings.sharding != "none" else 0
+        return max(3 * self.checkpoint_bytes, 2 * self.checkpoint_bytes + whole + gathered)
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """By source: its share of tokens, expected and as drawn, and how much of it there is.
@@ -89,6 +97,7 @@ class Outlook:
             },
             "target_bytes": self.lesson_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "disk_bytes": self.disk_bytes,
             "warnings": list(self.warnings),
         }
 
@@ -125,13 +134,16 @@ def make_outlook(
     """
     settings, parts = request.settings, parts_of(model, experts)
     check_losses(request, model, parts)
-    _check_length(request, model.config.get_text_config())
+    _check_length(request, model.config)
     schedule = make_schedule(request, parts)
     check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
+    layers = hidden_layers(request, model)
+    if settings.distils:
+        check_teachers(request, model.config, tokenizer.get_vocab(), hidden=bool(layers))
     weights = {name: source.weight for name, source in settings.data.items()}
     mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
     tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
-    lessons = plan_lessons(request, work, mixture, tokens, hidden_layers(request, model)) if settings.distils else None
+    lessons = plan_lessons(request, work, mixture, tokens, layers) if settings.distils else None
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     targets = targets_of(request, model, parts, schedule) if settings.adapters else None
     if settings.adapters and targets:
@@ -164,8 +176,8 @@ def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) ->
 
 
 def _check_length(request: Request, config: Any) -> None:
-    most, length = getattr(config, "max_position_embeddings", None), request.settings.length
-    if isinstance(most, int) and 0 < most < length:
+    most, length = positions(config), request.settings.length
+    if most is not None and most < length:
         raise request.error(("length",), f" is {length}, but the model has positions for {most}: lower it")
 
 

@@ -21,7 +21,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.reader import Checkpoint, read_json
 from moerge.checkpoint.tokenizer import companion_files
 from moerge.checkpoint.tokenizer.portable import portable_tokenizer
-from moerge.inference.loading import without_progress_bars
+from moerge.quiet import without_progress_bars
 from moerge.tune.outlook import Outlook
 from moerge.tune.settings import Tuning
 from moerge.tune.work import FACTS, METRICS, Work
@@ -63,15 +63,31 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def write_result(model: Any, work: Work, source: Checkpoint, dtype: str) -> None:
-    """The checkpoint without its facts, into the work folder."""
+def write_result(model: Any, work: Work, source: Checkpoint, save_dtype: str | None) -> None:
+    """The checkpoint without its facts, into the work folder: in `save_dtype`, else as the source stores each tensor."""
+    dtype = save_dtype or stored_dtype(source)
     with without_progress_bars():
-        model.to(getattr(torch, dtype)).save_pretrained(work.result)
+        model.config.dtype = getattr(torch, dtype)
+        _convert(model, dtype, {} if save_dtype else _dtypes(source)).save_pretrained(work.result)
     if model.config.model_type not in BY_SEQUENCE:
         config = read_json(work.result / "config.json")
         (work.result / "config.json").write_bytes(to_json(portable(config, family=family_of(config), dtype=dtype)))
     for name, content in portable_tokenizer(companion_files(source.folder)).items():
         (work.result / name).write_bytes(content)
+
+
+def _dtypes(source: Checkpoint) -> dict[str, str]:
+    return {name: str(tensor.dtype.torch_name) for name, tensor in source.tensors.items() if tensor.dtype.is_float}
+
+
+def _convert(model: Any, dtype: str, by_name: Mapping[str, str]) -> Any:
+    """The model in these element types, in place; `dtype` where a tensor goes by another name or is several on disk."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(getattr(torch, by_name.get(name, dtype)))
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(getattr(torch, by_name.get(name, dtype)))
+    return model
 
 
 def write_adapter(adapted: Any, work: Work, base: str) -> None:

@@ -80,7 +80,7 @@ def tune(
     processes = check_launch(request)
     work = Work(Path(os.path.abspath(out)))
     with closing(work):
-        job = _Job(request, work, watch or Watch(), check_device(request.settings.device), processes)
+        job = _Job(request, work, watch or Watch(), check_device(request), processes)
         arguments = job.arguments()
         try:
             on_main(lambda: job.prepare(resume=resume, force=force))
@@ -117,7 +117,12 @@ class _Job:
 
         models = locate_models(self.request)
         self.inputs = {
-            name or "model": {"location": m.location, "revision": m.revision, "digest": weights_digest(m)}
+            name or "model": {
+                "location": m.location,
+                "revision": m.revision,
+                "tensors_read": len(m.tensors),
+                "digest": weights_digest(m),
+            }
             for name, m in models.items()
         }
         facts = {"settings": self.request.settings.model_dump(mode="json"), "models": self.inputs}
@@ -126,15 +131,15 @@ class _Job:
         with machine_errors(self.work.root):
             outlook, _, _ = self.outlook
             if self.work.fresh:
-                remedy = "write OUT to another disk"
-                check_space(_KEPT * outlook.checkpoint_bytes, self.work.root, "two training checkpoints", remedy)
+                what, remedy = "training checkpoints and the result", "write OUT to another disk"
+                check_space(outlook.disk_bytes, self.work.root, what, remedy)
             if outlook.lessons:
                 self._teach(outlook, {name: m.folder for name, m in models.items() if name})
 
     def _teach(self, outlook: Outlook, teachers: Mapping[str, Path]) -> None:
         from moerge.tune.teachers import check_space, run_teachers
 
-        settings, lessons, (_, tokenizer, config) = self.request.settings, outlook.lessons, self.outlook
+        settings, lessons, (_, _, config) = self.request.settings, outlook.lessons, self.outlook
         assert lessons is not None
         amount = lessons.sequences * settings.length
         size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
@@ -144,8 +149,7 @@ class _Job:
             check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
         self._begin(amount)
         tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
-        vocabulary, advance = tokenizer.get_vocab(), self.watch.advance
-        run_teachers(self.request, lessons, teachers, tokens, config, vocabulary, self.device, advance)
+        run_teachers(self.request, lessons, teachers, tokens, config, self.device, self.watch.advance)
 
     def _begin(self, lessons: int = 0) -> None:
         """Say how many tokens are to come, once."""
@@ -162,8 +166,8 @@ class _Job:
 
         source = locate_models(self.request)[""]
         skeleton, tokenizer = skeleton_of(source.folder)
-        note = self.watch.note if rank() == 0 else lambda text: None
-        outlook = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, note, expert_names(source))
+        warn = self.watch.warn if rank() == 0 else lambda text: None
+        outlook = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, warn, expert_names(source))
         return outlook, tokenizer, skeleton.config
 
     def arguments(self) -> Any:
@@ -200,14 +204,14 @@ class _Job:
         )
         if self.processes == 1 and found.n_gpu > 1:
             found._n_gpu = 1  # else Trainer splits batches over all GPUs in threads
-            self.watch.note("several GPUs are here and one is used: torchrun --nproc_per_node N starts a process for each")
+            self.watch.warn("several GPUs are here and one is used: torchrun --nproc_per_node N starts a process for each")
         return found
 
     def train(self, arguments: Any) -> None:
         """Train what is left of the steps."""
         from transformers import PrinterCallback
 
-        from moerge.inference.loading import without_progress_bars
+        from moerge.quiet import without_progress_bars
         from moerge.tune.metrics import Metrics
         from moerge.tune.trainer import Sequences, TuneTrainer
 
@@ -220,7 +224,7 @@ class _Job:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         done = _step(checkpoint)
-        self.metrics = Metrics(self.work.metrics, settings.dying, self.watch.note)
+        self.metrics = Metrics(self.work.metrics, settings.dying, self.watch.warn)
         if rank() == 0:
             self.metrics.begin(done)
         self._begin()
@@ -275,7 +279,7 @@ class _Job:
         """Of a sharded model, put the parts together on the disk."""
         if self.request.settings.sharding == "none":
             return
-        from moerge.inference.loading import without_progress_bars
+        from moerge.quiet import without_progress_bars
         from moerge.tune.adapters import save_trained
 
         with without_progress_bars(), machine_errors(self.work.root):
@@ -297,7 +301,7 @@ class _Job:
     def finish(self, *, force: bool) -> None:
         """On the first process: write the result and publish it."""
         from moerge.tune.manifest import tuned_manifest
-        from moerge.tune.result import TuneResult, facts_of, files_of, stored_dtype, write_adapter, write_result
+        from moerge.tune.result import TuneResult, facts_of, files_of, write_adapter, write_result
 
         source, settings = locate_models(self.request)[""], self.request.settings
         with machine_errors(self.work.root):
@@ -307,7 +311,7 @@ class _Job:
             if settings.adapters and settings.adapters.save == "adapter":
                 write_adapter(self.adapted, self.work, settings.model)
             else:
-                write_result(model, self.work, source, settings.save_dtype or stored_dtype(source))
+                write_result(model, self.work, source, settings.save_dtype)
         trained = {"recipe": self.recipe, "resumed_after_step": self.resumed, "seconds": self.seconds, "last": self.metrics.last}
         facts = facts_of(self.outlook[0], self.inputs, trained)
         with machine_errors(self.work.root):

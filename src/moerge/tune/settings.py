@@ -17,6 +17,12 @@ from moerge.recipe.document import Document, read_document
 PARTS = ("router", "projectors", "experts", "backbone", "all")
 """What `train` can name besides patterns."""
 
+MOST_SEQUENCES = 10**9
+"""Of a run: eight bytes of memory each, and five more for a moment."""
+
+_SEEDS = 2**32
+"""What transformers takes."""
+
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -31,7 +37,9 @@ def _whole(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    return tuple(value.split("+")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split("+"))
+    return tuple(value) if isinstance(value, list) else value
 
 
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
@@ -49,7 +57,8 @@ class Source(_Strict):
     """Text to train on: files (`path`: txt, jsonl, parquet, a folder or glob) or a Hub dataset (`hub`, streamed).
 
     `weight` is the relative probability of drawing a sequence from here (the columns of the paper's table 5). `teacher` is the
-    model that distillation pulls to on this text. `subset`, `split` and `field` say what of a Hub dataset is read.
+    model that distillation pulls to on this text. `field` is where the text is in jsonl, parquet and Hub datasets; `subset` and
+    `split` say what of a Hub dataset is read.
     """
 
     path: str | None = None
@@ -144,7 +153,7 @@ class Tuning(_Strict):
     heldout_sequences: Count = 32
     evaluate_every: Count = 100
     dying: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=_SEEDS)] = 0
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -193,6 +202,8 @@ def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = No
     for key in data:
         if key not in Tuning.model_fields:
             raise document.error((str(key),), f": unknown key, {suggest(str(key), Tuning.model_fields)}")
+    if seed is not None and not 0 <= seed < _SEEDS:
+        raise InputError(f"the seed should be from 0 to {_SEEDS - 1}, not {seed}")
     if seed is not None:
         data["seed"] = seed
     if isinstance(data.get("data"), dict):
@@ -206,11 +217,11 @@ def _check(request: Request) -> None:
     settings, error = request.settings, request.error
     if (settings.steps is None) == (settings.tokens is None):
         raise error(("steps" if settings.steps else "model",), ": say how long to train, with either 'steps' or 'tokens'")
+    if settings.sequences > MOST_SEQUENCES:
+        key, most = "steps" if settings.steps else "tokens", f"{MOST_SEQUENCES:,}"
+        raise error((key,), f" means {settings.sequences:,} sequences, and a run can have {most}: lower it, or batch")
     for name, source in settings.data.items():
-        if (source.path is None) == (source.hub is None):
-            raise error(("data", name), " needs either a 'path' or a 'hub' dataset")
-        if settings.distils and source.teacher is None:
-            raise error(("data", name), " has no teacher: distillation needs one for every source; for general text, the base")
+        _check_source(request, name, source)
     late = next((index for index, opening in enumerate(settings.opens) if opening.step >= settings.total_steps), None)
     if late is not None:
         last = settings.total_steps - 1
@@ -222,6 +233,22 @@ def _check(request: Request) -> None:
     losses = settings.losses
     if losses.cross_entropy == losses.distillation.weight == losses.distillation.hidden == 0:
         raise error(("losses",), ": nothing says what text looks like: give cross_entropy or distillation a weight")
+
+
+def _check_source(request: Request, name: str, source: Source) -> None:
+    error, distils = request.error, request.settings.distils
+    if (source.path is None) == (source.hub is None):
+        raise error(("data", name), " needs either a 'path' or a 'hub' dataset")
+    written = source.model_fields_set
+    for key in ("subset", "split"):
+        if source.path is not None and key in written:
+            raise error(("data", name, key), " says what of a 'hub' dataset is read, and this source is a 'path': remove it")
+    if source.path is not None and source.path.endswith(".txt") and "field" in written:
+        raise error(("data", name, "field"), " says where the text is in jsonl and parquet, and this is txt: remove it")
+    if distils and source.teacher is None:
+        raise error(("data", name), " has no teacher: distillation needs one for every source; for general text, the base")
+    if source.teacher is not None and not distils:
+        raise error(("data", name, "teacher"), " teaches nothing: give losses.distillation a weight, or remove it")
 
 
 def _check_adapters(request: Request, adapters: Adapters) -> None:

@@ -10,14 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.errors import InputError, MachineError
 from moerge.inference.loading import load
 from moerge.learn.targets import TargetFiles, target_bytes
 from moerge.tune.mixture import Mixture
+from moerge.tune.models import locate_models, skeleton_of
 from moerge.tune.settings import Request
 from moerge.tune.tokens import Tokens
 from moerge.tune.work import Work
+
+_IMPOSSIBLE = -1e6
+"""The logit, at temperature 1, of a token that a teacher has no row for: its probability is exactly 0, and it is no infinity,
+whose product with 0 is none."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,9 @@ class Lessons:
 
 def plan_lessons(request: Request, work: Work, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]) -> Lessons:
     """Which sequences need targets: those that are drawn, each once however often it is drawn."""
-    used: dict[str, set[int]] = {name: set() for name in mixture.names}
-    available = [found.sequences for found in tokens]
-    for index in range(mixture.sequences):
-        source, number = mixture.place(index, available)
-        used[mixture.names[source]].add(number)
     files = TargetFiles(work.targets, layers, request.settings.losses.distillation.top)
-    return Lessons(files, {name: tuple(sorted(numbers)) for name, numbers in used.items()})
+    used = (mixture.used(source, found.sequences) for source, found in enumerate(tokens))
+    return Lessons(files, dict(zip(mixture.names, used, strict=True)))
 
 
 def lesson_bytes(request: Request, lessons: Lessons, config: Any) -> int:
@@ -76,17 +79,15 @@ def run_teachers(
     teachers: Mapping[str, Path],
     tokens: Mapping[str, Tokens],
     student: Any,
-    vocabulary: Mapping[str, int],
     device: str,
     advance: Callable[[int], None],
 ) -> None:
     """Run every teacher over its sources; what an interrupted run has left is not made again. `advance` is told tokens.
 
-    `teachers` are folders by source, `student` the trained model's config. Raises InputError for a teacher with another
-    vocabulary or, where hidden states are compared, another width.
+    `teachers` are folders by source, which `check_teachers` found fit; `student` is the trained model's config.
     """
-    settings = request.settings
-    rows = settings.batch // settings.accumulation
+    settings, vocabulary = request.settings, int(student.get_text_config().vocab_size)
+    rows, impossible = settings.batch // settings.accumulation, _IMPOSSIBLE * max(1, settings.losses.distillation.temperature)
     for folder in dict.fromkeys(teachers.values()):
         names = [name for name in lessons.needed if teachers[name] == folder]
         left = {name: [n for n in lessons.needed[name] if not lessons.files.file(f"{name}/{n}").exists()] for name in names}
@@ -94,33 +95,73 @@ def run_teachers(
         if not any(left.values()):
             continue
         teacher = load(folder, dtype=settings.dtype, device=device)
-        _check_teacher(request, names[0], teacher, student, vocabulary, hidden=bool(lessons.files.layers))
         for name in names:
             (lessons.files.folder / name).mkdir(exist_ok=True)
             for start in range(0, len(left[name]), rows):
                 numbers = left[name][start : start + rows]
-                _run(teacher.model, lessons.files, tokens[name], name, numbers, int(student.get_text_config().vocab_size))
+                logits_BTV, states = _run(teacher.model, tokens[name], numbers, lessons.files.layers)
+                for row, number in enumerate(numbers):
+                    logits_TV = in_rows(logits_BTV[row], vocabulary, impossible)
+                    lessons.files.save(f"{name}/{number}", logits_TV, [state_BTH[row] for state_BTH in states])
                 advance(settings.length * len(numbers))
 
 
-def _run(model: Any, files: TargetFiles, tokens: Tokens, name: str, numbers: Sequence[int], vocabulary: int) -> None:
+def _run(
+    model: Any, tokens: Tokens, numbers: Sequence[int], layers: Sequence[int]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Logits [B, T, V] and hidden states [B, T, H] after these layers."""
     ids_BT = torch.from_numpy(np.stack([tokens.sequence(number) for number in numbers])).to(model.device)
-    hidden = {"output_hidden_states": True} if files.layers else {}
-    output = model(input_ids=ids_BT, use_cache=False, **hidden)
-    for row, number in enumerate(numbers):
-        states = [output.hidden_states[layer][row] for layer in files.layers]
-        files.save(f"{name}/{number}", output.logits[row, :, :vocabulary], states)
+    output = model(input_ids=ids_BT, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+    return output.logits, tuple(output.hidden_states[layer] for layer in layers)
 
 
-def _check_teacher(
-    request: Request, source: str, teacher: Any, student: Any, vocabulary: Mapping[str, int], *, hidden: bool
-) -> None:
-    path = ("data", source, "teacher")
-    if teacher.tokenizer.get_vocab() != vocabulary:
-        raise request.error(path, f": {teacher.name} has another vocabulary than the model, so its logits mean other tokens")
-    mine, theirs = student.get_text_config(), teacher.model.config.get_text_config()
+def in_rows(logits_TV: torch.Tensor, rows: int, impossible: float) -> torch.Tensor:
+    """Logits [T, rows], as the student has: no token has the rows that it lacks; what the teacher lacks is impossible."""
+    missing = rows - logits_TV.shape[1]
+    return F.pad(logits_TV, (0, missing), value=impossible) if missing > 0 else logits_TV[:, :rows]
+
+
+def check_teachers(request: Request, student: Any, vocabulary: Mapping[str, int], *, hidden: bool) -> None:
+    """InputError that names the line of a teacher that cannot teach the model with this config. No weights are read.
+
+    Its vocabulary must be `vocabulary`, and where hidden states are compared its width and depth the model's.
+    """
+    known: dict[Path, tuple[Any, Any]] = {}
+    for source, checkpoint in locate_models(request, weights=False).items():
+        if not source:
+            continue
+        path, folder = ("data", source, "teacher"), checkpoint.folder
+        try:
+            teacher, tokenizer = known.get(folder) or skeleton_of(folder)
+        except InputError as error:
+            raise request.error(path, f": {error}") from None
+        known[folder] = teacher, tokenizer
+        if problem := _unfit(teacher.config, student, request.settings.length, tokenizer.get_vocab(), vocabulary, hidden=hidden):
+            raise request.error(path, f": {checkpoint.location} {problem}")
+
+
+def _unfit(
+    teacher: Any, student: Any, length: int, own: Mapping[str, int], vocabulary: Mapping[str, int], *, hidden: bool
+) -> str | None:
+    """Why a teacher with this config and vocabulary cannot teach, if it cannot."""
+    mine, theirs = student.get_text_config(), teacher.get_text_config()
+    if own != vocabulary:
+        return "has another vocabulary than the model, so its logits mean other tokens"
+    if (rows := int(theirs.vocab_size)) <= max(vocabulary.values()):
+        return f"has {rows} rows, but its tokenizer gives id {max(vocabulary.values())}: add rows to it, or name another teacher"
+    if (most := positions(teacher)) is not None and most < length:
+        return f"has positions for {most} tokens, but length is {length}: lower length, or name another teacher"
+    if hidden and teacher.model_type in BY_SEQUENCE:
+        return "routes sequences to experts with hidden states each: compare logits only (distillation.hidden: 0)"
     if hidden and (mine.hidden_size, mine.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
-        raise request.error(path, f": {teacher.name} has another width or depth: compare logits only (distillation.hidden: 0)")
+        return "has another width or depth: compare logits only (distillation.hidden: 0)"
+    return None
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a model has positions for, None where its config sets no limit."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def check_vocabularies(source: str, size: int, vocabulary: int) -> None:

@@ -63,7 +63,7 @@ def _hashes(file: Path) -> Path:
 def documents_of(source: Source, folder: Path) -> Iterator[str]:
     """A source's documents. Raises InputError where they cannot be read."""
     if source.path is not None:
-        yield from read_documents(source.path, relative_to=folder)
+        yield from read_documents(source.path, relative_to=folder, field=source.field)
         return
     try:
         import datasets  # type: ignore[import-untyped, unused-ignore]

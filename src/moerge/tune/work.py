@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,13 @@ from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
 from moerge.errors import InputError
 from moerge.extraction.writer import umask
-from moerge.files import make_durable
+from moerge.files import make_durable, write_whole
 
 FACTS = "tune.json"
 METRICS = "metrics.jsonl"
 _BEGUN, _COMPLETE = "facts.json", "complete"
+_LONGEST_NAME = 255
+"""Bytes, on the usual file systems."""
 _FREE = ("save_every", "processes", "device", "dying")
 """Settings that may change when a tuning is continued: they do not change what is computed."""
 
@@ -68,13 +71,17 @@ class Work:
                 self.fresh = True
             for folder in (self.tokens, self.targets, self.checkpoints):
                 folder.mkdir(exist_ok=True)
-            left.write_bytes(to_json(facts))
+            write_whole(left, to_json(facts))
             for folder in self.checkpoints.iterdir():
                 if not (folder / _COMPLETE).exists():
                     shutil.rmtree(folder)
             shutil.rmtree(self.result, ignore_errors=True)
 
     def _check_target(self, sources: Mapping[str, Path], force: bool) -> None:
+        if len(os.fsencode(self.root.name)) > _LONGEST_NAME:
+            raise InputError(f"the name {self.target.name[:40]}... is too long for a folder: choose a shorter one")
+        if self.target.is_symlink() and not self.target.exists():
+            raise InputError(f"{self.target} is a link to something that is not there: remove it, or choose another folder")
         real = self.target.resolve()
         for name, source in sources.items():
             if real == source.resolve() or source.resolve() in real.parents:
@@ -98,6 +105,7 @@ class Work:
                     )
 
     def _empty(self) -> None:
+        (self.root / _BEGUN).unlink(missing_ok=True)  # first, so that what is left is no tuning to continue
         for path in self.root.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -119,6 +127,7 @@ class Work:
             _make_all_durable(self.result)
             take_name(self.result, self.target, aside=self.root / "replaced", replace=replace)
             make_durable(self.target.parent)
+            self._empty()
             shutil.rmtree(self.root)
 
     def discard(self) -> None:

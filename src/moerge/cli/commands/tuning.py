@@ -32,17 +32,24 @@ def tune(
     from moerge.tune.work import interrupted
 
     if dry_run:
-        show_tuning.outlook(look(settings, seed=seed), as_json=json)
+        found = look(settings, seed=seed)
+        if rank() == 0:
+            show_tuning.outlook(found, as_json=json)
         return
     if out is None:
         raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
     quiet = quiet or rank() > 0
     with Progress("tuning", quiet=quiet, unit="tokens") as progress:
-        watch = Watch(progress.start, show_tuning.note if not quiet else lambda text: None)
+        hears = {"note": not quiet, "warn": rank() == 0}
+        watch = Watch(progress.start, **{key: show_tuning.note if yes else _nothing for key, yes in hears.items()})
         with resumable(lambda: interrupted(out)):
             result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
     if result is not None:
         show_tuning.tuned(result, quiet=quiet, as_json=json)
+
+
+def _nothing(text: str) -> None:
+    """Nobody is told."""
 
 
 COMMANDS = (tune,)
