@@ -7,7 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moerge.errors import MachineError
+from moerge.errors import InputError, MachineError
+
+_LONGEST_NAME = 230
+"""Bytes: 255 on the usual file systems, with room for the names of what lies beside a target until it is complete."""
+
+
+def check_target_name(target: Path) -> None:
+    """InputError where no folder of this name can be made: beyond a file, for a link to nothing, too long."""
+    try:
+        if target.is_symlink() and not target.exists():
+            raise InputError(f"{target} is a link to something that is not there: remove it, or choose another folder")
+        above = next(path for path in target.absolute().parents if path.exists())
+    except OSError as error:
+        raise InputError(f"{str(target)[:200]!r} cannot be a folder: {error.strerror}") from None
+    if not above.is_dir():
+        raise InputError(f"{target} would lie in {above}, which is a file: choose another folder")
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise InputError(f"the name {target.name[:40]}... is too long for a folder: choose a shorter one")
 
 
 @contextmanager

@@ -75,6 +75,8 @@ def prepare(folder: str | Path, repo: str, *, revision: str = "main", progress: 
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise InputError(f"{repo!r} is not the name of a repository on the Hub: write it as owner/name")
+    if not revision.strip():
+        raise InputError("the revision has no name: leave it out for main, or name a branch")
     checkpoint = open_folder(Path(folder))
     files = own_files(checkpoint)
     problems = verify(checkpoint.folder, progress=progress).problems

@@ -21,6 +21,7 @@ from moerge.checkpoint.manifest import build_manifest, to_json
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, interrupted
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
+from moerge.files import check_target_name
 from moerge.moe.fitting import Calibrating, fit_outputs
 from moerge.planning.build import build_plan
 from moerge.planning.execute import Execution
@@ -136,10 +137,8 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
 
 def check_target(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
     """How writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
-    try:
-        real, left = target.resolve(), interrupted(target)
-    except OSError as error:
-        raise InputError(f"{str(target)[:200]!r} cannot be a folder: {error.strerror}") from None
+    check_target_name(target)
+    real, left = target.resolve(), interrupted(target)
     for name, source in [(model.name, folder.resolve()) for model in plan.models for folder in model.folders]:
         if real == source or source in real.parents:
             raise InputError(f"the output {target} lies in {name}'s own folder: choose another one")

@@ -82,6 +82,11 @@ REFUSED = {
         lambda: {**transformers.BertConfig(**SMALL).to_dict(), "architectures": ["BertForMaskedLM"]},
         "'bert' is an encoder (BertForMaskedLM), and only decoder-only language models can be experts: leave it out",
     ),
+    "misspelt": (
+        lambda: {**transformers.BertConfig(**SMALL).to_dict(), "architectures": "BertForMaskedLM"},
+        "'bert' is an encoder (BertForMaskedLM)",
+    ),
+    "numbered": (lambda: {**transformers.T5Config(vocab_size=64).to_dict(), "architectures": 5}, "'t5' is an encoder-decoder"),
     "decoder": (
         lambda: transformers.BertConfig(**SMALL, is_decoder=True).to_dict(),
         "layers of their own between body and head, such as 'cls.predictions.transform.dense.weight'",

@@ -151,3 +151,12 @@ def test_digest_tells_order_and_layout_apart(tmp_path: Path) -> None:
     assert len(first.hashes) == 2
     assert all(other.digest != first.digest for other in others)
     assert others[1].hashes == first.hashes
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [("x" * 5000, "^there is no text 'x{80}': File name too long$"), ("~nobody-at-all/x.txt", "home directory")],
+)
+def test_locations_that_no_system_knows(location: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        list(read_documents(location, relative_to=tmp_path))

@@ -148,6 +148,8 @@ def test_a_failing_hub_is_the_machines_fault(world: World) -> None:
 
 
 def test_a_dry_run_sends_nothing(world: World) -> None:
+    nameless = moerge("push", world.out, "me/merged", "--dry-run", "--revision", "")
+    assert nameless.err == "moerge: the revision has no name: leave it out for main, or name a branch\n"
     result = moerge("push", world.out, "me/merged", "--dry-run")
     assert result.code == 0, result.err
     assert "model-00001-of-00002.safetensors" in result.out

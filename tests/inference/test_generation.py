@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,58 @@ def test_what_cannot_run(checkpoints: Path, tmp_path: Path) -> None:
     assert (result.code, result.err) == (2, "moerge: the text '' has no tokens: give a longer one\n")
     assert "Missing option '--prompt'" in command("generate", checkpoints / "math").err
     assert command("generate", checkpoints / "math", "--prompt", "w5", "--temperature", -1).code == 2
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_pickles_and_files_elsewhere_are_not_loaded(checkpoints: Path, tmp_path: Path) -> None:
+    pickled = copied(checkpoints / "math", tmp_path / "pickled")
+    torch.save(transformers.AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    outside = copied(checkpoints / "math", tmp_path / "outside")
+    weights = outside / "model.safetensors"
+    names = transformers.AutoModelForCausalLM.from_pretrained(outside).state_dict()
+    for name, file in {"up": "../pickled.safetensors", "absolute": str(weights)}.items():
+        folder = copied(checkpoints / "math", tmp_path / name)
+        (folder / "model.safetensors").rename(tmp_path / "pickled.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused = command("generate", folder, "--prompt", PROMPT)
+        assert refused.err == (
+            f"moerge: {folder / 'model.safetensors.index.json'} names {file!r}, which is not a file in its own folder: "
+            "refusing to read it\n"
+        )
+    (tmp_path / "a.txt").write_text(PROMPT)
+    for arguments in (("generate", pickled, "--prompt", PROMPT), ("route", pickled, "--text", f"a={tmp_path / 'a.txt'}")):
+        refused = command(*arguments)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"{pickled} holds pytorch_model.bin, a pickle, which moerge does not load" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", "1e-40"), "temperature is 1e-40: use 0 for the likeliest token, or at least 0.001"),
+        (("--seed", 2**64), "--seed"),
+        (("--prompt", "a\udcff"), r"the text 'a\udcff' has \udcff, half of a character: write it whole, or remove it"),
+    ],
+)
+def test_figures_and_texts_that_no_model_takes(options: tuple[Any, ...], message: str, checkpoints: Path) -> None:
+    result = command("generate", checkpoints / "math", *(() if "--prompt" in options else ("--prompt", PROMPT)), *options)
+    assert (result.code, result.out) == (2, "") and message in result.err, result
+
+
+def test_a_routing_that_is_none_is_said_in_a_sentence(checkpoints: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoints / "routed", tmp_path / "odd")
+    edit_config(folder, routing=[1])
+    result = command("generate", folder, "--prompt", PROMPT)
+    assert result.code == 2 and result.err.startswith(f"moerge: transformers cannot load {folder}: ")
+    assert len(result.err.splitlines()) == 1
 
 
 def test_code_of_others_runs_only_when_it_is_trusted(tmp_path: Path) -> None:

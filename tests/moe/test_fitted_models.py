@@ -155,3 +155,15 @@ def test_without_what_runs_models_text_is_refused(models: Path, monkeypatch: pyt
     with pytest.raises(moerge.InputError, match=r"fitting projectors to text .* pip install 'moerge\[models\]'"):
         moerge.merge(recipe(models, "refused"), models / "refused")
     moerge.merge(recipe(models, "bare", text=False), models / "bare")
+
+
+def test_an_expert_that_transformers_cannot_run_is_said_in_a_sentence(models: Path, tmp_path: Path) -> None:
+    for name in WIDTHS:
+        tiny.write_checkpoint(
+            tmp_path / name, tiny.read_values(models / name), tiny.llama_config(hidden_size=WIDTHS[name]), dtype="F32"
+        )
+        (tmp_path / f"{name}.txt").write_text((models / f"{name}.txt").read_text())
+    tiny.edit_config(tmp_path / "wide", hidden_act="zz")
+    result = command("merge", recipe(tmp_path, "odd"), tmp_path / "odd")
+    assert result.code == 2 and "transformers cannot load" in result.err and "zz" in result.err, result
+    assert not (tmp_path / "odd").exists()

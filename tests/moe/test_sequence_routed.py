@@ -282,7 +282,8 @@ BAD = {
     HEAD
     + "  router: {kind: perplexty}\n": "moe.router.kind: unknown sequence router kind 'perplexty': did you mean 'perplexity'?",
     HEAD + "  router: {temprature: 1}\n": "line 5: moe.router.temprature: unknown key, did you mean 'temperature'?",
-    HEAD + "  router: {temperature: 0}\n": "line 5: moe.router.temperature should be greater than 0, not 0",
+    HEAD + "  router: {temperature: 0}\n": "line 5: moe.router.temperature should be greater than or equal to 0.000001, not 0",
+    HEAD + "  router: {kind: learned, std: 1.0e+39}\n": "line 5: moe.router.std should be less than or equal to 100, not 1e+39",
     HEAD + "  router: {top_k: 1}\n": "line 5: moe.router.top_k: unknown key, 'top_k' stands beside 'router', in 'moe'",
     HEAD + "  router: {kind: uniform, seed: 1}\n": "line 5: moe.router.seed: unknown key",
     HEAD + "  router: {kind: fixed}\n": "line 5: moe.router.expert is missing",

@@ -75,7 +75,8 @@ def check_kind(config: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where}: config.json has no 'model_type', so its architecture is unknown: fetch or copy it again")
     if config.get("is_encoder_decoder"):
         raise not_decoder(where, kind, "an encoder-decoder")
-    for name in config.get("architectures") or ():
+    named = config.get("architectures") or []
+    for name in named if isinstance(named, list) else [named]:
         other = next((what for end, what in _OTHER_KINDS.items() if str(name).endswith(end)), None)
         if other:
             raise not_decoder(where, kind, f"{other} ({name})")

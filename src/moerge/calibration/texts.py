@@ -71,8 +71,12 @@ def read_documents(location: str, *, relative_to: Path = Path(), field: str | No
 
 
 def _files(location: str, relative_to: Path) -> tuple[list[Path], bool]:
-    path = relative_to / Path(location).expanduser()
-    if path.is_file():
+    try:
+        path = relative_to / Path(location).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"there is no text {location[:80]!r}: {getattr(error, 'strerror', None) or error}") from None
+    if is_file:
         return [_known(path)], True
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
@@ -144,12 +148,17 @@ def _text(entry: Any, where: str, field: str | None) -> str:
     if not isinstance(text, str):
         other = "" if field is None else ", or say with 'field' where its text is"
         raise InputError(f'{where}: should be an object with a "{name}", such as {{"{name}": "..."}}{other}')
+    check_unicode(text, f"{where}: the text")
+    return text
+
+
+def check_unicode(text: str, what: str) -> None:
+    """InputError for half a character, which is no UTF-8 and nothing that a tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise InputError(f"{where}: the text has {half}, half of a character: write it whole, or remove it") from None
-    return text
+        raise InputError(f"{what} has {half}, half of a character: write it whole, or remove it") from None
 
 
 def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:

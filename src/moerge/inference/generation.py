@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moerge.errors import InputError
 from moerge.inference.loading import Loaded, load
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it logits overflow, and the likeliest token is what is meant."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ def generate(
     """Continue `prompt`: the likeliest token each time at temperature 0, else a sample that `seed` determines.
 
     Sampling follows top-p and top-k of the checkpoint's generation config. No chat template is applied. Raises InputError if
-    the checkpoint does not load.
+    the checkpoint does not load, and for a temperature between 0 and `LEAST_TEMPERATURE`.
     """
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise InputError(f"temperature is {temperature:g}: use 0 for the likeliest token, or at least {LEAST_TEMPERATURE:g}")
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_remote_code=trust_remote_code)
     import torch
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.architecture.sequence import BY_SEQUENCE
+from moerge.calibration.texts import check_unicode
 from moerge.checkpoint.manifest import read_manifest
+from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.quiet import without_progress_bars, without_warnings
@@ -50,6 +52,7 @@ class Loaded:
         """Up to `limit` tokens of a text, [1, T], as the tokenizer starts a text; InputError if there are none."""
         import torch
 
+        check_unicode(text, f"the text {text[:40]!a}")
         options = {} if limit is None else {"truncation": True, "max_length": limit}
         ids = self.tokenizer(text, **options)["input_ids"]
         if not ids:
@@ -84,13 +87,13 @@ def load(
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
     _register_ours(str(checkpoint), place, options)
-    with without_progress_bars(), without_warnings():
-        try:
-            auto: Any = transformers.AutoModelForCausalLM
-            model, found = auto.from_pretrained(place, **in_dtype(dtype), **options, output_loading_info=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from or place, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise InputError(_explain(str(checkpoint), error)) from None
+    if folder.is_dir():
+        open_folder(folder)  # which refuses pickles, and indices that name files elsewhere
+    with explained(str(checkpoint)):
+        auto: Any = transformers.AutoModelForCausalLM
+        safe = {**in_dtype(dtype), **options, "use_safetensors": True}
+        model, found = auto.from_pretrained(place, **safe, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from or place, **options)
     check_complete(str(checkpoint), found)
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -114,6 +117,16 @@ def _register_ours(checkpoint: str, place: str, options: dict[str, Any]) -> None
         with suppress(OSError):
             if PretrainedConfig.get_config_dict(place, **revision)[0].get("model_type") in BY_SEQUENCE:
                 raise InputError(f"{checkpoint}: {error}: pip install --upgrade transformers") from None
+
+
+@contextmanager
+def explained(checkpoint: str) -> Iterator[None]:
+    """While transformers loads a checkpoint: quietly, and an InputError where it cannot."""
+    with without_progress_bars(), without_warnings():
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+            raise InputError(_explain(checkpoint, error)) from None
 
 
 def check_complete(checkpoint: str, found: Mapping[str, Any]) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.inference.loading import check_complete, in_dtype
-from moerge.quiet import without_progress_bars, without_warnings
+from moerge.inference.loading import check_complete, explained, in_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +23,11 @@ def load_one_expert(folder: Path, number: int) -> Any:
     from moerge.modeling.modeling_heterogeneous_moerge import MoergeHeterogeneousModel
 
     register()
-    config: Any = AutoConfig.from_pretrained(folder)
-    config.expert_configs, config.expert_names = [config.expert_configs[number]], [config.expert_names[number]]
-    config.routing = config.check_routing({"kind": "uniform"})
     kind: Any = MoergeHeterogeneousModel
-    with without_progress_bars(), without_warnings():
+    with explained(str(folder)):
+        config: Any = AutoConfig.from_pretrained(folder)
+        config.expert_configs, config.expert_names = [config.expert_configs[number]], [config.expert_names[number]]
+        config.routing = config.check_routing({"kind": "uniform"})
         model, found = kind.from_pretrained(
             None, config=config, state_dict=dict(_tensors(folder, number)), output_loading_info=True, **in_dtype(None)
         )

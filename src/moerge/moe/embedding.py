@@ -15,7 +15,7 @@ from moerge.moe.calibrated import gates_of
 from moerge.moe.context import FitContext
 from moerge.moe.prompts import Prompts, prompt_texts
 from moerge.moe.regression import logit_scale
-from moerge.moe.router import FittedRouter, Positive
+from moerge.moe.router import FittedRouter, Temperature
 from moerge.moe.running import require_models_extra
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class EmbeddingRouter(FittedRouter):
 
     kind: ClassVar[str] = "embedding"
     prompts: dict[str, Prompts]
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
 
     def require(self) -> None:
         """The tokenizer is transformers'."""

@@ -11,7 +11,8 @@ from moerge.architecture import family_of
 from moerge.calibration import Texts
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.staging import Staging
-from moerge.methods.codec import encode
+from moerge.errors import InputError
+from moerge.methods.codec import decode, encode
 from moerge.moe.context import FitContext
 from moerge.moe.crew import one_thread_each
 from moerge.moe.fitter import Fitter, Unit
@@ -102,7 +103,13 @@ def _store(staging: Staging, output: Output, values: np.ndarray, inputs: Mapping
     if values.shape != output.shape or not np.isfinite(values).all():
         raise AssertionError(f"{output.name}: a fitter computed {values.shape}, finite or not, instead of {output.shape}")
     stored_N = np.empty(output.size, output.dtype.storage)
-    encode(np.ascontiguousarray(values, np.float32).reshape(-1), output.dtype, stored_N)
+    values_N = np.ascontiguousarray(values, np.float32).reshape(-1)
+    encode(values_N, output.dtype, stored_N)
+    if not decode(stored_N, output.dtype, np.empty_like(values_N)):
+        raise InputError(
+            f"{output.name}: what was computed is too large for {output.dtype.name}: raise the router's temperature, or choose "
+            "another dtype"
+        )
     staging.write(output, 0, stored_N)
     digest = tensor_digest(chunk_digest(stored_N[start : start + CHUNK]) for start in range(0, output.size, CHUNK))
     staging.done(output, digest, dict(inputs), [])

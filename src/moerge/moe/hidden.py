@@ -14,7 +14,7 @@ from moerge.moe.calibrated import MomentRouter, gates_of
 from moerge.moe.context import FitContext
 from moerge.moe.prompts import Prompts, direction, prompt_texts
 from moerge.moe.regression import logit_scale
-from moerge.moe.router import Positive
+from moerge.moe.router import Temperature
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class HiddenRouter(MomentRouter):
 
     kind: ClassVar[str] = "hidden"
     negative: Literal["others", "none"] = "others"
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     prompts: dict[str, Prompts] | None = None
     pool: Literal["mean", "last"] = "mean"
 

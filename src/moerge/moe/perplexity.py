@@ -11,7 +11,7 @@ from moerge.moe.calibrated import Accumulator, gates_of
 from moerge.moe.context import FitContext
 from moerge.moe.crew import Crew
 from moerge.moe.regression import RegressionRouter
-from moerge.moe.router import Positive
+from moerge.moe.router import Temperature
 from moerge.moe.running import RunningMoE
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PerplexityRouter(RegressionRouter):
     kind: ClassVar[str] = "perplexity"
     level: Literal["token", "sequence"] = "sequence"
     target: Literal["best", "softmax"] = "best"
-    softness: Positive = 1.0
+    softness: Temperature = 1.0
 
     def passes(self, experts: int) -> int:
         """Through every expert for the losses, and once for what the routers see."""

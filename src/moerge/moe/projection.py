@@ -15,7 +15,7 @@ from moerge.linear_algebra import leading_svd
 from moerge.moe.calibrated import RunningRouter, gates_of
 from moerge.moe.context import FitContext
 from moerge.moe.regression import logit_scale
-from moerge.moe.router import MoESize, Positive
+from moerge.moe.router import MoESize, Temperature
 
 if TYPE_CHECKING:
     from moerge.calibration import Texts
@@ -48,7 +48,7 @@ class ProjectionRouter(RunningRouter):
     rank: Annotated[int, Field(ge=1)] = 1
     sign: Literal["skew", "mean"] = "skew"
     seed: int = 0
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
 
     @property
     def runs_model(self) -> bool:

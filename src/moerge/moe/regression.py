@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from moerge.moe.calibrated import CalibratedRouter
-from moerge.moe.router import Positive
+from moerge.moe.router import Positive, Temperature
 
 Normalize = Literal["columns", "joint", "none"]
 """`columns`: every expert's column of W gets norm 1 (DUME). `joint`: W without what all columns share, at a mean square norm
@@ -44,7 +44,7 @@ class RegressionRouter(CalibratedRouter):
 
     penalty: Positive = 0.01
     normalize: Normalize = "columns"
-    temperature: Positive = 0.1
+    temperature: Temperature = 0.1
     balance: bool = True
 
     def share(self, tokens: int) -> float:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from moerge.architecture.family import Expected
 from moerge.errors import suggest
-from moerge.moe.router import Positive, Router
+from moerge.moe.router import Deviation, Router, Temperature
 from moerge.planning.operations import Draw, Operation
 from moerge.registry import Registry
 
@@ -42,14 +42,14 @@ class PerplexityRouting(SequenceRouter):
     """softmax(top-K(1 / PPL)), PPL of the prompt under each expert (MergeME, section 3.1.3)."""
 
     kind: ClassVar[str] = "perplexity"
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
 
 
 class TaskVectorRouting(SequenceRouter):
     """softmax(top-K(cos(-g, tau))), g the gradient of the base's loss on the prompt (MergeME, section 3.1.3)."""
 
     kind: ClassVar[str] = "task_vector"
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     roles: Annotated[list[str], Field(min_length=1)] | None = None
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
 
@@ -67,7 +67,7 @@ class RandomRouting(SequenceRouter):
     """Scores drawn from the prompt's tokens and the seed."""
 
     kind: ClassVar[str] = "random"
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     seed: int = 0
 
 
@@ -98,9 +98,9 @@ class LearnedRouting(SequenceRouter):
     kind: ClassVar[str] = "learned"
     needs_training: ClassVar[bool] = True
     not_in_config: ClassVar[frozenset[str]] = frozenset({"seed", "std"})
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     seed: int = 0
-    std: Positive | None = None
+    std: Deviation | None = None
 
     def operation(self, gate: Expected) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""

@@ -21,7 +21,7 @@ from moerge.errors import InputError
 from moerge.moe.calibrated import Count, expert_texts
 from moerge.moe.context import FitContext
 from moerge.moe.divergence import log_softmax
-from moerge.moe.router import FittedRouter, MoESize, Positive
+from moerge.moe.router import FittedRouter, MoESize, Positive, Temperature
 from moerge.moe.running import require_models_extra
 from moerge.moe.sequence import SequenceRouter
 from moerge.moe.tables import Table
@@ -59,7 +59,7 @@ class RidgeRouting(FittedRouter, SequenceRouter):
     kind: ClassVar[str] = "ridge"
     routes_as: ClassVar[str | None] = "learned"
     not_in_config: ClassVar[frozenset[str]] = frozenset({"texts", "tokens", "penalty"})
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     texts: Count = 200
     tokens: Annotated[int, Field(ge=2)] = 256
     penalty: Positive | None = None

@@ -40,18 +40,17 @@ def skeleton_of(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from moerge.inference.loading import explained
     from moerge.modeling import register
 
     register()
-    try:
+    with explained(str(folder)):
         auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
             model = auto.from_config(AutoConfig.from_pretrained(folder))
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        tokenizer.model_max_length = sys.maxsize  # documents are cut afterwards
-        return model, tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+    tokenizer.model_max_length = sys.maxsize  # documents are cut afterwards
+    return model, tokenizer
 
 
 def load_sharded(folder: Path, processes: int) -> Any:
@@ -59,8 +58,7 @@ def load_sharded(folder: Path, processes: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from moerge.inference.loading import check_complete
-    from moerge.quiet import without_progress_bars, without_warnings
+    from moerge.inference.loading import check_complete, explained
 
     try:
         from transformers import distributed as untyped
@@ -70,7 +68,7 @@ def load_sharded(folder: Path, processes: int) -> Any:
     except (ImportError, AttributeError):
         raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
     auto: Any = AutoModelForCausalLM
-    with without_progress_bars(), without_warnings():
+    with explained(str(folder)):
         model, found = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards, output_loading_info=True)
     check_complete(str(folder), found)
     if not is_sharded(model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +13,11 @@ from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
 from moerge.errors import InputError
 from moerge.extraction.writer import umask
-from moerge.files import make_durable, write_whole
+from moerge.files import check_target_name, make_durable, write_whole
 
 FACTS = "tune.json"
 METRICS = "metrics.jsonl"
 _BEGUN, _COMPLETE = "facts.json", "complete"
-_LONGEST_NAME = 255
-"""Bytes, on the usual file systems."""
 _FREE = ("save_every", "processes", "device", "dying")
 """Settings that may change when a tuning is continued: they do not change what is computed."""
 
@@ -78,10 +75,7 @@ class Work:
             shutil.rmtree(self.result, ignore_errors=True)
 
     def _check_target(self, sources: Mapping[str, Path], force: bool) -> None:
-        if len(os.fsencode(self.root.name)) > _LONGEST_NAME:
-            raise InputError(f"the name {self.target.name[:40]}... is too long for a folder: choose a shorter one")
-        if self.target.is_symlink() and not self.target.exists():
-            raise InputError(f"{self.target} is a link to something that is not there: remove it, or choose another folder")
+        check_target_name(self.target)
         real = self.target.resolve()
         for name, source in sources.items():
             if real == source.resolve() or source.resolve() in real.parents:

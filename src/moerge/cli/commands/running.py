@@ -15,7 +15,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
