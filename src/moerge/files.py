@@ -18,9 +18,11 @@ def check_target_name(target: Path) -> None:
     try:
         if target.is_symlink() and not target.exists():
             raise InputError(f"{target} is a link to something that is not there: remove it, or choose another folder")
-        above = next(path for path in target.absolute().parents if path.exists())
+        above = next((path for path in target.absolute().parents if path.exists()), None)
     except OSError as error:
         raise InputError(f"{str(target)[:200]!r} cannot be a folder: {error.strerror}") from None
+    if above is None or not target.name:
+        raise InputError(f"{target} is no name for a folder: choose another")
     if not above.is_dir():
         raise InputError(f"{target} would lie in {above}, which is a file: choose another folder")
     if len(os.fsencode(target.name)) > _LONGEST_NAME:

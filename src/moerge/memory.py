@@ -12,7 +12,7 @@ import numpy as np
 from moerge.checkpoint.dtypes import BF16, FLOATS
 from moerge.checkpoint.tensor import ArrayTensor
 from moerge.errors import InputError
-from moerge.methods.method import MergeMethod, merge_method
+from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.statistical import StatisticsMethod
 from moerge.pipeline import default_threads
 from moerge.planning.execute import Execution
@@ -97,7 +97,7 @@ def _factors(method: MergeMethod, weights: Sequence[float] | None, experts: Sequ
     for expert, factor in zip(experts, factors, strict=True):
         if not math.isfinite(factor):
             raise InputError(f"{expert} has the weight {factor}: weights must be finite")
-    if method.divides_by_weights and sum(factors) == 0:
+    if method.divides_by_weights and cancel(factors):
         raise InputError("the weights sum to zero, so they cannot be normalised")
     return factors
 

@@ -47,6 +47,10 @@ def _stale_shard(folder: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ["{f}/config.json is missing: a checkpoint folder needs it"]),
     "garbled config": (lambda f: (f / "config.json").write_text("{"), ["cannot read {f}/config.json as JSON: Expecting"]),
+    "no number": (
+        lambda f: (f / "config.json").write_text('{"rms_norm_eps": NaN}'),
+        ["cannot read {f}/config.json as JSON: NaN is no number of JSON's"],
+    ),
     "binary config": (lambda f: (f / "config.json").write_bytes(b"\x80"), ["cannot read {f}/config.json as JSON"]),
     "a list as config": (
         lambda f: (f / "config.json").write_text("[]"),

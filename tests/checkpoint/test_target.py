@@ -258,6 +258,7 @@ def test_names_that_no_folder_can_have(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name, message in {
+        "/": "/ is no name for a folder: choose another",
         "dangling": "dangling is a link to something that is not there: remove it, or choose another folder",
         "file/deep/out": f"would lie in {tmp_path / 'file'}, which is a file: choose another folder",
         "x" * 240: f"the name {'x' * 40}... is too long for a folder: choose a shorter one",

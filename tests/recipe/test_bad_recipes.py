@@ -63,6 +63,18 @@ BAD = {
     "base: base\nexperts: {math: {model: math, weight: heavy}}\n": [
         "line 2: experts.math.weight should be a number, not 'heavy'"
     ],
+    "base: base\nexperts: {math: {model: math, weight: 1e3}}\n": [
+        "should be a number, not '1e3', which YAML takes for text: it wants a point and a sign, as in 1.0e+30"
+    ],
+    "base: base\nexperts: {math: {model: math, weight: 1.0e+39}}\n": ["experts.math.weight should be less than or equal to"],
+    MODELS + "merge: {method: ties, scale: -1.0e+300}\n": ["line 3: merge.scale should be greater than or equal to -1"],
+    "base: base\nexperts: {a: {model: math, weight: 0.1}, b: {model: code, weight: 0.2}, c: {model: math, weight: -0.3}}\n"
+    "merge: {method: linear}\n": ["line 2: experts: the weights sum to zero, so they cannot be normalised"],
+    "base: base\nexperts: {math: {model: math, weight: 1.0e-46}}\nmerge: {method: linear}\n": ["the weights sum to zero"],
+    MODELS + "merge: {overrides: ''}\n": ["line 3: merge.overrides should be a list of mappings"],
+    MODELS + "merge: {overrides: [{match: ffn, weights: 0}]}\n": [
+        "line 3: merge.overrides[0].weights should be a mapping, not 0"
+    ],
     MODELS + "merge: ties\n": ["line 3: merge should be a mapping, not 'ties'"],
     MODELS + "merge: {overrides: {match: ffn}}\n": ["line 3: merge.overrides should be a list of mappings"],
     MODELS + "merge: {overrides: [ffn]}\n": ["line 3: merge.overrides[0] should be a mapping, not 'ffn'"],
@@ -171,6 +183,12 @@ def test_aliases_that_explode(tmp_path: Path) -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     for name, before in zip("bcdefghij", "abcdefghi", strict=True):
         lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    refuses(tmp_path / "recipe.yaml", tmp_path / "out", "more than 100,000 entries once its aliases are expanded")
+
+
+def test_merge_keys_that_explode(tmp_path: Path) -> None:
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12))]
     (tmp_path / "recipe.yaml").write_text("\n".join(lines))
     refuses(tmp_path / "recipe.yaml", tmp_path / "out", "more than 100,000 entries once its aliases are expanded")
 

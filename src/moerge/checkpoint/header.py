@@ -22,6 +22,7 @@ from moerge.checkpoint.tensor import Sized
 from moerge.errors import InputError, MachineError
 
 MAX_HEADER_BYTES = 100_000_000
+_TOO_LARGE, _MOST_DIMENSIONS = 1 << 63, 64
 """The limit that the safetensors library sets too."""
 
 
@@ -137,7 +138,11 @@ def stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredT
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again") from None
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MOST_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < _TOO_LARGE for n in [*shape, begin, end])
+    ):
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InputError(f"{where} has the element type {dtype_name!r}, which moerge does not read")

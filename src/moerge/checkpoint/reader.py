@@ -128,7 +128,7 @@ def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError names the file if it is missing or is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a checkpoint folder needs it") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -136,6 +136,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON's")
 
 
 def _label(name: str) -> str:

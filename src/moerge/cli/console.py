@@ -12,13 +12,14 @@ from rich.table import Table
 
 from moerge.errors import InputError
 
+_TOO_LARGE = 2.0**63
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str) -> int:
     """Bytes from text such as "500MB" or "5 GiB"; InputError otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < _TOO_LARGE:
         raise InputError(f"{text!r} is not a size: write a number and a unit, such as 500MB or 5GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

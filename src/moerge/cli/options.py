@@ -12,7 +12,7 @@ CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A che
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Replace the recipe's seeds.", show_default=False)]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads; default: the cores available.", show_default=False)
+    int | None, typer.Option("--threads", min=1, max=1024, help="Threads; default: the cores available.", show_default=False)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 Device = Annotated[

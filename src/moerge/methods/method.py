@@ -19,7 +19,11 @@ from moerge.methods.jit import kernel
 from moerge.methods.values import ByExpert, InOrder
 from moerge.registry import Registry
 
-Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+_ROUNDING = 1e-6
+"""Of weights, relative to their size."""
+LARGEST = 1e38
+"""Of the numbers that recipes give: arithmetic is in float32."""
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False, strict=True)]
 Scope = Literal["tensor", "model"]
 Unit = Literal["block", "rows", "tensor"]
 
@@ -174,6 +178,12 @@ class TaskVectorMethod(MergeMethod):
 def _add_scaled(base_N: np.ndarray, scale: np.float32, out_N: np.ndarray) -> None:
     for i in range(out_N.size):
         out_N[i] = base_N[i] + scale * out_N[i]
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalised."""
+    weights_K = np.array(weights, np.float32).astype(np.float64)
+    return bool(abs(weights_K.sum()) <= _ROUNDING * np.abs(weights_K).sum())
 
 
 _METHODS: Registry[type[MergeMethod]] = Registry("moerge.methods", "merge method")

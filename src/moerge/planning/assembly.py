@@ -11,7 +11,7 @@ from moerge.checkpoint.dtypes import DType
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.average import Average
-from moerge.methods.method import MergeMethod
+from moerge.methods.method import MergeMethod, cancel
 from moerge.methods.passthrough import Passthrough
 from moerge.methods.statistical import StatisticsMethod
 from moerge.planning.alignment import Alignment
@@ -105,7 +105,7 @@ class Assembly:
         self._check_count(method, members)
         method = method.for_experts(members)
         weights = tuple(choice.weights.get(name, 1.0) for name in members)
-        if method.divides_by_weights and sum(weights) == 0:
+        if method.divides_by_weights and cancel(weights):
             raise InputError(f"{self.recipe.source}: tensor {tensor.name!r}: the weights sum to zero: they cannot be normalised")
         merge = Merge(method, tuple(self._own(name, names[name]) for name in members), weights, base_source)
         merge = self.binder.bind(merge) if self.binder and isinstance(method, StatisticsMethod) else merge

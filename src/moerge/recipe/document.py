@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ _MAX_ENTRIES = 100_000
 
 _SUCH_AS = {"recipe": "'experts' and 'merge'", "tuning file": "'model' and 'data'"}
 """Keys of a kind of file, for messages."""
+
+_SCIENTIFIC = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
 
 _PLAINLY = {
     "missing": "is missing",
@@ -77,6 +80,8 @@ class Document:
             return self.error(path, f": unknown key, {suggest(str(path[-1]), owner.model_fields)}")
         message = _PLAINLY.get(problem["type"]) or problem["msg"].replace("Input should", "should", 1)
         given = "" if problem["type"] in ("missing", "too_short", "string_too_short") else f", not {short(problem['input'])}"
+        if problem["type"] == "float_type" and isinstance(problem["input"], str) and _SCIENTIFIC.fullmatch(problem["input"]):
+            given += ", which YAML takes for text: it wants a point and a sign, as in 1.0e+30"
         if path[-1] == "[key]":
             return self.error(path[:-2], f": the name {short(problem['input'])} {message}")
         return self.error(path, f" {message}{given}")
@@ -99,11 +104,11 @@ def read_document(path: Path, what: str = "recipe") -> Document:
         raise InputError(f"the {what} {path} is not UTF-8 text: save it as such") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-        if not isinstance(data, dict) or node is None:
+        if not isinstance(node, yaml.MappingNode):
             raise InputError(f"{path} should be a mapping with keys such as {_SUCH_AS[what]}")
         lines: dict[Key, int] = {}
-        _collect_lines(node, (), lines, str(path))
+        _collect_lines(node, (), lines, str(path))  # which counts, before anything is expanded
+        data = yaml.safe_load(text)
     except RecursionError:
         raise InputError(f"{path} is nested too deeply, or an alias in it contains itself") from None
     except yaml.MarkedYAMLError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
 from moerge.methods.coefficients import Coefficients
-from moerge.methods.method import MergeMethod, merge_method
+from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
 from moerge.moe.router import Router, router, routers
@@ -78,7 +78,8 @@ def _build(document: Document, folder: Path) -> Recipe:
 
 def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...], int]:
     section = document.mapping(("merge",), document.data.get("merge"))
-    listed = section.pop("overrides", None) or []
+    listed = section.pop("overrides", None)
+    listed = [] if listed is None else listed
     seed = section.pop("seed", 0)
     if type(seed) is not int:
         raise document.error(("merge", "seed"), f" should be a whole number, not {seed!r}")
@@ -92,7 +93,7 @@ def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...
         match = own.pop("match", None)
         if not isinstance(match, str) or not match:
             raise document.error(path, " needs a 'match': a role such as 'attention' or a tensor name with '*'")
-        weights = own.pop("weights", None) or {}
+        weights = document.mapping((*path, "weights"), own.pop("weights", None))
         merged = own if "method" in own else {**section, **own}
         method_here = _method(document, path, merged, seed)
         if isinstance(method_here, Coefficients):
@@ -214,7 +215,8 @@ def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> No
             ("merge",), f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'"
         )
     members_base = recipe.includes_base and not method.uses_task_vectors
-    if method.divides_by_weights and sum(expert.weight for expert in recipe.experts.values()) + members_base == 0:
+    weights = [expert.weight for expert in recipe.experts.values()] + [1.0] * members_base
+    if method.divides_by_weights and cancel(weights):
         raise document.error(("experts",), ": the weights sum to zero, so they cannot be normalised")
 
 
