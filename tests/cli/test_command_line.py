@@ -74,7 +74,7 @@ def test_no_command_shows_the_help() -> None:
         (["merge", "{r}", "{o}", "--threads", "0"], "Invalid value for '--threads'"),
         (["merge", "{r}", "{o}", "--max-shard-size", "0"], "'0' is not a size: write a number and a unit, such as 500MB or 5GB"),
         (["merge", "{r}", "{o}", "--max-shard-size", "1" * 400], "is not a size"),
-        (["merge", "{r}", "{o}", "--threads", "1000000"], "Invalid value for '--threads': Input should be less than or equal to 1024"),
+        (["merge", "{r}", "{o}", "--threads", "1000000"], "--threads': Input should be less than or equal to 1024"),
         (["merge", "{r}", "{o}", "--max-shard-size", "5 apples"], "'5 apples' is not a size"),
         (["merge", "{r}", "{o}", "--max-shard-size", "-1GB"], "'-1GB' is not a size"),
         (["merge", "{r}", "{o}", "extra"], "Got unexpected extra argument"),

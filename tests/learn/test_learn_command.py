@@ -105,6 +105,7 @@ def name_of(merge: dict[str, Any]) -> str:
 def test_untouched_coefficients_are_the_merge_itself(tmp_path: Path, merge: dict[str, Any]) -> None:
     recipe = write(tmp_path, merge={**merge, "scale": 0.3}, learn={"gamma": float("inf")})
     assert moerge("learn", recipe, tmp_path / "out", "--quiet").code == 0
+    assert read_coefficients(tmp_path / "out" / "coefficients.json").learning["settings"]["gamma"] == ".inf"
     tensors = {name: read_values(tmp_path / name) for name in ("base", "math", "code", "knowledge")}
     base = tensors.pop("base")
     expected = merge_state_dicts(base, tensors, scale=0.3, **merge)

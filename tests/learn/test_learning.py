@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learn_models import dense_plan, make_recipe
+from learn_models import dense_plan, make_recipe, slots_of
+from threadpoolctl import threadpool_limits
+from transformers import AutoModelForCausalLM
 
 from moerge.learn.flow import Learned, learn_coefficients
+from moerge.learn.model import MergingModel
+from moerge.learn.run import with_coefficients
+from moerge.pipeline import merge
+from moerge.planning.build import build_plan
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint
 
 
@@ -142,3 +148,52 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     found = run(make_recipe(tmp_path, models=models, learn={"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0}))
     assert len(found.coefficients.by_tensor) == 14
     assert {row for rows in found.coefficients.by_tensor.values() for row in rows} != {(0.3,)}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("F32", 1e-6), ("BF16", 0.01)])
+def test_a_tied_embedding_that_learns_is_the_head_too(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    models = make_models(tmp_path, dtype=dtype, tied=True)
+    learn = {"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0, "roles": ["embedding", "attention"]}
+    recipe = make_recipe(tmp_path, models=models, learn=learn)
+    plan, found = dense_plan(recipe), run(recipe).coefficients
+    assert "model.embed_tokens.weight" in found.by_tensor
+    merge(build_plan(with_coefficients(recipe, found)), tmp_path / "out")
+    raw = {name: torch.logit(torch.tensor(rows)) for name, rows in found.by_tensor.items()}
+    model = MergingModel(plan.config, slots_of(recipe), raw, found.fixed, dtype="float32", device="cpu")
+    ids_1T = torch.tensor([[1, 5, 9, 12, 7, 33, 21]])
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        learned_TV, merged_TV = model.forward(ids_1T, 0).logits[0], whole(ids_1T).logits[0]
+    torch.testing.assert_close(learned_TV, merged_TV, rtol=0, atol=tolerance)
+
+
+def test_the_recipe_says_on_how_many_threads_and_the_environment_does_not_matter(tmp_path: Path) -> None:
+    models = make_models(tmp_path, dtype="F32", config={"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1})
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for fixed in (1, None):
+                learn = {"heldout": 0.0, "learning_rate": 1.0, "threads": fixed, "extra": 1.0, "accumulation": 1}
+                found[threads, fixed] = run(make_recipe(tmp_path, models=models, texts=2, learn=learn)).coefficients.to_json()
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[1, 1] == found[3, 1]
+    assert {key: value["learning"]["settings"]["threads"] for key, value in found.items()} == {
+        (1, 1): 1,
+        (3, 1): 1,
+        (1, None): 1,
+        (3, None): 3,
+    }
+    assert found[1, None] == found[1, 1]
+
+
+def test_norms_do_not_depend_on_threads(tmp_path: Path) -> None:
+    models = make_models(tmp_path, experts=["math"], dtype="F32", config={"hidden_size": 512, "intermediate_size": 1024})
+    recipe = make_recipe(tmp_path, experts=["math"], models=models, learn={})
+    found = []
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads):
+            found.append([slot.directions.norms() for slot in slots_of(recipe) if slot.directions is not None])
+    assert found[0] == found[1] == found[2]

@@ -90,12 +90,15 @@ def test_parts_of_it_are_tuned(train: str, trained: tuple[str, ...], folder: Pat
 
 def test_its_gate_is_balanced_and_a_teacher_is_followed(folder: Path, tmp_path: Path) -> None:
     """With one expert for each sequence the language loss says nothing about the gate, and balance does."""
-    text = {"path": str(folder / "text.txt"), "teacher": str(folder / "llama")}
-    tuning = {"model": str(folder / "learned"), "data": {"text": text}, "train": ["router", "projectors"]}
+    path, teacher = str(folder / "text.txt"), str(folder / "llama")
+    tuning = {"model": str(folder / "learned"), "data": {"text": path}, "train": ["router", "projectors"]}
     tuning |= {"steps": 2, "batch": 4, "length": 8, "learning_rate": 0.01}
     losses = {"distillation": {"weight": 1.0}, "load_balance": 1.0, "router_z": 0.1}
     gates = []
-    for out, more in {"plain": {}, "balanced": {"losses": losses}}.items():
+    for out, more in {
+        "plain": {},
+        "balanced": {"losses": losses, "data": {"text": {"path": path, "teacher": teacher}}},
+    }.items():
         (tmp_path / "tune.yaml").write_text(json.dumps({**tuning, **more}), encoding="utf-8")
         result = moerge("tune", tmp_path / "tune.yaml", tmp_path / out)
         assert result.code == 0, result.err

@@ -16,6 +16,9 @@ from moerge.files import write_whole
 FORMAT = 1
 FILE = "coefficients.json"
 
+_LARGEST = 2.0**128 - 2.0**104
+"""The largest float32 below infinity, since merging computes in float32."""
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -57,7 +60,7 @@ class Coefficients:
 
 def to_json(value: Mapping[str, Any]) -> bytes:
     """The file's text."""
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def chunk_size(size: int, chunks: int) -> int:
@@ -83,12 +86,14 @@ def read_coefficients(path: Path) -> Coefficients:
         chunk_sizes = {str(name): int(size) for name, size in data["chunk_sizes"].items()}
         if any((len(rows[0]) > 1) != (chunk_sizes.get(name, 0) > 0) for name, rows in by_tensor.items()):
             raise ValueError("chunk_sizes should name the tensors with several chunks")
-        fixed, directions = _number(data["fixed"]), data["directions"]
+        fixed, directions, learning = _number(data["fixed"]), data["directions"], data.get("learning", {})
         if not isinstance(directions, dict) or not isinstance(directions.get("method"), str):
             raise ValueError("directions should name a method")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if not isinstance(learning, dict):
+            raise ValueError("learning should be a mapping")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged, or was written by another version of moerge ({error}): learn again") from None
-    return Coefficients(experts, by_tensor, chunk_sizes, fixed, directions, data.get("learning") or {})
+    return Coefficients(experts, by_tensor, chunk_sizes, fixed, directions, learning)
 
 
 def _rows(rows: Any, experts: int) -> tuple[tuple[float, ...], ...]:
@@ -99,6 +104,6 @@ def _rows(rows: Any, experts: int) -> tuple[tuple[float, ...], ...]:
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:
         raise ValueError(f"{value!r} is not a number")
     return float(value)

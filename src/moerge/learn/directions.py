@@ -53,7 +53,8 @@ class Directions:
 
     def norms(self) -> list[float]:
         """||tau_k||, the Frobenius norm for each expert."""
-        return [float(np.sqrt(np.dot(tau_N, tau_N))) for tau_N in self.read().astype(np.float64)]
+        # not by BLAS, whose sums depend on its threads
+        return [float(np.sqrt(np.square(tau_N, dtype=np.float64).sum())) for tau_N in self.read()]
 
 
 def merged(base: torch.Tensor, directions: Directions, coefficients_KC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 
 from moerge.calibration import Texts, read_texts
+from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError, MachineError
 from moerge.learn.chunks import allocate, importances
 from moerge.learn.coefficients import Coefficients, chunk_count, chunk_size
 from moerge.learn.directions import Directions
-from moerge.learn.model import BASE, MergingModel, Slot, known_config
+from moerge.learn.model import BASE, MergingModel, Slot, explained, known_config
 from moerge.learn.settings import Learning
 from moerge.learn.slots import make_slots
 from moerge.learn.targets import Sample, Targets, target_bytes
@@ -56,7 +58,11 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, watch: Wa
     texts = {task: _texts(recipe, name, settings) for task, name in tasks.items()}
     method = recipe.method
     assert isinstance(method, TaskVectorMethod)
-    with ThreadPoolExecutor() as pool, tempfile.TemporaryDirectory(prefix="moerge-learn-") as scratch:
+    with (
+        _torch_threads(settings.threads),
+        ThreadPoolExecutor() as pool,
+        tempfile.TemporaryDirectory(prefix="moerge-learn-") as scratch,
+    ):
         folder = Path(scratch)
         slots = make_slots(recipe, plan, settings, pool)
         samples = _samples(plan, texts, settings, folder)
@@ -78,24 +84,61 @@ def _texts(recipe: Recipe, name: str, settings: Learning) -> Texts:
     return read_texts(name, location, relative_to=recipe.folder, limit=settings.texts)
 
 
-def _samples(plan: Plan, texts: Mapping[int, Texts], settings: Learning, folder: Path) -> dict[int, list[Sample]]:
+def check_device(recipe: Recipe, settings: Learning) -> None:
+    """InputError where torch cannot compute on `learn.device` here."""
+    try:
+        torch.zeros(1, device=settings.device).item()
+    except Exception as error:  # a kind of its own for each device
+        raise InputError(
+            f"{recipe.source}: learn.device: {settings.device!r} cannot be used here: {str(error).splitlines()[0][:200]}"
+        ) from None
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tokenizer(plan: Plan, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    source, name = plan.recipe.source, plan.vocabulary.get("source", "the models")
+    if not set(plan.files) & set(VOCABULARY_FILES):
+        raise InputError(
+            f"{source}: learning needs a tokenizer, and no model has one: copy a tokenizer.json to the base's folder"
+        )
     home = folder / "tokenizer"
     home.mkdir()
     (home / "config.json").write_text(json.dumps(plan.config), encoding="utf-8")
-    for name, content in plan.files.items():
-        (home / name).write_bytes(content)
-    tokenizer = AutoTokenizer.from_pretrained(home)
+    for file, content in plan.files.items():
+        (home / file).write_bytes(content)
+    with explained(source, f"load the tokenizer of {name}", "fetch or copy it again"):
+        return AutoTokenizer.from_pretrained(home)
+
+
+def _samples(plan: Plan, texts: Mapping[int, Texts], settings: Learning, folder: Path) -> dict[int, list[Sample]]:
+    tokenizer, rows = _tokenizer(plan, folder), known_config(plan.config, plan.recipe.source).get_text_config().vocab_size
     found: dict[int, list[Sample]] = {}
     for task, given in texts.items():
         for document in given.documents:
             ids = tokenizer(document, truncation=True, max_length=settings.tokens)["input_ids"]
+            if max(ids, default=0) >= rows:
+                raise InputError(
+                    f"{plan.recipe.source}: calibration.{given.expert}: the tokenizer makes token {max(ids)} of a text, but the "
+                    f"embedding has {rows} rows: give the models their own tokenizer"
+                )
             if len(ids) > 1:
                 row = torch.tensor([ids], dtype=torch.long, device=settings.device)
                 found.setdefault(task, []).append(Sample(row, task, len(found.get(task, ()))))
         if task not in found:
-            raise InputError(f"calibration.{given.expert}: no text in {given.location} has two tokens: name a longer one")
+            raise InputError(
+                f"{plan.recipe.source}: calibration.{given.expert}: no text in {given.location} has two tokens: name a longer one"
+            )
     return found
 
 
@@ -141,7 +184,7 @@ class _Job:
         itemsize = getattr(torch, settings.dtype).itemsize
         largest = None if settings.targets == "full" else settings.targets
         tokens = sum(sample.ids_1T.shape[1] for sample in distinct)
-        text = known_config(self.plan.config).get_text_config()
+        text = known_config(self.plan.config, self.recipe.source).get_text_config()
         nbytes = target_bytes(tokens, text.vocab_size, text.hidden_size, len(layers), largest, itemsize)
         free = shutil.disk_usage(self.folder).free
         self.watch.note(f"the experts' targets for {tokens:,} tokens take {nbytes / 1e9:.2f} GB in {self.folder.parent}")
@@ -164,10 +207,12 @@ class _Job:
             for key, count in counts.items()
         }
         self.raw = {key: a_KC.to(settings.device).requires_grad_() for key, a_KC in self.raw.items()}
-        model = MergingModel(self.plan.config, self.slots, self.raw, self.initial, dtype=settings.dtype, device=settings.device)
+        source, element, device = self.recipe.source, settings.dtype, settings.device
+        model = MergingModel(self.plan.config, self.slots, self.raw, self.initial, dtype=element, device=device, source=source)
         targets = self._targets(model, (*train, *heldout))
         weights = {task: settings.task_weights[name] for task, name in self._tasks() if name in settings.task_weights}
-        return Trainer(model, self.raw, settings, self.initial, targets, weights, self.watch.step).fit(train, heldout)
+        trainer = Trainer(model, self.raw, settings, self.initial, targets, weights, source, self.watch.step)
+        return trainer.fit(train, heldout)
 
     def _tasks(self) -> Iterator[tuple[int, str]]:
         yield BASE, "base"
@@ -208,7 +253,10 @@ class _Job:
         }
         method = self.recipe.method
         directions = {"method": method.name, **method.model_dump(mode="json", exclude={"scale"})}
-        learning: dict[str, Any] = {"settings": self.settings.model_dump(mode="json")}
+        settings = {**self.settings.model_dump(mode="json"), "threads": torch.get_num_threads()}
+        if math.isinf(self.settings.gamma):
+            settings["gamma"] = ".inf"  # JSON has no such number
+        learning: dict[str, Any] = {"settings": settings}
         if self.importance:
             learning["importance"] = self.importance
         learning["stages"] = [{"best_update": h.best, "stopped_early": h.stopped_early, "updates": h.rows} for h in stages]
@@ -223,14 +271,14 @@ def _cuttable(count: int, group: Sequence[Directions]) -> int:
 
 
 def _hidden_layers(settings: Learning, plan: Plan) -> tuple[int, ...]:
-    layers = int(known_config(plan.config).get_text_config().num_hidden_layers)
+    layers = int(known_config(plan.config, plan.recipe.source).get_text_config().num_hidden_layers)
     if settings.hidden_weight == 0 or settings.objective == "entropy":
         return ()
     if settings.hidden_layers == "middle":
         return (max(1, layers // 2),)
     beyond = [layer for layer in settings.hidden_layers if layer > layers]
     if beyond:
-        raise InputError(f"learn.hidden_layers: there is no layer {beyond[0]}, the model has {layers}")
+        raise InputError(f"{plan.recipe.source}: learn.hidden_layers: there is no layer {beyond[0]}, the model has {layers}")
     return settings.hidden_layers
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -91,7 +92,8 @@ class MergingModel:
     """A causal language model of this config whose weights are merged from `slots`.
 
     `raw` holds the parameters a [K, C] by key, the coefficients being sigmoid(a). Tensors without a key have the coefficient
-    `fixed` once and for all. Raises InputError where transformers calls tensors by names that cannot be matched.
+    `fixed` once and for all. Raises InputError, naming the recipe `source`, for a config that transformers can make no model
+    of, and where it calls tensors by names that cannot be matched.
     """
 
     def __init__(
@@ -103,15 +105,16 @@ class MergingModel:
         *,
         dtype: str,
         device: str,
+        source: str = "recipe",
     ) -> None:
         self.running, self._dtype, self._fixed = Running(), getattr(torch, dtype), fixed
-        self.module = _skeleton(config, device)
+        self.module = _skeleton(config, device, source)
         self._rest: list[tuple[nn.Parameter, Slot]] = []
         parameters = dict(self.module.named_parameters())
         for name, slot in match_names(parameters, {slot.name: slot for slot in slots}).items():
             parameters[name].requires_grad_(False)
             if slot.key or slot.own:
-                self._parametrize(name, slot, raw.get(slot.key))
+                self._parametrize(parameters[name], slot, raw.get(slot.key))
             else:
                 self._rest.append((parameters[name], slot))
         self._prepare()
@@ -132,14 +135,14 @@ class MergingModel:
         self.running.task = task
         return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
 
-    def _parametrize(self, name: str, slot: Slot, raw_KC: torch.Tensor | None) -> None:
-        owner, _, attribute = name.rpartition(".")
-        module = self.module.get_submodule(owner)
-        parameter = getattr(module, attribute)
+    def _parametrize(self, parameter: nn.Parameter, slot: Slot, raw_KC: torch.Tensor | None) -> None:
+        """Wherever the parameter stands: a tied one is the embedding's and the head's."""
         stored = slot.base.tensor.dtype.torch_name
         parameter.data = _values(slot.base, parameter, getattr(torch, str(stored)))
         weight = MergedWeight(slot, raw_KC, self.running, self._dtype)
-        parametrize.register_parametrization(module, attribute, weight, unsafe=True)
+        for module in list(self.module.modules()):
+            for attribute in [name for name, own in module.named_parameters(recurse=False) if own is parameter]:
+                parametrize.register_parametrization(module, attribute, weight, unsafe=True)
 
     def _prepare(self) -> None:
         """Activation checkpointing, which transformers does only in training mode; nothing is dropped out for it."""
@@ -152,29 +155,43 @@ class MergingModel:
         enable({"use_reentrant": False})
 
 
-def known_config(config: Mapping[str, Any]) -> Any:
-    """A config.json as transformers knows it."""
+def known_config(config: Mapping[str, Any], source: str) -> Any:
+    """A config.json as transformers knows it. Raises InputError, naming the recipe `source`, where it cannot read it."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return transformers.AutoConfig.from_pretrained(folder)
+        with explained(source, "read the models' config.json"):
+            return transformers.AutoConfig.from_pretrained(folder)
 
 
-def _skeleton(config: Mapping[str, Any], device: str) -> Any:
+def _skeleton(config: Mapping[str, Any], device: str, source: str) -> Any:
     import transformers
     from transformers.initialization import no_init_weights
 
-    known = known_config(config)
+    known = known_config(config, source)
     architecture = (config.get("architectures") or [""])[0]
     kind = getattr(transformers, str(architecture), None)
     if kind is None:
-        raise InputError(f"transformers {version('transformers')} has no {architecture!r}, so its coefficients cannot be learned")
+        raise InputError(
+            f"{source}: transformers {version('transformers')} has no {architecture!r}, so its coefficients cannot be learned"
+        )
     dtype = getattr(torch, str(config.get("dtype", "float32")))
-    with no_init_weights():
-        model = kind._from_config(known, dtype=dtype).to(device)
+    with no_init_weights(), explained(source, "make a model of the models' config.json"):
+        model = kind._from_config(known, dtype=dtype)
+    model.to(device)
     model.tie_weights()  # which is left out together with the drawing of weights
     return model
+
+
+@contextmanager
+def explained(source: str, what: str, advice: str = "check it, or upgrade transformers") -> Iterator[None]:
+    """What fails inside, transformers cannot do, as an InputError that names the recipe `source`."""
+    try:
+        yield
+    except Exception as error:  # each family's code checks a config in its own way
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: transformers cannot {what}: {type(error).__name__}: {text}: {advice}") from None
 
 
 def _values(source: Source, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

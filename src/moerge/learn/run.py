@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,10 +63,11 @@ def learn(
     """Learn coefficients as the recipe's `learn` section says, merge with them, and write the checkpoint folder `out`.
 
     The folder also gets the coefficients, the learning curve, and a figure where matplotlib is installed. Should the merge
-    fail, the coefficients stay beside it. Raises InputError for bad input, MachineError for a full or failing disk.
+    fail, the coefficients stay beside it, and only `force` replaces them. Raises InputError for bad input, MachineError for a
+    full or failing disk.
     """
     require_models_extra("learning")
-    from moerge.learn.flow import learn_coefficients
+    from moerge.learn.flow import check_device, learn_coefficients
     from moerge.learn.slots import check_recipe
 
     target, settings = Path(out).absolute(), recipe.learn or Learning()
@@ -75,11 +77,17 @@ def learn(
             "fine-tune the result with `moerge tune`"
         )
     check_recipe(recipe)
+    check_device(recipe, settings)
     whole = build_plan(recipe, weights=True)
     check_target(whole, target, resume=False, force=force)
+    kept = target.with_name(f"{target.name}.{FILE}")
+    if os.path.lexists(kept) and not force:
+        raise InputError(
+            f"{kept} lies there, perhaps from a merge that failed: merge with it (method: coefficients), move it away, or "
+            "replace it with --force"
+        )
     dense = whole if recipe.moe is None else build_plan(recipe.model_copy(update={"moe": None}), weights=True)
     learned = learn_coefficients(recipe, dense, settings, watch)
-    kept = target.with_name(f"{target.name}.{FILE}")
     learned.coefficients.write(kept)
     plan = build_plan(with_coefficients(recipe, learned.coefficients), weights=True)
     plan = replace(

@@ -67,8 +67,17 @@ def make_slots(recipe: Recipe, plan: Plan, settings: Learning, pool: ThreadPoolE
         key = _key(output, settings.granularity) if learns else ""
         slots.append(Slot(output.name, merge.base, Directions(merge, pool), key, own))
     if not any(slot.key for slot in slots):
-        raise InputError(f"{recipe.source}: no matrix has a role of learn.roles ({', '.join(settings.roles)}): nothing to learn")
+        raise InputError(f"{recipe.source}: {_why_none(recipe, plan, settings)}: nothing to learn")
     return _measured(slots)
+
+
+def _why_none(recipe: Recipe, plan: Plan, settings: Learning) -> str:
+    roles = f"learn.roles ({', '.join(settings.roles)})"
+    playing = [output for output in plan.outputs if any(matches(role, output.role, output.name) for role in settings.roles)]
+    if recipe.moe and any(len(output.shape) == 2 for output in playing):
+        return f"moe.separate ({', '.join(recipe.moe.separate)}) keeps every matrix of {roles} separate"
+    tied = "head" in settings.roles and plan.config.get("tie_word_embeddings")
+    return f"no matrix has a role of {roles}" + ("; the head is the embedding, as tie_word_embeddings says" if tied else "")
 
 
 def _key(output: Output, granularity: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moerge.errors import InputError
 from moerge.learn.losses import departure, entropy, hidden_distance, soft_cross_entropy
 from moerge.learn.model import MergingModel
 from moerge.learn.settings import Learning
@@ -29,7 +30,7 @@ class History:
 
 @dataclass
 class Trainer:
-    """Learns `raw` (a [K, C] by key) in place. `tell` is called after each text."""
+    """Learns `raw` (a [K, C] by key) in place. `tell` is called after each text; errors name the recipe `source`."""
 
     model: MergingModel
     raw: Mapping[str, torch.Tensor]
@@ -37,10 +38,14 @@ class Trainer:
     initial: float
     targets: Targets
     task_weights: Mapping[int, float]
+    source: str = "recipe"
     tell: Callable[[], None] = lambda: None
 
     def fit(self, train: Sequence[Sample], heldout: Sequence[Sample]) -> History:
-        """One or more epochs; with `heldout` the coefficients of the best update stay, counting the initial ones."""
+        """One or more epochs; with `heldout` the coefficients of the best update stay, counting the initial ones.
+
+        Raises InputError where a loss or its gradient is no number.
+        """
         settings, history = self.settings, History()
         if math.isinf(settings.gamma) or not train:
             return history
@@ -74,7 +79,9 @@ class Trainer:
             (objective / len(group)).backward()  # type: ignore[no-untyped-call]
             total += objective.item() / len(group)
             self.tell()
-        torch.nn.utils.clip_grad_norm_(list(self.raw.values()), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.raw.values()), self.settings.clip)
+        self._check(f"the loss in update {update}", total)
+        self._check(f"the gradient's norm in update {update}", norm.item())
         optimizer.step()
         optimizer.zero_grad()
         history.rows.append({"update": update, "train": total, "learning_rate": optimizer.param_groups[0]["lr"]})
@@ -89,10 +96,18 @@ class Trainer:
                 losses.append(self.objective(sample).item())
                 self.tell()
             found = sum(losses) / len(losses) + self.settings.gamma * departure(self.raw.values(), self.initial).item()
+        self._check("the objective on the held-out texts" + (f" after update {update}" if update else ""), found)
         if update == 0:
             history.rows.append({"update": 0})
         history.rows[-1]["heldout"] = found
         return found
+
+    def _check(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise InputError(
+                f"{self.source}: learn: {what} is {value}, from which nothing can be learned: bring temperature, gamma, "
+                "hidden_weight, task_weights and learning_rate nearer to their defaults"
+            )
 
     def objective(self, sample: Sample) -> torch.Tensor:
         """The loss of one text without the regulariser."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import InstanceOf
+from pydantic import Field, InstanceOf
 
+from moerge.errors import InputError
 from moerge.methods.jit import kernel
 from moerge.methods.method import Block, Finite, Measurement, MergeMethod, TaskVectorMethod, Unit
 
@@ -35,7 +36,7 @@ class Weighed(TaskVectorMethod):
     scale: Finite = 1.0
     directions: InstanceOf[TaskVectorMethod]
     c_KC: tuple[tuple[float, ...], ...]
-    chunk: int
+    chunk: Annotated[int, Field(ge=1)]
 
     @property
     def unit(self) -> Unit:
@@ -75,9 +76,13 @@ class Weighed(TaskVectorMethod):
         return (yield from self.directions.measure(experts, size))
 
     def combine(self, block: Block) -> None:
-        """sum_k c_k tau_k."""
+        """sum_k c_k tau_k. Raises InputError where there is no coefficient for an expert or an element: kernels do not look."""
+        c_KC, experts, end = np.array(self.c_KC, np.float32), len(block.theta_KN), block.start + block.out_N.size
+        if len(c_KC) != experts or -(-end // self.chunk) > c_KC.shape[1]:
+            have = f"{len(c_KC)} rows of coefficients for {c_KC.shape[1]} chunks of {self.chunk} entries"
+            raise InputError(f"{have} do not fit a tensor of {experts} experts and at least {end} entries: learn again")
         self.directions.direct(block)
-        _weigh(block.theta_KN, np.array(self.c_KC, np.float32), self.chunk, block.start, block.out_N)
+        _weigh(block.theta_KN, c_KC, self.chunk, block.start, block.out_N)
 
 
 @kernel

@@ -57,6 +57,8 @@ def build_plan(
     dtype = _dtype(recipe, by_name[source])
     named_alike = {model.name: model for model in alike}
     made = _assemble(Assembly(recipe, named_alike, family, dtype, candidates, source, binder, vocabulary.alignment))
+    if recipe.learned:
+        recipe.learned.check({tensor.name: tensor.shape for tensor in (candidates or made.outputs)})
     planned = _planned(recipe, models, made, vocabulary, config_from=f"config from {source}, ", warnings=(*warnings, *more))
     if binder is None:
         return planned

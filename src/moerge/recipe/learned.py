@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from moerge.errors import InputError
-from moerge.learn.coefficients import FILE, Coefficients, read_coefficients, to_json
+from moerge.learn.coefficients import FILE, Coefficients, chunk_count, chunk_size, read_coefficients, to_json
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.methods.coefficients import Weighed
 from moerge.methods.method import MergeMethod, TaskVectorMethod, merge_method
@@ -16,10 +18,11 @@ from moerge.recipe.rules import Choice, Place, Rule
 
 @dataclass(frozen=True)
 class Learnt(Rule):
-    """Every tensor's own coefficients, the fixed one for those that did not learn."""
+    """Every tensor's own coefficients, the fixed one for those that did not learn; `source` is the file they are from."""
 
     found: Coefficients
     method: CoefficientsMethod
+    source: str = FILE
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -35,16 +38,32 @@ class Learnt(Rule):
         """The tensor's coefficients."""
         rows = self.found.by_tensor.get(place.name) or ((self.found.fixed,),) * len(self.found.experts)
         chunk = self.found.chunk_sizes.get(place.name, 1 << 62)
-        return Choice(Weighed(scale=self.method.scale, directions=directions(self.found), c_KC=rows, chunk=chunk))
+        return Choice(Weighed(scale=self.method.scale, directions=directions(self.found, self.source), c_KC=rows, chunk=chunk))
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """InputError unless the coefficients are for tensors of these names and shapes, the ones that are merged."""
+        for name, rows in self.found.by_tensor.items():
+            if name not in shapes:
+                raise InputError(f"{self.source}: the models have no tensor {name!r} to merge: learn again with these models")
+            size, count, chunk = prod(shapes[name]), len(rows[0]), self.found.chunk_sizes.get(name)
+            if count > 1 and (count > size or chunk_count(size, count) != count or chunk_size(size, count) != chunk):
+                raise InputError(
+                    f"{self.source}: tensor {name!r} has {size} entries, which {count} chunks of {chunk} do not cut up: "
+                    "learn again with these models"
+                )
 
 
-def directions(found: Coefficients) -> TaskVectorMethod:
-    """The method whose task vectors the coefficients weigh."""
+def directions(found: Coefficients, source: str = FILE) -> TaskVectorMethod:
+    """The method whose task vectors the coefficients weigh. Raises InputError, naming `source`, where it is none."""
     settings = dict(found.directions)
-    kind = merge_method(str(settings.pop("method")))
-    method = Document({}, "the coefficients' directions").build(kind, settings)
+    document = Document({}, source)
+    try:
+        kind = merge_method(str(settings.pop("method")))
+    except InputError as error:
+        raise document.error(("directions", "method"), f": {error}") from None
+    method = document.build(kind, settings, ("directions",))
     if not isinstance(method, TaskVectorMethod):
-        raise InputError(f"the coefficients' directions: {method.name} has no task vectors: learn again")
+        raise document.error(("directions", "method"), f": {method.name} has no task vectors: learn again")
     return method
 
 
@@ -57,4 +76,5 @@ def read_rule(method: CoefficientsMethod, folder: Path, experts: tuple[str, ...]
             f"{path} was learned for the experts {', '.join(found.experts)}, but the recipe has {', '.join(experts)}: "
             "name the same ones in the same order, or learn again"
         )
-    return Learnt(found, method)
+    directions(found, str(path))
+    return Learnt(found, method, str(path))

@@ -58,6 +58,9 @@ class Rule:
         """How the tensor at `place` is merged, or None to leave that to the next rule."""
         raise NotImplementedError
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """InputError where it does not fit models with tensors of these names and shapes."""
+
 
 @dataclass(frozen=True)
 class Matching(Rule):

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def learn(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that moerge made in OUT.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a checkpoint that moerge made in OUT, and OUT.coefficients.json.")
+    ] = False,
     seed: Seed = None,
     quiet: Quiet = False,
     json: AsJson = False,
