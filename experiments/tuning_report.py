@@ -156,10 +156,11 @@ def draw(report: Report) -> Figure:
         for index, name in enumerate(group):
             _line(axes, {seed: report.curves[name][seed] for seed in sorted(seeds)}, name, index)
         axes.set(xlabel="tokens tuned, thousands", yscale="log", title=f"seeds: {', '.join(map(str, sorted(seeds)))}")
-        axes.yaxis.set_major_locator(MaxNLocator(8))
+        axes.yaxis.set_major_locator(MaxNLocator(10, integer=True))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
+    panels[0].set_ylim(top=1.4 * panels[0].get_ylim()[1])  # room for the legends
     panels[0].set(ylabel="held-out perplexity, geometric mean over domains")
     return figure
 
