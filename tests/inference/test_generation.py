@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from command import moerge as command
 from tiny import EXPERTS, edit_config, make_models
@@ -103,10 +104,24 @@ def test_pickles_and_files_elsewhere_are_not_loaded(checkpoints: Path, tmp_path:
             "refusing to read it\n"
         )
     (tmp_path / "a.txt").write_text(PROMPT)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(outside)}))
+    (adapter / "adapter_model.bin").write_bytes((pickled / "pytorch_model.bin").read_bytes())
+    refused = command("generate", adapter, "--prompt", PROMPT)
+    assert refused.code == 2 and "holds adapter_model.bin, a pickle, which moerge does not load" in refused.err
     for arguments in (("generate", pickled, "--prompt", PROMPT), ("route", pickled, "--text", f"a={tmp_path / 'a.txt'}")):
         refused = command(*arguments)
         assert (refused.code, refused.out) == (2, "")
         assert f"{pickled} holds pytorch_model.bin, a pickle, which moerge does not load" in refused.err
+
+
+def test_element_types_that_only_merging_does_not_read(checkpoints: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoints / "math", tmp_path / "complex")
+    phases = {"model.phases": torch.ones(4, dtype=torch.complex64)}
+    save_file(load_file(folder / "model.safetensors") | phases, folder / "model.safetensors", {"format": "pt"})
+    assert "has the element type 'C64', which moerge does not read" in command("inspect", folder).err
+    assert command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 1).code == 0
 
 
 @pytest.mark.parametrize(

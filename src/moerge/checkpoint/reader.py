@@ -172,6 +172,16 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def check_files(folder: Path) -> None:
+    """InputError where a folder's weights are pickles, or where its index names files elsewhere. No tensor is looked at."""
+    if (folder / INDEX).exists():
+        read_index(folder / INDEX)
+    elif not any(folder.glob("*.safetensors")):
+        _refuse_pickles(folder, "")
+        if (folder / _PICKLED_ADAPTER).exists():
+            _read_adapter(folder, "")
+
+
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_index(index)
     shards = sorted(set(weight_map.values()))

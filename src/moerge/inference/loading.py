@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.calibration.texts import check_unicode
 from moerge.checkpoint.manifest import read_manifest
-from moerge.checkpoint.reader import open_folder
+from moerge.checkpoint.reader import check_files
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.quiet import without_progress_bars, without_warnings
@@ -88,7 +88,7 @@ def load(
         options |= {"revision": revision} if revision else {}
     _register_ours(str(checkpoint), place, options)
     if folder.is_dir():
-        open_folder(folder)  # which refuses pickles, and indices that name files elsewhere
+        check_files(folder)
     with explained(str(checkpoint)):
         auto: Any = transformers.AutoModelForCausalLM
         safe = {**in_dtype(dtype), **options, "use_safetensors": True}
