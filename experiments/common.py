@@ -5,10 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moerge.demo.progress import counting
 from moerge.demo.text import DOMAINS, Corpus, write_corpora
-from moerge.demo.train import TRAININGS, total_steps, train_models
+from moerge.demo.train import TRAININGS, WINDOW, total_steps, train_models
+
+BATCH = 8
+"""Sequences of a step."""
 
 
 def train_demo(
@@ -30,6 +34,27 @@ def train_demo(
 def domain_weights() -> dict[str, float]:
     """What the base and all experts together were trained on, as the paper tunes (its table 5)."""
     return {domain: statistics.fmean(training.mixture.get(domain, 0.0) for training in TRAININGS.values()) for domain in DOMAINS}
+
+
+def tuning_settings(model: Path, folder: Path, tokens: int, seed: int, learning_rate: float) -> dict[str, Any]:
+    """How the experiments tune: all parameters, cross-entropy alone, on what `train_demo` has left in `folder`."""
+    steps = max(1, round(tokens / (BATCH * WINDOW)))
+    data = {
+        domain: {"path": str(folder / "text" / domain / "train.jsonl"), "weight": weight}
+        for domain, weight in domain_weights().items()
+    }
+    return {
+        "model": str(model),
+        "data": data,
+        "steps": steps,
+        "batch": BATCH,
+        "length": WINDOW,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "warmup": min(20, steps // 10),
+        "save_every": steps,
+        "save_dtype": "float32",
+    }
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from common import domain_weights, markdown, spread, train_demo
+from common import markdown, spread, train_demo, tuning_settings
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,6 @@ ODD = "math-neox"
 OWN = {"general": "base", "math": ODD, "code": "code", "knowledge": "knowledge"}
 """The expert of each domain."""
 ODD_TRAINING = Training(TRAININGS["math"].mixture, steps=500, learning_rate=3e-3)
-BATCH = 8
 LEGS = (500_000, 500_000, 1_000_000)
 """Tokens between the points at which tuning is measured."""
 TOKENS = (0, *accumulate(LEGS))
@@ -169,29 +168,10 @@ def legs(merged: Path, folder: Path, seed: int, options: argparse.Namespace) -> 
         tokens += leg
         out = merged.with_name(f"{merged.name}-tuned-{tokens}-{options.learning_rate:g}")
         if not out.exists():
-            tune(tuning(found[-1], folder, leg, 10 * seed + number, options), out, resume=True)
+            settings = tuning_settings(found[-1], folder, leg, 10 * seed + number, options.learning_rate)
+            tune(settings, out, resume=True)
         found.append(out)
     return found[1:]
-
-
-def tuning(model: Path, folder: Path, tokens: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All parameters, cross-entropy alone, on what the base and the experts were trained on (the paper's table 5)."""
-    weights = domain_weights()
-    steps = max(1, round(tokens / (BATCH * WINDOW)))
-    return {
-        "model": str(model),
-        "data": {
-            domain: {"path": str(folder / "text" / domain / "train.jsonl"), "weight": weights[domain]} for domain in DOMAINS
-        },
-        "steps": steps,
-        "batch": BATCH,
-        "length": WINDOW,
-        "seed": seed,
-        "learning_rate": options.learning_rate,
-        "warmup": min(20, steps // 10),
-        "save_every": steps,
-        "save_dtype": "float32",
-    }
 
 
 def measure(checkpoint: Path, heldout: Mapping[str, Sequence[str]]) -> Bits:

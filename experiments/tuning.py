@@ -17,19 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import domain_weights, train_demo
+from common import train_demo, tuning_settings
 from rich.console import Console
 from tuning_report import BTX, Curve, Report, show, write
 
 import moerge
 from moerge.demo.runtime import import_models_extra
 from moerge.demo.text import DOMAINS, make_corpora
-from moerge.demo.train import WINDOW
 from moerge.tune.metrics import read_metrics
 from moerge.tune.run import tune
 
 EXPERTS = ("math", "code", "knowledge")
-BATCH, POINTS = 8, 10
+POINTS = 10
 TIES, DARE = {"method": "ties", "density": 0.8, "scale": 0.3333}, {"method": "dare", "density": 0.8, "scale": 0.3333}
 RANDOM, RIDGE = {"router": {"kind": "random"}}, {"router": {"kind": "ridge"}}
 BY_SEQUENCE = {"format": "moerge", "separate": ["ffn", "attention"], "router": {"kind": "perplexity"}}
@@ -127,28 +126,19 @@ def recipe(row: Row, folder: Path, seed: int) -> Mapping[str, Any]:
 
 def tuning(row: Row, folder: Path, merged: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """How a row is tuned: on what the base and all experts were trained on, as in the paper's table 5."""
-    weights = domain_weights()
-    data = {}
-    for domain in DOMAINS:
-        if domain != row.without:
-            teacher = str(folder / "models" / ("base" if domain == "general" else domain))
-            source = {"path": str(folder / "text" / domain / "train.jsonl"), "weight": weights[domain]}
-            data[domain] = {**source, **({"teacher": teacher} if row.distil else {})}
-    steps = max(1, round(options.tokens / (BATCH * WINDOW)))
+    found = tuning_settings(merged, folder, options.tokens, seed, options.learning_rate)
+    data = {domain: source for domain, source in found["data"].items() if domain != row.without}
+    if row.distil:
+        for domain, source in data.items():
+            source["teacher"] = str(folder / "models" / ("base" if domain == "general" else domain))
+    steps = found["steps"]
     return {
-        "model": str(merged),
+        **found,
         "data": data,
-        "steps": steps,
-        "batch": BATCH,
-        "length": WINDOW,
-        "seed": seed,
-        "learning_rate": options.learning_rate,
-        "warmup": min(20, steps // 10),
         "save_every": max(1, steps // 4),
         "heldout": {domain: str(folder / "text" / domain / "heldout.jsonl") for domain in DOMAINS},
         "heldout_sequences": options.heldout,
         "evaluate_every": max(1, steps // POINTS),
-        "save_dtype": "float32",
         **row.tuning,
     }
 

@@ -25,13 +25,6 @@ from whole_models import MIXED, built, make_mixed, make_model, write_bpe, write_
 RANDOM = {"projectors": "random"}
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixed")
-    make_mixed(folder)
-    return folder
-
-
 def body(folder: Path, name: str, *outside: str) -> dict[str, np.ndarray]:
     """A model's tensors but for its embedding and head, under the names that they have as expert 0."""
     return {f"model.experts.0.{key}": value for key, value in read_tensors(folder / name).items() if key not in outside}

@@ -14,7 +14,7 @@ from command import moerge
 from hf_models import FAMILIES, load, logits, torch, transformers
 from moerge.modeling import register
 from tiny import read_tensors
-from whole_models import MIXED, ids_of, make_mixed, make_model, write_whole
+from whole_models import MIXED, ids_of, make_model, write_whole
 
 register()
 ALONE = {
@@ -32,13 +32,6 @@ ALONE = {
 }
 """Experts alone: families, with what is scaled, tied, fused and itself a mixture."""
 FIXED = {"kind": "fixed", "expert": "one"}
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixed")
-    make_mixed(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,9 @@ import pytest
 
 from command import moerge
 from tiny import read_values, write_safetensors
-from whole_models import MIXED, built, make_mixed, write_whole
+from whole_models import MIXED, built, write_whole
 
 RANDOM = {"projectors": "random"}
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixed")
-    make_mixed(folder)
-    return folder
 
 
 def test_the_card_and_the_manifest_say_how_it_was_made(mixed: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from tune_models import rows, run, stop_after, write_texts, write_tuning
+from tune_models import refused, rows, run, stop_after, write_texts, write_tuning
 
 from command import moerge
 from hf_models import CASES, random_model, save
@@ -142,11 +142,8 @@ def test_a_teacher_that_cannot_teach_is_found_before_any_runs(
     path = write_tuning(folder, "bad.yaml", data=data, losses={"distillation": {"weight": 1.0, "hidden": hidden}})
     line = path.read_text().splitlines().index(f"    teacher: {bad}") + 1
     what = message if message.startswith("transformers") else f"{bad} {message}"
-    for arguments in (["--dry-run"], [folder / "never"]):
-        failed = moerge("tune", path, *arguments)
-        assert (failed.code, failed.out, len(failed.err.splitlines())) == (2, "", 1), failed
-        assert f"{path}, line {line}: data.code.teacher: {what}" in failed.err
-    assert not (folder / "never").exists() and not (folder / ".never.moerge-tuning").exists()
+    for out in (None, folder / "never"):
+        assert f"{path}, line {line}: data.code.teacher: {what}" in refused(path, out)
 
 
 def test_hidden_states_of_a_teacher_that_routes_sequences(by_sequence: Path) -> None:

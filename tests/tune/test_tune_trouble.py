@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tune_models import make_moe, moved, rows, run, write_tuning
+from tune_models import make_moe, moved, refused, rows, run, write_tuning
 
 from command import moerge
 from moerge.errors import MachineError
@@ -23,14 +23,6 @@ def without(source: Path, target: Path, *names: str) -> Path:
     for name in names:
         del values[name]
     return write_checkpoint(target, values, json.loads((source / "config.json").read_text()), dtype="F32")
-
-
-def refused(path: Path, out: Path, *options: str) -> str:
-    """What is said instead of tuning, and that nothing is left."""
-    result = moerge("tune", path, out, *options)
-    assert (result.code, result.out, len(result.err.splitlines())) == (2, "", 1), result
-    assert not out.exists() and not list(out.parent.glob(f".{out.name}.moerge-tuning"))
-    return result.err
 
 
 @pytest.mark.parametrize("by_sequence", [False, True], ids=["native", "routed"])

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-import moerge
+import moerge as package
+from command import moerge
 from moerge.learn.watch import Watch
 from moerge.tune.metrics import read_metrics
 from moerge.tune.run import tune
@@ -33,7 +34,7 @@ def make_moe(folder: Path, *, by_sequence: bool = False, **moe: Any) -> Path:
     make_models(folder, dtype="F32")
     if by_sequence:
         moe = {"format": "moerge", "router": {"kind": "learned"}, "include_base": False, **moe}
-    moerge.merge(write_recipe(folder, moe={"top_k": 2, **moe}, merge={"method": "average"}), folder / "moe", threads=1)
+    package.merge(write_recipe(folder, moe={"top_k": 2, **moe}, merge={"method": "average"}), folder / "moe", threads=1)
     return folder / "moe"
 
 
@@ -52,6 +53,15 @@ def run(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
     result = tune(write_tuning(folder, f"{out}.yaml", **changes), folder / out)
     assert result is not None
     return result.to_json()
+
+
+def refused(path: Path, out: Path | None = None) -> str:
+    """What `moerge tune` says instead of tuning, or of a dry run, and that nothing is left."""
+    result = moerge("tune", path, out or "--dry-run")
+    assert (result.code, result.out, len(result.err.splitlines())) == (2, "", 1), result
+    if out is not None:
+        assert not out.exists() and not list(out.parent.glob(f".{out.name}.moerge-tuning"))
+    return result.err
 
 
 def stop_after(step: int, tokens: int = 64) -> Watch:

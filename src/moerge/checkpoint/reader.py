@@ -116,12 +116,7 @@ def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
         if not tensors:
             raise InputError(f"{_label(name)}{folder / ADAPTER_WEIGHTS} holds no tensors: fetch or copy it again")
         return tensors
-    if (folder / _PICKLED_ADAPTER).exists():
-        source, target = str(folder / _PICKLED_ADAPTER), str(folder / ADAPTER_WEIGHTS)
-        raise InputError(
-            f"{_label(name)}{folder} holds {_PICKLED_ADAPTER}, a pickle, which moerge does not load; convert it with: "
-            + f'python -c "{_CONVERT_ADAPTER.format(source=source, target=target)}"'
-        )
+    _refuse_pickled_adapter(folder, name)
     raise InputError(f"{_label(name)}{folder} has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}: fetch or copy it again")
 
 
@@ -178,8 +173,7 @@ def check_files(folder: Path) -> None:
         read_index(folder / INDEX)
     elif not any(folder.glob("*.safetensors")):
         _refuse_pickles(folder, "")
-        if (folder / _PICKLED_ADAPTER).exists():
-            _read_adapter(folder, "")
+        _refuse_pickled_adapter(folder, "")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
@@ -210,4 +204,13 @@ def _refuse_pickles(folder: Path, name: str) -> None:
         raise InputError(
             f"{_label(name)}{folder} holds {found}, a pickle, which moerge does not load; convert the checkpoint with: "
             + f'python -c "{_CONVERT.format(source=str(folder), target=f"{folder}-safetensors")}"'
+        )
+
+
+def _refuse_pickled_adapter(folder: Path, name: str) -> None:
+    if (folder / _PICKLED_ADAPTER).exists():
+        source, target = str(folder / _PICKLED_ADAPTER), str(folder / ADAPTER_WEIGHTS)
+        raise InputError(
+            f"{_label(name)}{folder} holds {_PICKLED_ADAPTER}, a pickle, which moerge does not load; convert it with: "
+            + f'python -c "{_CONVERT_ADAPTER.format(source=source, target=target)}"'
         )

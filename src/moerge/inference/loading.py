@@ -144,6 +144,18 @@ def _explain(checkpoint: str, error: Exception) -> str:
     return f"transformers cannot load {checkpoint}: {text[:300]}"
 
 
+def usable_device(name: str, where: str) -> torch.device:
+    """A device that torch computes on here. Raises InputError that begins with `where` it is named."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # a kind of its own for each device
+        raise InputError(f"{where}: {name!r} cannot be used here: {str(error).splitlines()[0][:200]}") from None
+    return device
+
+
 def in_dtype(dtype: str | None) -> dict[str, Any]:
     """What `from_pretrained` is told of the element type, None for the stored one: transformers 4 has another word for it."""
     import torch

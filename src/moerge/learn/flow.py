@@ -84,16 +84,6 @@ def _texts(recipe: Recipe, name: str, settings: Learning) -> Texts:
     return read_texts(name, location, relative_to=recipe.folder, limit=settings.texts)
 
 
-def check_device(recipe: Recipe, settings: Learning) -> None:
-    """InputError where torch cannot compute on `learn.device` here."""
-    try:
-        torch.zeros(1, device=settings.device).item()
-    except Exception as error:  # a kind of its own for each device
-        raise InputError(
-            f"{recipe.source}: learn.device: {settings.device!r} cannot be used here: {str(error).splitlines()[0][:200]}"
-        ) from None
-
-
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()

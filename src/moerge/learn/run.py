@@ -67,7 +67,8 @@ def learn(
     full or failing disk.
     """
     require_models_extra("learning")
-    from moerge.learn.flow import check_device, learn_coefficients
+    from moerge.inference.loading import usable_device
+    from moerge.learn.flow import learn_coefficients
     from moerge.learn.slots import check_recipe
 
     target, settings = Path(out).absolute(), recipe.learn or Learning()
@@ -77,7 +78,7 @@ def learn(
             "fine-tune the result with `moerge tune`"
         )
     check_recipe(recipe)
-    check_device(recipe, settings)
+    usable_device(settings.device, f"{recipe.source}: learn.device")
     whole = build_plan(recipe, weights=True)
     check_target(whole, target, resume=False, force=force)
     kept = target.with_name(f"{target.name}.{FILE}")

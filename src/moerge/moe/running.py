@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import in_dtype
+from moerge.inference.loading import in_dtype, usable_device
 from moerge.quiet import without_progress_bars
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RunningMoE:
         self.experts = experts
         self._folder = folder
         self._tokenizer: Any = None
-        self._device = _device(device) if model is None else model.device
+        self._device = usable_device(device, "moe.router.device") if model is None else model.device
         self._model = _load(folder, dtype) if model is None else model
         self._model.to(self._device).eval()
         self._gates = find_gates(self._model, experts)
@@ -177,17 +177,6 @@ def _overrule(module: Any, arguments: Any, output: Any, *, path: Route, experts:
         chosen = torch.full_like(chosen_TK[:, :1], path)
     weights = torch.full(chosen.shape, 1 / chosen.shape[1], dtype=weights_TK.dtype, device=weights_TK.device)
     return logits_TE, weights, chosen
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"moe.router.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _load(folder: Path, dtype: str | None) -> Any:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from moerge.calibration.texts import read_documents
+from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.tune.adapters import Targets, add_adapters, targets_of, with_adapters
 from moerge.tune.mixture import Mixture
+from moerge.tune.models import expert_names
 from moerge.tune.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
 from moerge.tune.settings import PARTS, Request, Tuning
 from moerge.tune.teachers import Lessons, check_teachers, check_vocabularies, lesson_bytes, plan_lessons, positions
@@ -122,24 +124,24 @@ class Outlook:
 def make_outlook(
     request: Request,
     work: Work,
+    models: Mapping[str, Checkpoint],
     tokenizer: Any,
     model: Any,
     processes: int,
     note: Callable[[str], None],
-    experts: Sequence[str] = (),
 ) -> Outlook:
     """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values.
 
-    `experts` are a native MoE's, by index. The model gets the adapters that the settings ask for.
+    `models` are where `locate_models` found them. The model gets the adapters that the settings ask for.
     """
-    settings, parts = request.settings, parts_of(model, experts)
+    settings, parts = request.settings, parts_of(model, expert_names(models[""]))
     check_losses(request, model, parts)
     _check_length(request, model.config)
     schedule = make_schedule(request, parts)
     check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
     layers = hidden_layers(request, model)
     if settings.distils:
-        check_teachers(request, model.config, tokenizer.get_vocab(), hidden=bool(layers))
+        check_teachers(request, models, model.config, tokenizer.get_vocab(), hidden=bool(layers))
     weights = {name: source.weight for name, source in settings.data.items()}
     mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
     tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))

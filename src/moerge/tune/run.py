@@ -18,7 +18,7 @@ from moerge.checkpoint.staging import MANIFEST, machine_errors
 from moerge.errors import InputError
 from moerge.learn.watch import Watch
 from moerge.tune.launch import check_device, check_launch, explain, on_main, rank
-from moerge.tune.models import expert_names, is_sharded, load_sharded, locate_models, skeleton_of
+from moerge.tune.models import is_sharded, load_sharded, locate_models, skeleton_of
 from moerge.tune.settings import Request, load_tuning
 from moerge.tune.work import Work
 
@@ -57,7 +57,7 @@ def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> 
         work = Work(Path(folder) / "out")
         skeleton, tokenizer = skeleton_of(models[""].folder)
         processes = request.settings.processes or 1
-        return make_outlook(request, work, tokenizer, skeleton, processes, lambda text: None, expert_names(models[""]))
+        return make_outlook(request, work, models, tokenizer, skeleton, processes, lambda text: None)
 
 
 def tune(
@@ -115,7 +115,7 @@ class _Job:
         from moerge.tune.result import weights_digest
         from moerge.tune.teachers import check_space
 
-        models = locate_models(self.request)
+        models = self.models
         self.inputs = {
             name or "model": {
                 "location": m.location,
@@ -160,14 +160,18 @@ class _Job:
             self.begun = True
 
     @cached_property
+    def models(self) -> dict[str, Checkpoint]:
+        """The model, under "", and each source's teacher."""
+        return locate_models(self.request)
+
+    @cached_property
     def outlook(self) -> tuple[Outlook, Any, Any]:
         """The outlook, the tokenizer and the model's config; tokens that are there are not made again."""
         from moerge.tune.outlook import make_outlook
 
-        source = locate_models(self.request)[""]
-        skeleton, tokenizer = skeleton_of(source.folder)
+        skeleton, tokenizer = skeleton_of(self.models[""].folder)
         warn = self.watch.warn if rank() == 0 else lambda text: None
-        outlook = make_outlook(self.request, self.work, tokenizer, skeleton, self.processes, warn, expert_names(source))
+        outlook = make_outlook(self.request, self.work, self.models, tokenizer, skeleton, self.processes, warn)
         return outlook, tokenizer, skeleton.config
 
     def arguments(self) -> Any:
@@ -254,7 +258,7 @@ class _Job:
         """The model as it is after a training checkpoint, or as it was to begin with."""
         from moerge.inference.loading import load
 
-        settings, targets, source = self.request.settings, self.outlook[0].targets, locate_models(self.request)[""]
+        settings, targets, source = self.request.settings, self.outlook[0].targets, self.models[""]
         begin = source.folder if targets else checkpoint or source.folder
         if settings.sharding != "none":
             model = load_sharded(begin, self.processes)
@@ -303,7 +307,7 @@ class _Job:
         from moerge.tune.manifest import tuned_manifest
         from moerge.tune.result import TuneResult, facts_of, files_of, write_adapter, write_result
 
-        source, settings = locate_models(self.request)[""], self.request.settings
+        source, settings = self.models[""], self.request.settings
         with machine_errors(self.work.root):
             model = self.trainer.model if settings.sharding == "none" else self._gathered(source)
             if settings.adapters and settings.adapters.save == "merged":

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from moerge.architecture.sequence import BY_SEQUENCE
+from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError, MachineError
 from moerge.inference.loading import load
 from moerge.learn.targets import TargetFiles, target_bytes
 from moerge.tune.mixture import Mixture
-from moerge.tune.models import locate_models, skeleton_of
+from moerge.tune.models import skeleton_of
 from moerge.tune.settings import Request
 from moerge.tune.tokens import Tokens
 from moerge.tune.work import Work
@@ -121,13 +122,15 @@ def in_rows(logits_TV: torch.Tensor, rows: int, impossible: float) -> torch.Tens
     return F.pad(logits_TV, (0, missing), value=impossible) if missing > 0 else logits_TV[:, :rows]
 
 
-def check_teachers(request: Request, student: Any, vocabulary: Mapping[str, int], *, hidden: bool) -> None:
+def check_teachers(
+    request: Request, models: Mapping[str, Checkpoint], student: Any, vocabulary: Mapping[str, int], *, hidden: bool
+) -> None:
     """InputError that names the line of a teacher that cannot teach the model with this config. No weights are read.
 
     Its vocabulary must be `vocabulary`, and where hidden states are compared its width and depth the model's.
     """
     known: dict[Path, tuple[Any, Any]] = {}
-    for source, checkpoint in locate_models(request, weights=False).items():
+    for source, checkpoint in models.items():
         if not source:
             continue
         path, folder = ("data", source, "teacher"), checkpoint.folder

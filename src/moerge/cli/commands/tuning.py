@@ -40,8 +40,8 @@ def tune(
         raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
     quiet = quiet or rank() > 0
     with Progress("tuning", quiet=quiet, unit="tokens") as progress:
-        hears = {"note": not quiet, "warn": rank() == 0}
-        watch = Watch(progress.start, **{key: show_tuning.note if yes else _nothing for key, yes in hears.items()})
+        note, warn = (show_tuning.note if heard else _nothing for heard in (not quiet, rank() == 0))
+        watch = Watch(progress.start, note, warn)
         with resumable(lambda: interrupted(out)):
             result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
     if result is not None:
