@@ -26,6 +26,7 @@ from moerge.checkpoint.rows import RowsTensor
 from moerge.checkpoint.tensor import Tensor
 from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError
+from moerge.files import FileState, SourceFile
 
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -293,7 +294,8 @@ class _Application:
     def _tensor(
         self, base: Tensor, a: Tensor | None, b: Tensor, module: str, transposed: bool, magnitude: Tensor | None
     ) -> LowRankTensor:
-        settings = self.adapter.folder / ADAPTER_CONFIG
+        path = self.adapter.folder / ADAPTER_CONFIG
+        settings = SourceFile(path, FileState.of(path))
         return LowRankTensor(base, a, b, self.config.scale(module), transposed, magnitude, settings, self.recent)
 
     def _check_tied(self, modules: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
