@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moerge.cli.console import new_table, print_json, print_warnings
+from moerge.evaluation import sandbox
 from moerge.evaluation.result import Difference, Evaluation, Score
 
 
@@ -24,6 +26,14 @@ def evaluation(found: Evaluation, *, quiet: bool, as_json: bool) -> None:
     _benchmarks(console, found)
     _texts(console, found)
     _differences(console, found)
+
+
+def wall(*, quiet: bool) -> None:
+    """Say on standard error what is around generated code."""
+    if sandbox.wall() != "bubblewrap":
+        print_warnings([sandbox.describe_wall()])
+    elif not quiet:
+        print(sandbox.describe_wall(), file=sys.stderr)
 
 
 def short_names(checkpoints: Sequence[str]) -> dict[str, str]:

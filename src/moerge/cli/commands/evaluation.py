@@ -88,6 +88,8 @@ def evaluate(
     chosen |= {"allow_code_execution": allow_code_execution, "allow_calibration_text": allow_calibration_text}
     chosen |= {"trust_remote_code": trust_remote_code}
     settings = Settings(parse_tasks(tasks) if tasks else (), parse_texts(perplexity), **chosen)
+    if allow_code_execution and any(benchmark.runs_code for benchmark in settings.benchmarks):
+        show_evaluation.wall(quiet=quiet)
     with resumable(lambda: out is not None and holds_results(out)):
         found = run_evaluate(checkpoints, settings, out=out, resume=resume, counting=_counting(quiet))
     show_evaluation.evaluation(found, quiet=quiet, as_json=json)
