@@ -12,7 +12,7 @@ from typing import Any
 from moerge.checkpoint.header import StoredTensor, read_header
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
-from moerge.files import SourceFile
+from moerge.files import SourceFile, read_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -134,10 +134,12 @@ def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError names the file if it is missing or is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = json.loads(read_file(path).decode("utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a checkpoint folder needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
