@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from moerge.errors import InputError, MachineError, SourceChangedError
 
-_LONGEST_NAME = 230
+LONGEST_NAME = 230
 """Bytes: 255 on the usual file systems, with room for the names of what lies beside a target until it is complete."""
 
 
@@ -94,7 +94,7 @@ def check_target_name(target: Path) -> None:
         raise InputError(f"{target} is no name for a folder: choose another")
     if not above.is_dir():
         raise InputError(f"{target} would lie in {above}, which is a file: choose another folder")
-    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise InputError(f"the name {target.name[:40]}... is too long for a folder: choose a shorter one")
 
 

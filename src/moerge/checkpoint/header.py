@@ -27,6 +27,10 @@ _TOO_LARGE, _MOST_DIMENSIONS = 1 << 63, 64
 """The limit that the safetensors library sets too."""
 
 
+class UnknownElements(InputError):
+    """A tensor has an element type that moerge does not read, although others may."""
+
+
 @dataclass(frozen=True)
 class StoredTensor(Sized):
     """A tensor inside a safetensors file. `offset` is in bytes from the start of the file."""
@@ -147,7 +151,7 @@ def stored_tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> S
     ):
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise InputError(f"{where} has the element type {dtype_name!r}, which moerge does not read")
+        raise UnknownElements(f"{where} has the element type {dtype_name!r}, which moerge does not read")
     tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), file, data_start + begin)
     if tensor.nbytes != end - begin:
         raise InputError(
