@@ -11,12 +11,12 @@ from unittest import mock
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tests.command import moerge
-from tests.tiny import make_models, write_recipe
 
+from command import moerge
 from moerge.calibration import read_documents, texts
 from moerge.errors import InputError, MachineError
 from moerge.files import MOST_BYTES, read_file, unreadable
+from tiny import make_models, write_recipe
 
 
 def pipe(path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command import moerge, refuses
-from moerge import InputError, MachineError
+from moerge import MachineError
 from moerge.checkpoint.dtypes import DTYPES
 from moerge.checkpoint.header import build_header, read_header
 from moerge.errors import SourceChangedError

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.command import moerge
-from tests.tiny import edit_config, make_models, write_json
 
 import moerge as package
+from command import moerge
 from moerge.errors import InputError
 from moerge.inference import loading
+from tiny import edit_config, make_models, write_json
 
 CUT = 3000
 
