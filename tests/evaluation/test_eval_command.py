@@ -40,7 +40,9 @@ TEXTS = ("--perplexity", "math=math.jsonl", "--perplexity", "code=code.jsonl")
 
 def done(*arguments: object) -> Any:
     result = command("eval", *arguments, "--json")
-    assert (result.code, result.err) == (0, "")
+    runs_code = "--allow-code-execution" in arguments
+    assert (result.code, len(result.err.splitlines())) == (0, int(runs_code)), result.err
+    assert ("generated code runs" in result.err) == runs_code
     return result.json
 
 
