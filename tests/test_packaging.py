@@ -49,7 +49,11 @@ def run(module: str, *arguments: str) -> None:
 
 
 def package_files() -> set[str]:
-    return {str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    return {
+        str(path.relative_to(PACKAGE.parent))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
 
 
 def test_the_sdist_has_the_package_and_what_building_needs(distributions: tuple[Path, Path]) -> None:
