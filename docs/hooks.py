@@ -1,4 +1,4 @@
-"""Rewrites for the site: formulas become MathML, fences lose the words of the tests, links out of `docs/` go to the repository."""
+"""Rewrites for the site: formulas become MathML, fences lose the tests' words, links out of `docs/` go to the repository."""
 
 from __future__ import annotations
 
