@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
+# Empty: the newest versions that pip finds.
+CONSTRAINTS ?= -c constraints.txt
 
 .PHONY: demo test quick lint docs clean
 
@@ -27,8 +29,8 @@ lint: $(STAMP)          ## mend what ruff can mend
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check torch $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' $(CONSTRAINTS)
 	touch $@
 
 clean:
