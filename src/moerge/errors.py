@@ -24,6 +24,10 @@ class MachineError(MoergeError, OSError):
     exit_code = 1
 
 
+class SourceChangedError(MachineError):
+    """A file was replaced or overwritten while it was being read: what was made of it mixes two states of it."""
+
+
 class Interrupted(MoergeError):
     """Someone stopped it, and it can be continued (exit code 130)."""
 

@@ -3,14 +3,81 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from moerge.errors import InputError, MachineError
+from moerge.errors import InputError, MachineError, SourceChangedError
 
 _LONGEST_NAME = 230
 """Bytes: 255 on the usual file systems, with room for the names of what lies beside a target until it is complete."""
+
+
+class FileState(NamedTuple):
+    """What tells that a file was overwritten or replaced."""
+
+    size: int
+    modified_ns: int
+    inode: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, place: Path | int) -> FileState:
+        """The state of a path or an open file."""
+        about = os.stat(place)
+        return cls(about.st_size, about.st_mtime_ns, about.st_ino, about.st_ctime_ns)
+
+    def differs(self, other: FileState) -> bool:
+        """Tell other content; another number alone is not: some network file systems number their files anew."""
+        renumbered = self.inode != other.inode and self.changed_ns != other.changed_ns
+        return renumbered or self[:2] != other[:2]
+
+
+@dataclass(frozen=True, order=True)
+class SourceFile:
+    """A file in the state in which it was first read; without a state it is not on this machine yet."""
+
+    path: Path
+    state: FileState | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name in its folder."""
+        return self.path.name
+
+    @property
+    def stamp(self) -> tuple[str, int, int]:
+        """Name, size and time, by which a later process knows it again."""
+        assert self.state is not None
+        return self.name, self.state.size, self.state.modified_ns
+
+    def check(self, now: FileState) -> None:
+        """SourceChangedError if the file is in another state now."""
+        if self.state is not None and self.state.differs(now):
+            raise self.changed("overwritten or replaced")
+
+    def changed(self, what: str) -> SourceChangedError:
+        """The error to raise where something happened to the file."""
+        return SourceChangedError(
+            f"{self.path} was {what} while it was in use, so nothing was written: run the command again once nothing changes it"
+        )
+
+    def check_here(self) -> None:
+        """SourceChangedError if what has the file's name now is not what was read."""
+        if self.state is None:
+            return
+        try:
+            self.check(FileState.of(self.path))
+        except FileNotFoundError:
+            raise self.changed("removed") from None
+
+
+def check_unchanged(files: Iterable[SourceFile]) -> None:
+    """SourceChangedError if one of the files is not what it was when it was first read."""
+    for file in files:
+        file.check_here()
 
 
 def check_target_name(target: Path) -> None:
@@ -27,6 +94,33 @@ def check_target_name(target: Path) -> None:
         raise InputError(f"{target} would lie in {above}, which is a file: choose another folder")
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise InputError(f"the name {target.name[:40]}... is too long for a folder: choose a shorter one")
+
+
+def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Sequence[str], force: bool) -> None:
+    """InputError where a folder of this name must not be written: it lies in a source or holds one, or exists.
+
+    With `force` it may exist if it is empty or has one of the files by which results are known (`marks`).
+    """
+    check_target_name(target)
+    real = target.resolve()
+    for name, folder in sources:
+        source = folder.resolve()
+        if real == source or source in real.parents:
+            raise InputError(f"the output {target} lies in {name}'s own folder: choose another one")
+        if real in source.parents and target.exists():
+            raise InputError(f"{name} lies in the output {target} and would be replaced with it: choose another output")
+    if target.exists() and not force:
+        raise InputError(f"{target} already exists: choose another folder, or replace it with --force")
+    ours = any((target / mark).exists() for mark in marks)
+    if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
+
+
+def target_of(out: str | Path) -> Path:
+    """The absolute path of a folder to be written. A link to an empty folder stands for that folder, on its own disk."""
+    target = Path(os.path.abspath(out))
+    empty = os.path.islink(target) and target.is_dir() and not any(target.iterdir())
+    return target.resolve() if empty else target
 
 
 @contextmanager

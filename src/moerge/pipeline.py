@@ -17,11 +17,12 @@ from typing import Any
 
 from moerge.checkpoint.card import model_card
 from moerge.checkpoint.digest import file_digest
-from moerge.checkpoint.manifest import build_manifest, to_json
-from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, interrupted
+from moerge.checkpoint.manifest import build_manifest, damaged_files, read_manifest, to_json
+from moerge.checkpoint.reader import open_folder
+from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, clear, interrupted
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
-from moerge.files import check_target_name
+from moerge.files import check_target, check_unchanged, target_of
 from moerge.moe.fitting import Calibrating, fit_outputs
 from moerge.planning.build import build_plan
 from moerge.planning.execute import Execution
@@ -38,7 +39,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge. Times are in seconds; `publish_seconds` is spent making the files durable and naming them."""
+    """A finished merge. Times are in seconds; `publish_seconds` is spent making the files durable and naming them.
+
+    `was_complete`: there was nothing left to resume, and nothing was done.
+    """
 
     folder: Path
     plan: Plan
@@ -46,6 +50,7 @@ class MergeResult:
     merge_seconds: float
     publish_seconds: float
     nonfinite_inputs: tuple[str, ...]
+    was_complete: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""
@@ -55,6 +60,7 @@ class MergeResult:
             "publish_seconds": round(self.publish_seconds, 3),
             "threads": self.threads,
             "nonfinite_inputs": list(self.nonfinite_inputs),
+            "was_complete": self.was_complete,
             **self.plan.summary(self.threads),
         }
 
@@ -64,8 +70,8 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = 
 
     `recipe` is a YAML file's path or the same structure as a dict, whose relative paths start from the working directory.
     `seed` replaces the recipe's seeds. `clients` are programs that are to run the result, such as "llama.cpp" (see
-    `moerge.clients`): what they will do differently is among the plan's warnings. Raises InputError if the recipe or a model is
-    at fault, or if one of the clients cannot run the result.
+    `moerge.clients`): what they will do differently is in the plan's `client_warnings`. Raises InputError if the recipe or a
+    model is at fault, or if one of the clients cannot run the result.
     """
     return check_plan(build_plan(load_recipe(recipe, seed=seed)), clients)
 
@@ -85,22 +91,27 @@ def merge(
 ) -> MergeResult:
     """Carry out a plan (or a recipe) and write the checkpoint folder `out`.
 
-    `resume` continues an interrupted merge into `out`; `force` replaces a checkpoint that moerge made there before.
+    `resume` continues an interrupted merge into `out`, and is content with a complete one of the same plan; `force` replaces a
+    checkpoint that moerge made there before.
     The result does not depend on `threads` (default: the cores available), and its tensors not on `max_shard_bytes`.
     `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread; `calibrating`,
     with a number and "texts" or "tokens" once something is computed from as many of them, and returns what is told those done.
     `clients` are as in `plan`, asked before anything is written; the files do not depend on them.
-    Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
+    Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk, SourceChangedError where a
+    model's file was changed since the plan was made.
     """
     plan = plan if isinstance(plan, Plan) else build_plan(load_recipe(plan))
-    check_plan(plan, clients)
-    target = Path(os.path.abspath(out))
-    start = check_target(plan, target, resume=resume, force=force)
-    if not plan.complete:  # only now, since a download may take hours
-        plan = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
+    plan = check_plan(plan, clients)
+    target, threads = target_of(out), threads or default_threads()
+    if resume and (written := _manifest_of(target)):
+        plan = _complete(plan)
+        if _is_result(target, written, plan, max_shard_bytes):
+            clear(target)
+            return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
+    start = check_start(plan, target, resume=resume, force=force)
+    plan = _complete(plan)
     for fitting in plan.fittings:
         fitting.fitter.require()
-    threads = threads or default_threads()
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
@@ -114,10 +125,35 @@ def merge(
         if remarks:
             plan = replace(plan, warnings=(*plan.warnings, *remarks))
         merged = time.perf_counter()
+        check_unchanged(plan.sources)
         staging.publish(_with_manifest(plan, staging), replace=force)
-    return MergeResult(
-        target, check_plan(plan, clients), threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite)
-    )
+    return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite))
+
+
+def _complete(plan: Plan) -> Plan:
+    """The plan with all inputs on this machine; a download may take hours."""
+    if plan.complete:
+        return plan
+    complete = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
+    return replace(complete, client_warnings=plan.client_warnings, client_notes=plan.client_notes)
+
+
+def _manifest_of(target: Path) -> Mapping[str, Any]:
+    """The manifest of a folder that moerge made, or nothing."""
+    try:
+        return read_manifest(target) or {}
+    except InputError:
+        return {}
+
+
+def _is_result(target: Path, manifest: Mapping[str, Any], plan: Plan, max_shard_bytes: int) -> bool:
+    """Tell a checkpoint that this plan has made and nobody has changed since, as far as its headers and small files show it."""
+    try:
+        shards = {file.name for file in open_folder(target).files}
+    except InputError:
+        return False
+    same = manifest.get("plan") == plan.fingerprint and manifest["versions"].get("moerge") == version("moerge")
+    return same and shards == assign_shards(plan.outputs, max_shard_bytes).keys() and not damaged_files(target, manifest)
 
 
 def default_threads() -> int:
@@ -135,21 +171,13 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
     return {**files, MANIFEST: to_json(build_manifest(plan, staging, digests))}
 
 
-def check_target(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
+def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
     """How writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
-    check_target_name(target)
-    real, left = target.resolve(), interrupted(target)
-    for name, source in [(model.name, folder.resolve()) for model in plan.models for folder in model.folders]:
-        if real == source or source in real.parents:
-            raise InputError(f"the output {target} lies in {name}'s own folder: choose another one")
-        if real in source.parents and target.exists():
-            raise InputError(f"{name} lies in the output {target} and would be replaced with it: choose another output")
+    sources = [(model.name, folder) for model in plan.models for folder in model.folders]
     if being_written(target):
         raise InputError(busy(target))
-    if target.exists() and not force:
-        raise InputError(f"{target} already exists: choose another folder, or replace it with --force")
-    if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
+    check_target(target, sources, marks=(MANIFEST,), force=force)
+    left = interrupted(target)
     if left and not (resume or force):
         raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
     _check_space(plan, target, staged=left and resume)

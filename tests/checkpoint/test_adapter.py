@@ -247,7 +247,7 @@ def test_names_with_and_without_the_models_prefix(tmp_path: Path, prefix_less: b
 )
 def test_square_matrices(tmp_path: Path, model_type: str, module: str, fan_in_fan_out: bool, transposed: bool) -> None:
     zero = {f"{module}.weight": np.zeros((4, 4), np.float32)}
-    base = write_checkpoint(tmp_path / "base", zero, {"model_type": model_type, "vocab_size": 9})
+    base = write_checkpoint(tmp_path / "base", zero, {"model_type": model_type, "vocab_size": 9, "tie_word_embeddings": False})
     factors = low_rank(module, (4, 4), rank=2)
     adapter = write_adapter(tmp_path / "lora", factors, r=2, lora_alpha=2, fan_in_fan_out=fan_in_fan_out)
     change = factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]

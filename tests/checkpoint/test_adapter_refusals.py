@@ -34,8 +34,7 @@ def refused(adapter: Path, base: Path, *parts: str) -> None:
         ({"peft_type": "PREFIX_TUNING"}, "a PREFIX_TUNING adapter adds virtual tokens or layers, no weights"),
         ({"peft_type": None}, "of type NONE"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers of the base"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "changes parameters that transformers fuses in memory"),
-        ({"trainable_token_indices": [1, 2]}, "stores single rows of the embedding"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "merge it into its base with peft (merge_and_unload)"),
         ({"megatron_config": {"tp": 2}}, "Megatron's parallel layers"),
         ({"use_qalora": True}, "QALoRA"),
         ({"alora_invocation_tokens": [7]}, "acts on some tokens only (aLoRA)"),
@@ -107,8 +106,17 @@ def test_a_magnitude_of_the_wrong_length(tmp_path: Path) -> None:
                 "model.embed_tokens.lora_embedding_A": np.zeros((8, 64), np.float32),
                 "model.embed_tokens.lora_embedding_B": np.zeros((16, 8), np.float32),
             },
-            {"ensure_weight_tying": True},
+            {},
             "model.embed_tokens.weight",
+        ),
+        (
+            {
+                "model.embed_tokens.lora_embedding_A": np.zeros((8, 64), np.float32),
+                "model.embed_tokens.lora_embedding_B": np.zeros((16, 8), np.float32),
+                **low_rank("lm_head", (64, 16), rank=8),
+            },
+            {"ensure_weight_tying": True, "alpha_pattern": {"lm_head": 3}},
+            "lm_head.weight",
         ),
         (
             {"model.embed_tokens.weight": np.zeros((64, 16), np.float32)},
@@ -163,3 +171,18 @@ def test_the_conversion_of_a_pickle_works(tmp_path: Path) -> None:
     assert after.keys() == before.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
+
+
+@pytest.mark.parametrize(
+    ("indices", "rows", "named"),
+    [
+        ([3, 5], 3, "names 2 rows"),
+        ([3, 64], 2, "names 2 rows"),
+        ({"lm_head": [1]}, 1, "names 0 rows"),
+        ("all", 1, "trainable_token"),
+    ],
+)
+def test_rows_that_do_not_fit(tmp_path: Path, indices: object, rows: int, named: str) -> None:
+    base = make_models(tmp_path)["base"]
+    stored = {"model.embed_tokens.token_adapter.trainable_tokens_delta": np.zeros((rows, 16), np.float32)}
+    refused(write_adapter(tmp_path / "lora", stored, trainable_token_indices=indices), base, named)

@@ -157,6 +157,12 @@ def test_a_run_killed_after_the_rename_leaves_nothing_in_the_folder(tmp_path: Pa
     assert snapshot(out) == snapshot(tmp_path / "expected")
     assert [path.name for path in staging_folder(out).iterdir()] == [JOURNAL]
     assert "already exists" in moerge("merge", recipe, out, "--max-shard-size", f"{SHARD}B").err
+    resumed = moerge("merge", recipe, out, *OPTIONS, "--resume")
+    assert (resumed.code, resumed.err) == (0, "") and "is complete already" in " ".join(resumed.out.split())
+    assert snapshot(out) == snapshot(tmp_path / "expected") and not staging_folder(out).exists()
+    assert moerge("merge", recipe, out, *OPTIONS, "--resume", "--json").json["was_complete"] is True
+    shutil.rmtree(out)
+    crash(recipe, out, after=calls.index("rename") + 1)
     shutil.rmtree(out)
     merge(recipe, out, max_shard_bytes=SHARD)  # nothing is left to resume, so it is not asked for
     assert snapshot(out) == snapshot(tmp_path / "expected")
@@ -172,6 +178,39 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     merge(write_recipe(tmp_path, **DENSE), tmp_path / "out", force=True)
     assert snapshot(tmp_path / "elsewhere") == before != snapshot(tmp_path / "out")
     assert not staging_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["recipe", "seed", "input", "shard size", "file", "shard", "header"])
+def test_a_complete_result_of_something_else_is_not_taken_for_this_ones(tmp_path: Path, change: str) -> None:
+    make_models(tmp_path)
+    recipe, out = write_recipe(tmp_path, **DENSE), tmp_path / "out"
+    merge(recipe, out, max_shard_bytes=SHARD)
+    options = {"seed": (*OPTIONS, "--seed", "1"), "shard size": ()}.get(change, OPTIONS)
+    if change == "recipe":
+        recipe = write_recipe(tmp_path, "other.yaml", merge={**DENSE["merge"], "scale": 0.5})
+    elif change == "input":
+        write_checkpoint(tmp_path / "code", llama_tensors(llama_config(), expert=9))
+    elif change == "file":
+        edit_config(out, rope_theta=5.0)
+    elif change == "shard":
+        next(out.glob("*.safetensors")).unlink()
+    elif change == "header":
+        next(out.glob("*.safetensors")).write_bytes(b"{}")
+    result = moerge("merge", recipe, out, *options, "--resume")
+    assert (result.code, "already exists" in result.err) == (2, True)
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path: Path) -> None:
+    """Perhaps on another disk, to which its owner wants the result to go."""
+    make_models(tmp_path)
+    (tmp_path / "disk" / "place").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "place")
+    recipe = write_recipe(tmp_path)
+    assert moerge("merge", recipe, tmp_path / "out").code == 2
+    assert moerge("merge", recipe, tmp_path / "out", "--force").code == 0
+    assert (tmp_path / "out").is_symlink()
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"place"}
+    assert (tmp_path / "disk" / "place" / "moerge.json").exists()
 
 
 @pytest.fixture

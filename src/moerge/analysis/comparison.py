@@ -13,7 +13,7 @@ from moerge.analysis.similarity import Similarity, measure, summarise, work_byte
 from moerge.analysis.verdict import Verdict, advise, judge
 from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
-from moerge.files import write_whole
+from moerge.files import check_unchanged, write_whole
 from moerge.pipeline import default_threads
 from moerge.recipe import Recipe, load_recipe
 
@@ -99,6 +99,7 @@ def compare(
         plan = compared_plan(loaded, density=density, weights=True, commits=commits)
     advance = progress(work_bytes(plan)) if progress else lambda nbytes: None
     similarity = summarise(plan, measure(plan, threads or default_threads(), advance))
+    check_unchanged(plan.sources)
     verdicts = judge(similarity)
     return Comparison(
         loaded.source,

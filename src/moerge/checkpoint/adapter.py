@@ -14,13 +14,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moerge.architecture import family_of
+from moerge.architecture.config import canonical
 from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from moerge.checkpoint.lowrank import LowRankTensor, RecentFactors
+from moerge.checkpoint.module_names import Names
 from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
+from moerge.checkpoint.rows import RowsTensor
 from moerge.checkpoint.tensor import Tensor
 from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError
+from moerge.files import FileState, SourceFile
 
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -33,7 +39,9 @@ _PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
-_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.[^.]+$)")
+_WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|modules_to_save)(?=\.[^.]+$)")
+_UNTRAINED = ".original_module."
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _VOCABULARY = re.compile(r"(^|\.)(embed_tokens|embed_in|embed_out|lm_head|wte|word_embeddings|output)\.weight$")
 """What embeddings and heads are called."""
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -114,7 +122,20 @@ def holds_vocabulary(name: str) -> bool:
 def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """The base's config, with the vocabulary of the adapter where that comes with an embedding of another size."""
     rows = {tensors[name].shape[0] for name, tensor in base.tensors.items() if tensors[name].shape != tensor.shape}
-    return {**base.config, "vocab_size": rows.pop()} if len(rows) == 1 else base.config
+    if len(rows) != 1:
+        return base.config
+    size, inner = {"vocab_size": rows.pop()}, base.config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return {**base.config, **size}
+    return {**base.config, **(size if "vocab_size" in base.config else {}), "text_config": {**inner, **size}}
+
+
+def _ties(base: Checkpoint) -> bool:
+    """Whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
+    inner = base.config.get("text_config")
+    known = canonical({**(inner if isinstance(inner, Mapping) else {}), **base.config}, family_of(base.config))
+    tied = known.get("tie_word_embeddings")
+    return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
 
 
 def _other_base(adapter: Checkpoint, base: Checkpoint, config: AdapterConfig) -> list[str]:
@@ -135,51 +156,68 @@ class _Application:
         self.label = f"{adapter.name}: " if adapter.name else ""
         self.recent = RecentFactors()
         self.family = family_of(base.config)
-        self.spelled = {self.family.spelled(name): name for name in base.tensors} if self.family else {}
+        self.names = Names(base.tensors)
+        self.tied = _ties(base)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the adapted model, in the base's order."""
-        modules, whole = self._parsed()
-        self._check_tied(set(modules), whole)
+        modules, whole, rows = self._parsed()
+        if self.tied:
+            self._check_tied(modules, whole, rows)
         replaced = {name: self._whole(name, tensor) for name, tensor in whole.items()}
         found: dict[str, Tensor] = {**self.base.tensors, **replaced}
+        for module, tensor in rows.items():
+            changed = self._with_rows(module, tensor, found)
+            found[changed.name] = changed
         for module, parts in modules.items():
             found |= self._low_rank(module, parts, found)
         return found
 
-    def _parsed(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Parts of low-rank tensors by module, and whole tensors by their name in the base."""
+    def _parsed(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """Parts of low-rank tensors by module, whole tensors by their name in the base, and tokens' rows by module."""
         modules: dict[str, dict[str, Tensor]] = {}
         whole: dict[str, Tensor] = {}
-        for key, tensor in self.adapter.tensors.items():
-            plain = key.removeprefix(_PREFIX)
+        rows: dict[str, Tensor] = {}
+        keys = sorted(self.adapter.tensors, key=lambda key: ".modules_to_save." not in key)  # of copies peft reads the plain one
+        for key in keys:
+            tensor, plain = self.adapter.tensors[key], key.removeprefix(_PREFIX)
             match = _KEY.fullmatch(plain)
             if match:
                 modules.setdefault(match["module"], {})[_PARTS[match["part"]]] = tensor
-                continue
-            name = _WRAPPED.sub("", plain)
-            whole[self._stored_name(name) or name] = tensor
-        return modules, whole
+            elif plain.endswith(_ROWS):
+                rows[plain.removesuffix(_ROWS)] = tensor
+            elif _UNTRAINED not in plain:
+                name = _WRAPPED.sub("", plain)
+                whole[self._stored_name(name) or name] = tensor
+        return modules, whole, rows
 
     def _stored_name(self, name: str) -> str | None:
-        """What the base calls a tensor. Families spell names in several ways; others may lack a prefix that modules have."""
-        if name in self.base.tensors:
-            return name
-        if self.family and self.family.spelled(name) in self.spelled:
-            return self.spelled[self.family.spelled(name)]
-        shorter = name.partition(".")[2]
-        if shorter in self.base.tensors:
-            return shorter
-        longer = [known for known in self.base.tensors if known.endswith(f".{name}")]
-        return longer[0] if len(longer) == 1 else None
+        """What the base calls a tensor that modules in memory may call otherwise."""
+        return self.names.find(name) or (self.names.find(self.family.spelled(name)) if self.family else None)
+
+    def _with_rows(self, module: str, trained: Tensor, found: Mapping[str, Tensor]) -> RowsTensor:
+        """A tensor of which single rows were trained (trainable_token_indices): those instead of the base's."""
+        name, numbers = self._stored_name(f"{module}.weight"), self.config.trained_rows(module)
+        if name is None:
+            raise self._error(f"tensor {trained.name!r} of the adapter has no place in the base {self.base.location}")
+        count, *width = found[name].shape
+        if trained.shape != (len(numbers), *width) or not all(0 <= number < count for number in numbers):
+            raise self._error(
+                f"tensor {trained.name!r} of the adapter has shape {list(trained.shape)}, but {ADAPTER_CONFIG} names "
+                f"{len(numbers)} rows of {name!r}, which has shape {list(found[name].shape)}"
+            )
+        rows_V = np.full(count, -1, np.int32)
+        rows_V[list(numbers)] = np.arange(len(numbers), dtype=np.int32)
+        own_V = np.arange(count, dtype=np.int32)
+        return RowsTensor(name, (found[name], trained), (own_V, rows_V), (rows_V >= 0).astype(np.int16))
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor that the adapter stores completely (modules_to_save, trained biases, a resized embedding)."""
         if name not in self.base.tensors:
             raise self._error(f"tensor {tensor.name!r} of the adapter has no place in the base {self.base.location}")
         expected = self.base.tensors[name].shape
-        vocabulary = len(expected) == 2 and expected[0] == self.base.config.get("vocab_size")
-        if tensor.shape != expected and not (vocabulary and tensor.shape[1:] == expected[1:]):
+        resized = holds_vocabulary(name) and len(tensor.shape) == 2 and tensor.shape[1:] == expected[1:]
+        if tensor.shape != expected and not resized:
             raise self._error(
                 f"tensor {tensor.name!r} of the adapter has shape {list(tensor.shape)}, the base's is {list(expected)}: "
                 "was the adapter trained on this base?"
@@ -256,26 +294,41 @@ class _Application:
     def _tensor(
         self, base: Tensor, a: Tensor | None, b: Tensor, module: str, transposed: bool, magnitude: Tensor | None
     ) -> LowRankTensor:
-        settings = self.adapter.folder / ADAPTER_CONFIG
+        path = self.adapter.folder / ADAPTER_CONFIG
+        settings = SourceFile(path, FileState.of(path))
         return LowRankTensor(base, a, b, self.config.scale(module), transposed, magnitude, settings, self.recent)
 
-    def _check_tied(self, modules: set[str], whole: dict[str, Tensor]) -> None:
-        """Where the base ties its head to the embedding, changing one of the two would untie them; drops the head's copy."""
-        if not self.base.config.get("tie_word_embeddings"):
-            return
-        names = {f"{module}.weight" for module in modules} | set(whole)
-        tied = sorted(name for name in names if holds_vocabulary(name))
-        untied = [name for name in tied if name.removesuffix(".weight") in modules]
-        if not self.config.ensure_weight_tying:
-            untied += [name for name in tied if self.config.saves(name.removesuffix(".weight"))]
+    def _check_tied(self, modules: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """InputError for what would untie head and embedding, which are one; where both are changed alike, drops the head's part.
+
+        peft's own `merge_and_unload` adds a LoRA of both to their one tensor twice; here it counts once, as while training.
+        """
+        if self.config.ensure_weight_tying:
+            tied = {module: parts for module, parts in modules.items() if holds_vocabulary(f"{module}.weight")}
+            embedding = next((module for module, parts in tied.items() if "embedding_a" in parts), None)
+            for module in tied:
+                if embedding and module != embedding and self.config.scale(module) == self.config.scale(embedding):
+                    del modules[module]
+            untied = [module for module in tied if module in modules and module != embedding]
+        else:
+            untied = [module for module in modules if holds_vocabulary(f"{module}.weight")]
+            untied += [
+                module for name in whole if holds_vocabulary(name) and self.config.saves(module := name[: -len(".weight")])
+            ]
+        heads = [module for module in rows if self._stored_name(f"{module}.weight") is None]
+        embeddings = {self.config.trained_rows(module) for module in rows if module not in heads}
+        for module in heads:
+            if {self.config.trained_rows(module)} == embeddings:
+                del rows[module]
+            else:
+                untied.append(module)
         if untied:
             raise self._error(
-                f"the adapter changes {untied[0]!r}, which the base ties (embedding and head are one tensor), and so would untie "
-                "them: untie base and experts first, by saving them with tie_word_embeddings=False"
+                f"the adapter changes '{sorted(untied)[0]}.weight', which the base ties (embedding and head are one tensor), and "
+                "so would untie them: untie base and experts first, by saving them with tie_word_embeddings=False"
             )
-        for name in tied:
-            if name not in self.base.tensors:
-                del whole[name]
+        for name in [name for name in whole if holds_vocabulary(name) and name not in self.base.tensors]:
+            del whole[name]
 
     def _error(self, problem: str) -> InputError:
         return InputError(f"{self.label}{self.adapter.folder}: {problem}")

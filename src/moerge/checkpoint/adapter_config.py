@@ -13,10 +13,10 @@ from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
 from moerge.errors import InputError
 
 _PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"}
+_MERGE = "merge it into its base with peft (merge_and_unload) and name the resulting folder"
 _REFUSED = {
-    "layer_replication": "repeats layers of the base, so its tensors are not those of the base",
-    "target_parameters": "changes parameters that transformers fuses in memory (experts of a MoE), which are stored otherwise",
-    "trainable_token_indices": "stores single rows of the embedding",
+    "layer_replication": f"repeats layers of the base, so its tensors are not those of the base: {_MERGE}",
+    "target_parameters": f"changes parameters that transformers fuses in memory (experts of a MoE): {_MERGE}",
     "megatron_config": "was trained on Megatron's parallel layers, whose tensors are not those of the base",
     "use_qalora": "pools its inputs (QALoRA), which is no change of the base's weights",
     "alora_invocation_tokens": "acts on some tokens only (aLoRA), which no merged weight can do",
@@ -62,6 +62,7 @@ class AdapterConfig(BaseModel):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
     ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] = Field(default_factory=list)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -97,6 +98,12 @@ class AdapterConfig(BaseModel):
         """Whether a module was trained completely."""
         return any(module.endswith(name) for name in self.modules_to_save)
 
+    def trained_rows(self, module: str) -> tuple[int, ...]:
+        """The numbers of the single rows of a module that were trained, in the order in which they are stored."""
+        if isinstance(self.trainable_token_indices, list):
+            return tuple(self.trainable_token_indices)
+        return next((tuple(rows) for key, rows in self.trainable_token_indices.items() if f".{module}".endswith(f".{key}")), ())
+
     def remarks(self, name: str) -> list[str]:
         """A warning about keys of which nothing is known."""
         unknown = [key for key, value in (self.model_extra or {}).items() if value and key not in _HARMLESS]
@@ -121,10 +128,7 @@ def read_adapter_config(adapter: Checkpoint) -> AdapterConfig:
     if kind in _PROMPTS:
         raise InputError(f"{where}{path}: a {kind} adapter adds virtual tokens or layers, no weights that could be merged")
     if kind != "LORA":
-        raise InputError(
-            f"{where}{path}: the adapter is of type {kind}, moerge reads LORA: merge it into its base with peft "
-            "(merge_and_unload) and name the resulting folder"
-        )
+        raise InputError(f"{where}{path}: the adapter is of type {kind}, moerge reads LORA: {_MERGE}")
     for key, reason in _REFUSED.items():
         if written.get(key):
             raise InputError(f"{where}{path}: the adapter has {key!r}: it {reason}")

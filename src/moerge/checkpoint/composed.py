@@ -11,13 +11,13 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
 from moerge.checkpoint.tensor import Elements, Sized, Tensor, rectangles
 from moerge.checkpoint.tokenizer.pieces import EXACT, Pieces
+from moerge.files import SourceFile
 from moerge.methods.codec import decode
 from moerge.methods.jit import kernel
 
@@ -63,7 +63,7 @@ class ComposedRows(Sized):
         return (len(self.pieces.kinds_V), *((self.width or size) for size in self.source.shape[1:]))
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """The source's."""
         return self.source.files
 

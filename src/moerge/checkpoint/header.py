@@ -20,6 +20,7 @@ import numpy as np
 from moerge.checkpoint.dtypes import DTYPES, DType
 from moerge.checkpoint.tensor import Sized
 from moerge.errors import InputError, MachineError
+from moerge.files import FileState, SourceFile
 
 MAX_HEADER_BYTES = 100_000_000
 _TOO_LARGE, _MOST_DIMENSIONS = 1 << 63, 64
@@ -33,11 +34,11 @@ class StoredTensor(Sized):
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    file: Path
+    file: SourceFile
     offset: int
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """The one file it lies in."""
         return (self.file,)
 
@@ -52,9 +53,10 @@ class FileElements:
     def __init__(self, tensor: StoredTensor) -> None:
         self._tensor = tensor
         try:
-            self._descriptor = os.open(tensor.file, os.O_RDONLY)
+            self._descriptor = os.open(tensor.file.path, os.O_RDONLY)
         except OSError as error:
-            raise InputError(f"cannot read {tensor.file}: {error.strerror or error}") from None
+            raise InputError(f"cannot read {tensor.file.path}: {error.strerror or error}") from None
+        tensor.file.check(FileState.of(self._descriptor))
 
     def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
         """Fill `out_N` with elements `start` and following, and return it."""
@@ -63,11 +65,9 @@ class FileElements:
             try:
                 count = os.preadv(self._descriptor, [view], offset)
             except OSError as error:
-                raise MachineError(f"reading {self._tensor.file} failed: {error.strerror or error}") from None
+                raise MachineError(f"reading {self._tensor.file.path} failed: {error.strerror or error}") from None
             if count == 0:
-                raise InputError(
-                    f"{self._tensor.file} ended inside tensor {self._tensor.name!r}: it was changed while being read"
-                )
+                raise self._tensor.file.changed("cut short")
             view, offset = view[count:], offset + count
         return out_N
 
@@ -83,7 +83,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         with open(path, "rb") as file:
-            file_size = os.fstat(file.fileno()).st_size
+            state = FileState.of(file.fileno())
+            file_size = state.size
             start = file.read(8)
             if len(start) < 8:
                 raise InputError(f"{path} is truncated ({file_size} bytes, not even a header): fetch or copy it again")
@@ -97,7 +98,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raw = file.read(length)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    tensors = [stored_tensor(path, name, entry, 8 + length) for name, entry in _parse(path, raw).items()]
+    source = SourceFile(path, state)
+    tensors = [stored_tensor(source, name, entry, 8 + length) for name, entry in _parse(path, raw).items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_layout(path, tensors, 8 + length, file_size)
     return {tensor.name: tensor for tensor in tensors}
@@ -131,9 +133,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def stored_tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> StoredTensor:
     """One entry of a header as a tensor; InputError if it contradicts itself."""
-    where = f"tensor {name!r} in {path}"
+    where = f"tensor {name!r} in {file.path}"
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -146,7 +148,7 @@ def stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredT
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InputError(f"{where} has the element type {dtype_name!r}, which moerge does not read")
-    tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), path, data_start + begin)
+    tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), file, data_start + begin)
     if tensor.nbytes != end - begin:
         raise InputError(
             f"{where} lies about its size: shape {shape} of {dtype_name} needs {tensor.nbytes:,} bytes, "

@@ -22,6 +22,7 @@ from moerge.checkpoint.reader import (
     read_json,
 )
 from moerge.errors import InputError, MachineError, MoergeError
+from moerge.files import SourceFile
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "README.md")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -59,7 +60,7 @@ def locate(
         raise
     if fetched is None:
         return replace(open_folder(snapshot, name=name, location=location), revision=snapshot.name)
-    tensors = {key: stored_tensor(snapshot / file, key, entry, 0) for key, (file, entry) in fetched.items()}
+    tensors = {key: stored_tensor(SourceFile(snapshot / file), key, entry, 0) for key, (file, entry) in fetched.items()}
     adapter = {file for file, _ in fetched.values()} == {ADAPTER_WEIGHTS}
     config = read_json(snapshot / (ADAPTER_CONFIG if adapter else "config.json"))
     return Checkpoint(name, location, snapshot, config, tensors, snapshot.name, complete=False)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
 from moerge.checkpoint.tensor import Elements, Sized, Tensor, rectangles
+from moerge.files import SourceFile
 from moerge.methods.codec import decode
 from moerge.methods.jit import kernel
 
@@ -77,7 +77,7 @@ class LowRankTensor(Sized):
     scale: float
     transposed: bool
     magnitude: Tensor | None
-    settings: Path
+    settings: SourceFile
     recent: RecentFactors = field(repr=False, compare=False)
 
     @property
@@ -96,7 +96,7 @@ class LowRankTensor(Sized):
         return self.base.shape
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """The base's, the adapter's, and the adapter's settings."""
         factors = (*(self.a.files if self.a else ()), *self.b.files, *(self.magnitude.files if self.magnitude else ()))
         return tuple(dict.fromkeys((*self.base.files, *factors, self.settings)))

@@ -56,6 +56,7 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
             for used in plan.statistics
         },
         "vocabulary": dict(plan.vocabulary),
+        "plan": plan.fingerprint,
         "warnings": list(plan.warnings),
         "nonfinite_inputs": staging.nonfinite,
         "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",

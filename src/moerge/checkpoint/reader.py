@@ -12,6 +12,7 @@ from typing import Any
 from moerge.checkpoint.header import StoredTensor, read_header
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
+from moerge.files import SourceFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,6 +72,16 @@ class Checkpoint:
     def model_type(self) -> str:
         """config.json's `model_type`, or "" where it has none."""
         return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The files that its tensors are read from, as they were when their headers were read."""
+        return tuple(sorted({file for tensor in self.tensors.values() for file in tensor.files}))
+
+    @property
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and time of each of them that is on this machine."""
+        return tuple(file.stamp for file in self.files if file.state)
 
     @cached_property
     def nbytes(self) -> int:

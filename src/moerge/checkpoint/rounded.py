@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
 from moerge.checkpoint.tensor import Sized, Tensor
+from moerge.files import SourceFile
 from moerge.methods.codec import decode, encode
 
 
@@ -39,7 +39,7 @@ class Rounded(Sized):
         return self.source.shape
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """The source's."""
         return self.source.files
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
 from moerge.checkpoint.tensor import Elements, Sized, Tensor
+from moerge.files import SourceFile
 from moerge.methods.codec import decode, encode
 
 MEAN = -1
@@ -56,7 +56,7 @@ class RowsTensor(Sized):
         return (len(self.picks_V), *self.sources[0].shape[1:])
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """Those of all sources."""
         return tuple(dict.fromkeys(file for source in self.sources for file in source.files))
 

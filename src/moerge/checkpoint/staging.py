@@ -27,7 +27,7 @@ import numpy as np
 from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import INDEX, WEIGHTS
-from moerge.errors import InputError, MachineError
+from moerge.errors import InputError, MachineError, SourceChangedError
 from moerge.files import make_durable
 from moerge.planning.operations import Output
 
@@ -62,6 +62,12 @@ def being_written(target: Path) -> bool:
 def busy(target: Path) -> str:
     """What to tell the second of two processes that write the same target."""
     return f"another moerge is writing {target} right now: wait for it, or choose another folder"
+
+
+def clear(target: Path) -> None:
+    """Remove what a run has left that was killed after its checkpoint got its name."""
+    if staging_folder(target).exists() and not being_written(target):
+        shutil.rmtree(staging_folder(target), ignore_errors=True)
 
 
 def _locked(file: FileIO, kind: int) -> bool:
@@ -261,7 +267,7 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, InputError):
+        if isinstance(error, (InputError, SourceChangedError)):
             self.discard()
         self._close()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
+from moerge.files import SourceFile
 
 
 class Tensor(Protocol):
@@ -42,7 +42,7 @@ class Tensor(Protocol):
         ...
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """The files it is read from: a plan made before one of them changed is out of date."""
         ...
 
@@ -83,7 +83,7 @@ class ArrayTensor(Sized):
     flat: np.ndarray = field(repr=False)
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """None."""
         return ()
 

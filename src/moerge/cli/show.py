@@ -43,9 +43,9 @@ def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
         f"memory below {as_size(planned.memory_bytes(threads))} with {threads} threads, roughly {time}",
         highlight=False,
     )
-    for note in planned.notes:
+    for note in (*planned.notes, *planned.client_notes):
         console.print(escape(note), highlight=False)
-    print_warnings(planned.warnings)
+    print_warnings((*planned.warnings, *planned.client_warnings))
 
 
 def recipe(planned: Plan) -> None:
@@ -56,7 +56,7 @@ def recipe(planned: Plan) -> None:
 
     plain = json.loads(json.dumps(equivalent_recipe(planned)))  # without anchors
     sys.stdout.write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-    print_warnings(planned.warnings)
+    print_warnings((*planned.warnings, *planned.client_warnings))
 
 
 def merge(result: MergeResult, *, quiet: bool, as_json: bool) -> None:
@@ -64,10 +64,13 @@ def merge(result: MergeResult, *, quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
         return
-    print_warnings(result.plan.warnings)
+    print_warnings((*result.plan.warnings, *result.plan.client_warnings))
     if result.nonfinite_inputs:
         print_warnings([f"inputs with NaN or infinity went into the merge: {', '.join(result.nonfinite_inputs)}"])
     if quiet:
+        return
+    if result.was_complete:
+        Console().print(f"{escape(str(result.folder))} is complete already, of the same plan: nothing was done", highlight=False)
         return
     moved = result.plan.input_bytes + result.plan.output_bytes
     Console().print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -75,14 +75,13 @@ def check_plan(plan: Plan, wanted: Iterable[str]) -> Plan:
     fatal = next((finding for finding in findings if finding.effect == "cannot"), None)
     if fatal:
         raise InputError(fatal.sentence)
-    if not findings:
-        return plan
-    warnings = _sentences(findings, "differs", "unknown")
-    return replace(plan, warnings=(*plan.warnings, *warnings), notes=(*plan.notes, *_sentences(findings, "note")))
-
-
-def _sentences(findings: Sequence[Finding], *effects: str) -> list[str]:
-    return [finding.sentence for finding in findings if finding.effect in effects]
+    warnings = (finding.sentence for finding in findings if finding.effect in ("differs", "unknown"))
+    notes = (finding.sentence for finding in findings if finding.effect == "note")
+    return replace(
+        plan,
+        client_warnings=tuple(dict.fromkeys((*plan.client_warnings, *warnings))),
+        client_notes=tuple(dict.fromkeys((*plan.client_notes, *notes))),
+    )
 
 
 def versions(client: str) -> str:

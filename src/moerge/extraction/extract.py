@@ -22,6 +22,7 @@ from moerge.extraction.card import adapter_card, adapter_config
 from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
 from moerge.extraction.writer import AdapterWriter, Shape
+from moerge.files import check_unchanged
 from moerge.linear_algebra import Map, leading_svd
 from moerge.moe.crew import one_thread_each
 from moerge.pipeline import Progress, default_threads
@@ -78,6 +79,7 @@ def extract(
             for target in targets:
                 work.add(target)
                 advance(2 * target.output.nbytes)
+        check_unchanged(plan.sources)
         return work.publish(base, expert, begun)
 
 

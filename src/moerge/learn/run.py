@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
+from moerge.files import check_unchanged, target_of
 from moerge.learn.coefficients import FILE, Coefficients
 from moerge.learn.settings import Learning
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.moe.running import require_models_extra
-from moerge.pipeline import MergeResult, check_target, merge
+from moerge.pipeline import MergeResult, check_start, merge
 from moerge.planning.build import build_plan, located
 from moerge.planning.heterogeneous import stay_whole
 from moerge.planning.plan import Plan
@@ -71,7 +72,7 @@ def learn(
     from moerge.learn.flow import learn_coefficients
     from moerge.learn.slots import check_recipe
 
-    target, settings = Path(out).absolute(), recipe.learn or Learning()
+    target, settings = target_of(out), recipe.learn or Learning()
     if recipe.moe is not None and recipe.moe.by_sequence and stay_whole(recipe, located(recipe)):
         raise InputError(
             f"{recipe.source}: experts that stay whole models have no coefficients to learn: merge them with `moerge merge` and "
@@ -80,7 +81,7 @@ def learn(
     check_recipe(recipe)
     usable_device(settings.device, f"{recipe.source}: learn.device")
     whole = build_plan(recipe, weights=True)
-    check_target(whole, target, resume=False, force=force)
+    check_start(whole, target, resume=False, force=force)
     kept = target.with_name(f"{target.name}.{FILE}")
     if os.path.lexists(kept) and not force:
         raise InputError(
@@ -91,6 +92,7 @@ def learn(
     learned = learn_coefficients(recipe, dense, settings, watch)
     learned.coefficients.write(kept)
     plan = build_plan(with_coefficients(recipe, learned.coefficients), weights=True)
+    check_unchanged(whole.sources)
     plan = replace(
         plan,
         files={**plan.files, **_files(learned)},

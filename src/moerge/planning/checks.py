@@ -36,7 +36,7 @@ def respelled(model: Checkpoint) -> Checkpoint:
 
 
 def check_models(models: Sequence[Checkpoint]) -> None:
-    """InputError for quantised models, for layouts that are not those on disk, and for models of different types."""
+    """InputError for layouts that are not those on disk, and for models of different types."""
     check_storage(models)
     first = models[0]
     for model in models[1:]:
@@ -48,10 +48,8 @@ def check_models(models: Sequence[Checkpoint]) -> None:
 
 
 def check_storage(models: Sequence[Checkpoint]) -> None:
-    """InputError for quantised models and for layouts that are not those on disk."""
+    """InputError for layouts that are not those on disk."""
     for model in models:
-        if model.config.get("quantization_config"):
-            raise InputError(f"{model.name}: {model.folder} is quantised: merge the unquantised checkpoint it was made from")
         _check_layout(model)
 
 

@@ -6,12 +6,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import F32, DType
 from moerge.checkpoint.tensor import Elements, Sized, Tensor
+from moerge.files import SourceFile
 from moerge.methods.codec import all_finite, decode
 from moerge.planning.operations import Source
 
@@ -39,7 +39,7 @@ class Joined(Sized):
         return types.pop() if len(types) == 1 else F32
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """All files that the parts are read from."""
         return tuple(dict.fromkeys(file for part in self.parts for file in part.tensor.files))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
+from moerge.checkpoint.quantised import refuse_quantised
 from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.recipe.schema import Recipe
@@ -23,6 +24,8 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Mapping[str, str | 
         name: locate(location, name=name, relative_to=recipe.folder, weights=weights, commit=commits.get(name))
         for name, location in locations.items()
     }
+    for model in found.values():
+        refuse_quantised(model)
     base = found.get("base")
     if base is not None and is_adapter(base):
         raise InputError(f"base: {base.folder} is an adapter: name the model that it was trained on{_trained_on(base)}")

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from moerge.architecture.heterogeneous import expert_number
@@ -16,6 +15,7 @@ from moerge.calibration import Texts
 from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
+from moerge.files import SourceFile
 from moerge.moe.fitter import Fitter
 from moerge.moe.router import MODULE, MoESize
 from moerge.planning.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
@@ -40,7 +40,8 @@ class Plan:
     """Outputs in order, with the config and files that go beside them.
 
     `models` holds the base first, where there is one; `experts` names the MoE's experts in the order of their indices, and
-    is empty for a dense merge. `vocabulary` says where the tokens come from.
+    is empty for a dense merge. `vocabulary` says where the tokens come from. What is said about clients is not part of the
+    result: its files do not depend on who was asked about.
     """
 
     recipe: Recipe
@@ -54,6 +55,14 @@ class Plan:
     statistics: tuple[Used, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    client_warnings: tuple[str, ...] = ()
+    client_notes: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """All files that tensors are read from."""
+        read = (*(model.files for model in self.models), *(used.statistics.files for used in self.statistics))
+        return tuple(dict.fromkeys(file for files in read for file in files))
 
     @property
     def complete(self) -> bool:
@@ -152,10 +161,10 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that decides the result: operations, hyperparameters, and the inputs' sizes and times."""
-        inputs = [(model.name, model.location, model.revision, _stamps(model)) for model in self.models]
+        inputs = [(model.name, model.location, model.revision, model.stamps) for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
-        statistics = [(used.model, *_stamp(used.statistics.path)) for used in self.statistics]
+        statistics = [(used.model, *file.stamp) for used in self.statistics for file in used.statistics.files]
         files = {name: file_digest(content) for name, content in self.files.items()}
         whole = [inputs, operations, self.config, texts, statistics, files, self.vocabulary]
         return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
@@ -177,8 +186,8 @@ class Plan:
             "vocabulary": dict(self.vocabulary),
             "calibration": {texts.expert: len(texts.hashes) for texts in self.calibration},
             "to_download": [model.location for model in self.models if not model.complete],
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
+            "notes": [*self.notes, *self.client_notes],
+            "warnings": [*self.warnings, *self.client_warnings],
         }
 
 
@@ -191,12 +200,3 @@ def _describe(operation: Operation) -> Any:
     if isinstance(operation, Copy):
         return sources
     return [sources, operation.method.name, operation.method.model_dump(), operation.weights]
-
-
-def _stamps(model: Checkpoint) -> list[tuple[str, int, int]]:
-    files = sorted({file for tensor in model.tensors.values() for file in tensor.files})
-    return [_stamp(file) for file in files if file.exists()]
-
-
-def _stamp(file: Path) -> tuple[str, int, int]:
-    return file.name, file.stat().st_size, file.stat().st_mtime_ns

@@ -14,7 +14,6 @@ from moerge.errors import InputError
 from moerge.methods.average import Average, Linear
 from moerge.methods.statistical import StatisticsMethod
 from moerge.planning.operations import Merge, Output, Source
-from moerge.statistics.facts import stamps_of
 from moerge.statistics.files import Used, open_statistics, statistics_file
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class Binder:
         if not model.complete:
             return []
         other = model.revision is not None and facts.revision is not None and model.revision != facts.revision
-        changed = facts.folder == str(model.folder.resolve()) and facts.stamps != stamps_of(model)
+        changed = facts.folder == str(model.folder.resolve()) and facts.stamps != model.stamps
         if not other and not changed:
             return []
         what = "are of another revision" if other else "are older than its weights"

@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 
 Kind = Literal["fisher", "gram"]
@@ -109,12 +108,6 @@ def parse_facts(text: str, where: object) -> Facts:
         raise InputError(
             f"{where} holds no statistics that this moerge can read: gather them again with 'moerge stats'"
         ) from None
-
-
-def stamps_of(model: Checkpoint) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of the files that a model's tensors lie in."""
-    files = sorted({file for tensor in model.tensors.values() for file in tensor.files})
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
 def differing_settings(first: Settings, second: Settings) -> str:

@@ -19,6 +19,7 @@ from moerge.checkpoint.header import build_header, read_header, read_metadata
 from moerge.checkpoint.staging import machine_errors
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
+from moerge.files import SourceFile
 from moerge.statistics.facts import Facts, Kind, TextFacts, differing_settings, parse_facts
 
 _FACTS = "moerge.statistics"
@@ -45,6 +46,11 @@ class Statistics:
     path: Path
     facts: Facts
     stored: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The file, as it was when its header was read."""
+        return tuple({file: None for tensor in self.stored.values() for file in tensor.files})
 
     def fisher(self, tensor: str) -> Tensor | None:
         """The sum of squared gradients of a tensor."""

@@ -19,6 +19,7 @@ from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.tensor import Tensor
 from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError, suggest
+from moerge.files import check_unchanged
 from moerge.inference.loading import Loaded, load
 from moerge.methods.statistical import StatisticsMethod
 from moerge.planning.build import build_plan
@@ -26,7 +27,7 @@ from moerge.planning.models import locate_models
 from moerge.planning.operations import Merge
 from moerge.planning.plan import Plan
 from moerge.recipe import Recipe
-from moerge.statistics.facts import KINDS, Facts, Kind, ModelFacts, Settings, TextFacts, stamps_of
+from moerge.statistics.facts import KINDS, Facts, Kind, ModelFacts, Settings, TextFacts
 from moerge.statistics.files import Statistics, StatisticsWriter, add_up, check_replaceable, open_statistics, statistics_file
 from moerge.statistics.passes import free_memory, passes_within
 from moerge.statistics.running import (
@@ -250,6 +251,7 @@ class _Gathering:
                     check_finite(self.expert, name, total)
                     for stored, part in layout.split(name, total).items():
                         writer.add(stored, part.cpu().numpy())
+            check_unchanged(model.files)
             facts = writer.finish()
         seconds = time.monotonic() - begun
         return Outcome(self.path, facts, self.path.stat().st_size, True, len(groups), memory, seconds)
@@ -298,7 +300,7 @@ class _Gathering:
         other = "settings" if facts.settings != self.settings else None
         if [(text.digest, text.part) for text in facts.texts] != [(self.text.digest, self.text.part)]:
             other = "text"
-        if other is None and facts.model.stamps != stamps_of(model) and facts.model.digests != digests_of(self.tensors):
+        if other is None and facts.model.stamps != model.stamps and facts.model.digests != digests_of(self.tensors):
             other = "weights"
         if other is None and any(not names <= _covered(known, kind) for kind, names in self.wanted.items()):
             other = "tensors"
@@ -314,7 +316,7 @@ class _Gathering:
                 location=model.location,
                 folder=str(model.folder.resolve()),
                 revision=model.revision,
-                stamps=stamps_of(model),
+                stamps=model.stamps,
                 digests=digests_of(self.tensors),
             ),
             settings=self.settings,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from moerge.checkpoint.dtypes import DType
 from moerge.checkpoint.tensor import Elements, Sized, Tensor
+from moerge.files import SourceFile
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scaled(Sized):
         return self.inner.shape
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[SourceFile, ...]:
         """Those of the other tensor."""
         return self.inner.files
 

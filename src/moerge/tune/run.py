@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from moerge.checkpoint.manifest import read_manifest, to_json
 from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.staging import MANIFEST, machine_errors
 from moerge.errors import InputError
+from moerge.files import check_unchanged, target_of
 from moerge.learn.watch import Watch
 from moerge.tune.launch import check_device, check_launch, explain, on_main, rank
 from moerge.tune.models import is_sharded, load_sharded, locate_models, skeleton_of
@@ -78,7 +78,7 @@ def tune(
     require_tune_extra()
     request = load_tuning(tuning, seed=seed)
     processes = check_launch(request)
-    work = Work(Path(os.path.abspath(out)))
+    work = Work(target_of(out))
     with closing(work):
         job = _Job(request, work, watch or Watch(), check_device(request), processes)
         arguments = job.arguments()
@@ -321,6 +321,7 @@ class _Job:
         with machine_errors(self.work.root):
             for name, content in files_of(facts, self.work).items():
                 (self.work.result / name).write_bytes(content)
+            check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
         self.work.publish({MANIFEST: to_json(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)

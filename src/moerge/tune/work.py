@@ -13,7 +13,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
 from moerge.errors import InputError
 from moerge.extraction.writer import umask
-from moerge.files import check_target_name, make_durable, write_whole
+from moerge.files import check_target, make_durable, write_whole
 
 FACTS = "tune.json"
 METRICS = "metrics.jsonl"
@@ -48,7 +48,7 @@ class Work:
 
         Raises InputError where OUT must not be written, or is being written, or what is continued was something else.
         """
-        self._check_target(sources, force)
+        check_target(self.target, sources.items(), marks=(FACTS, MANIFEST), force=force)
         left = self.root / _BEGUN
         if left.exists() and not (resume or force):
             raise InputError(
@@ -73,20 +73,6 @@ class Work:
                 if not (folder / _COMPLETE).exists():
                     shutil.rmtree(folder)
             shutil.rmtree(self.result, ignore_errors=True)
-
-    def _check_target(self, sources: Mapping[str, Path], force: bool) -> None:
-        check_target_name(self.target)
-        real = self.target.resolve()
-        for name, source in sources.items():
-            if real == source.resolve() or source.resolve() in real.parents:
-                raise InputError(f"the output {self.target} lies in {name}'s own folder: choose another one")
-            if real in source.resolve().parents and self.target.exists():
-                raise InputError(f"{name} lies in the output {self.target} and would be replaced with it: choose another output")
-        if self.target.exists() and not force:
-            raise InputError(f"{self.target} already exists: choose another folder, or replace it with --force")
-        ours = any((self.target / name).exists() for name in (FACTS, MANIFEST))
-        if self.target.exists() and not ours and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise InputError(f"{self.target} is not a checkpoint that moerge made, so --force does not replace it: remove it")
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for part in sorted({*before, *now}):
