@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, marks that change the direction of writing, halves of characters; not the tab and the line feed."""
+_LONGEST_VALUE, _LONGEST_MESSAGE, _LONGEST_COMMAND = 200, 600, 2000
+_VALUE = re.compile(rf"(?<!\w)(['\"])((?:(?!\1).){{{_LONGEST_VALUE + 1},}})\1(?!\w)")
+_COMMAND = re.compile(r'python -c "|moerge stats ')
 
 
 class MoergeError(Exception):
-    """Anything moerge reports on purpose; `exit_code` is what the command line returns for it."""
+    """Anything moerge reports on purpose; `exit_code` is what the command line returns for it.
+
+    Its text is one line that a terminal may show: what it quotes from files is escaped, and shortened where it is long.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class InputError(MoergeError, ValueError):
@@ -41,3 +54,25 @@ def suggest(unknown: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(names)}"
+
+
+def printable(text: str) -> str:
+    """Text as it is, but for characters that a terminal would obey instead of showing them: those are escaped."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(message: str) -> str:
+    """A message that may quote anything, as a line to show; a command to copy, which stands at its end, stays whole."""
+    text = printable(" ".join(message.split("\n")))
+    start = min((match.start() for match in _COMMAND.finditer(text)), default=len(text))
+    said, command = text[:start], text[start:]
+    said = _VALUE.sub(lambda match: f"{match[1]}{_middle_out(match[2], _LONGEST_VALUE)}{match[1]}", said)
+    return _middle_out(said, _LONGEST_MESSAGE) + _middle_out(command, _LONGEST_COMMAND)
+
+
+def _middle_out(text: str, limit: int) -> str:
+    """At most `limit` characters: the beginning, and less of the end."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    return f"{text[: limit - tail - 5]} ... {text[-tail:]}"

@@ -1,17 +1,19 @@
-"""Files that are whole whenever they carry their name, and on the disk when that is asked for."""
+"""Files that are whole whenever they carry their name, on the disk when that is asked for, and of bounded size when read."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from moerge.errors import InputError, MachineError, SourceChangedError
 
-_LONGEST_NAME = 230
+LONGEST_NAME = 230
 """Bytes: 255 on the usual file systems, with room for the names of what lies beside a target until it is complete."""
 
 
@@ -92,7 +94,7 @@ def check_target_name(target: Path) -> None:
         raise InputError(f"{target} is no name for a folder: choose another")
     if not above.is_dir():
         raise InputError(f"{target} would lie in {above}, which is a file: choose another folder")
-    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise InputError(f"the name {target.name[:40]}... is too long for a folder: choose a shorter one")
 
 
@@ -121,6 +123,43 @@ def target_of(out: str | Path) -> Path:
     target = Path(os.path.abspath(out))
     empty = os.path.islink(target) and target.is_dir() and not any(target.iterdir())
     return target.resolve() if empty else target
+
+
+MOST_BYTES = 256_000_000
+"""Largest file that is read whole, where it holds neither weights nor text. Tokenizers of a million tokens have a fifth."""
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading bytes. OSError also for a pipe or a device, which may never end, and a folder."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Bytes of a file. FileNotFoundError where there is none; InputError or MachineError where it is too large or unreadable."""
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise InputError(f"cannot read {path}: it has {size:,} bytes, more than any such file needs ({most:,})")
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> InputError | MachineError:
+    """An error that says why a file cannot be read: the machine's where no other file could be read either."""
+    kind = MachineError if error.errno in _OF_THE_MACHINE else InputError
+    return kind(f"cannot read {path}: {error.strerror or error}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command import moerge, refuses
-from moerge import InputError
+from moerge import MachineError
 from moerge.checkpoint.dtypes import DTYPES
 from moerge.checkpoint.header import build_header, read_header
 from moerge.errors import SourceChangedError
@@ -168,5 +168,5 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(SourceChangedError, match=r"x\.safetensors was overwritten or replaced"):
         tensor.open()
     path.unlink()
-    with pytest.raises(InputError, match=r"cannot read .*x\.safetensors: No such file or directory"):
+    with pytest.raises(MachineError, match=r"cannot read .*x\.safetensors: No such file or directory"):
         tensor.open()

@@ -174,7 +174,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 
 def test_a_folder_or_binary_file_as_recipe(tmp_path: Path) -> None:
-    refuses(tmp_path, tmp_path / "out", f"cannot read the recipe {tmp_path}: Is a directory")
+    refuses(tmp_path, tmp_path / "out", f"cannot read {tmp_path}: Is a directory")
     (tmp_path / "recipe.yaml").write_bytes(b"\x80\x81")
     refuses(tmp_path / "recipe.yaml", tmp_path / "out", "recipe.yaml is not UTF-8 text")
 

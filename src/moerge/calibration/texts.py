@@ -8,20 +8,24 @@ their paths and only as far as documents are wanted, so shuffle a file that is s
 from __future__ import annotations
 
 import glob
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moerge.calibration.overlap import document_hash
 from moerge.checkpoint.digest import file_digest
 from moerge.errors import InputError
+from moerge.files import open_file, unreadable
 
 _ENCODING = "utf-8-sig"
 """UTF-8, at the beginning of a file with a byte order mark or without."""
+MOST_CHARACTERS = 200_000_000
+"""Longest document: more is a file of another kind, or one to fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,18 @@ def read_documents(location: str, *, relative_to: Path = Path(), field: str | No
 
     `field` is that of jsonl and parquet which holds the text; None means `text`, where the caller's user cannot name another.
     """
-    files, named_itself = _files(location, relative_to)
+    try:
+        files, named_itself = _files(relative_to / Path(location).expanduser(), glob.has_magic(location))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"there is no text {location!r}: {getattr(error, 'strerror', None) or error}") from None
     for file in files:
         for document in _read_file(file, named_itself, field):
             if document.strip():
                 yield document
 
 
-def _files(location: str, relative_to: Path) -> tuple[list[Path], bool]:
-    try:
-        path = relative_to / Path(location).expanduser()
-        is_file = path.is_file()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"there is no text {location[:80]!r}: {getattr(error, 'strerror', None) or error}") from None
-    if is_file:
+def _files(path: Path, is_pattern: bool) -> tuple[list[Path], bool]:
+    if path.is_file():
         return [_known(path)], True
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
@@ -84,7 +86,7 @@ def _files(location: str, relative_to: Path) -> tuple[list[Path], bool]:
         if not files:
             raise InputError(f"the folder {path} holds no file that ends in {_listed()}")
         return files, False
-    if glob.has_magic(location):
+    if is_pattern:
         files = [_known(Path(name)) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
         if not files:
             raise InputError(f"no file matches {path}: check the pattern")
@@ -110,36 +112,51 @@ def _read_file(path: Path, named_itself: bool, field: str | None) -> Iterator[st
     try:
         yield from _READERS[path.suffix](path, named_itself, field)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: save it as such") from None
 
 
 def _read_txt(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
     if not named_itself:
-        yield path.read_text(encoding=_ENCODING)
+        yield "".join(_lines(path, "file"))
         return
     lines: list[str] = []
-    with open(path, encoding=_ENCODING) as file:
-        for line in file:
-            if line.strip():
-                lines.append(line)
-            elif lines:
-                yield "".join(lines).rstrip("\n")
-                lines = []
+    for line in _lines(path, "paragraph"):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield "".join(lines).rstrip("\n")
+            lines = []
     yield "".join(lines).rstrip("\n")
 
 
+def _lines(path: Path, document: Literal["line", "paragraph", "file"]) -> Iterator[str]:
+    """The lines of a text file. InputError where those of one document are too long."""
+    with io.TextIOWrapper(open_file(path), encoding=_ENCODING) as file:
+        size = 0
+        while line := file.readline(MOST_CHARACTERS - size + 1):
+            size += len(line)
+            _check_length(size, str(path))
+            yield line
+            if document == "line" or (document == "paragraph" and not line.strip()):
+                size = 0
+
+
+def _check_length(size: int, where: str) -> None:
+    if size > MOST_CHARACTERS:
+        raise InputError(f"{where}: a document has more than {MOST_CHARACTERS:,} characters: split it into several")
+
+
 def _read_jsonl(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
-    with open(path, encoding=_ENCODING) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
-            yield _text(entry, f"{path}, line {number}", field)
+    for number, line in enumerate(_lines(path, "line"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
+        yield _text(entry, f"{path}, line {number}", field)
 
 
 def _text(entry: Any, where: str, field: str | None) -> str:
@@ -165,6 +182,7 @@ def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator
     name = field or "text"
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"reading {path} needs pyarrow: pip install pyarrow, or convert it to jsonl") from None
@@ -175,7 +193,10 @@ def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator
                 remedy = "rename the one that holds the text" if field is None else "say with 'field' which holds the text"
                 raise InputError(f"{path} has no column {name!r}, only {columns}: {remedy}")
             for batch in file.iter_batches(batch_size=64, columns=[name]):
-                for text in batch.column(0).to_pylist():
+                column = batch.column(0)
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    _check_length(pyarrow.compute.max(pyarrow.compute.binary_length(column)).as_py() or 0, str(path))
+                for text in column.to_pylist():
                     yield _text({name: "" if text is None else text}, str(path), field)
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {path} as parquet: {error}") from None

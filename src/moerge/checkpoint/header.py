@@ -20,11 +20,15 @@ import numpy as np
 from moerge.checkpoint.dtypes import DTYPES, DType
 from moerge.checkpoint.tensor import Sized
 from moerge.errors import InputError, MachineError
-from moerge.files import FileState, SourceFile
+from moerge.files import FileState, SourceFile, open_file, unreadable
 
 MAX_HEADER_BYTES = 100_000_000
 _TOO_LARGE, _MOST_DIMENSIONS = 1 << 63, 64
 """The limit that the safetensors library sets too."""
+
+
+class UnknownElements(InputError):
+    """A tensor has an element type that moerge does not read, although others may."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class FileElements:
         self._tensor = tensor
         try:
             self._descriptor = os.open(tensor.file.path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"cannot read {tensor.file.path}: {error.strerror or error}") from None
+        except OSError as error:  # its header could be read: this is no fault of the input
+            raise MachineError(f"cannot read {tensor.file.path}: {error.strerror or error}") from None
         tensor.file.check(FileState.of(self._descriptor))
 
     def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
@@ -82,7 +86,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises InputError if the file is missing, truncated, not safetensors, or its header contradicts itself.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             state = FileState.of(file.fileno())
             file_size = state.size
             start = file.read(8)
@@ -97,7 +101,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise InputError(f"{path} is truncated inside its header ({file_size:,} bytes): fetch or copy it again")
             raw = file.read(length)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     source = SourceFile(path, state)
     tensors = [stored_tensor(source, name, entry, 8 + length) for name, entry in _parse(path, raw).items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
@@ -108,10 +112,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """What the header of a safetensors file that `read_header` accepts says beside its tensors."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     found = header.get("__metadata__")
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
@@ -147,7 +151,7 @@ def stored_tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> S
     ):
         raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise InputError(f"{where} has the element type {dtype_name!r}, which moerge does not read")
+        raise UnknownElements(f"{where} has the element type {dtype_name!r}, which moerge does not read")
     tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), file, data_start + begin)
     if tensor.nbytes != end - begin:
         raise InputError(

@@ -13,6 +13,7 @@ from moerge.checkpoint.digest import combined_digest, file_digest
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST, Staging
 from moerge.errors import InputError
+from moerge.files import read_file
 from moerge.planning.joined import SEPARATOR
 from moerge.planning.plan import Plan
 
@@ -99,6 +100,6 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         path = folder / Path(name).name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif file_digest(path.read_bytes()) != digest:
+        elif file_digest(read_file(path)) != digest:
             problems.append(f"{name} was changed after the merge")
     return problems

@@ -12,7 +12,7 @@ from typing import Any
 from moerge.checkpoint.header import StoredTensor, read_header
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
-from moerge.files import SourceFile
+from moerge.files import LONGEST_NAME, SourceFile, read_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -134,10 +134,12 @@ def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError names the file if it is missing or is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = json.loads(read_file(path).decode("utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a checkpoint folder needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -173,9 +175,16 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no usable 'weight_map': fetch or copy it again")
     for shard in sorted(set(weight_map.values())):
-        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard or len(shard) > LONGEST_NAME:
             raise InputError(f"{index} names {shard!r}, which is not a file in its own folder: refusing to read it")
     return weight_map
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files, which are all there; none where it has no weights of that kind."""
+    if (folder / INDEX).exists():
+        return _shards(folder, read_index(folder / INDEX))
+    return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
 
 
 def check_files(folder: Path) -> None:
@@ -189,17 +198,13 @@ def check_files(folder: Path) -> None:
 
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_index(index)
-    shards = sorted(set(weight_map.values()))
-    absent = next((shard for shard in shards if not (folder / shard).exists()), None)
-    if absent:
-        raise InputError(f"{index} names {absent}, which is missing: fetch or copy it again")
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        stored = read_header(folder / shard)
+    for file in _shards(folder, weight_map):
+        stored = read_header(file)
         for tensor in stored.values():
-            if weight_map.get(tensor.name) != shard:
+            if weight_map.get(tensor.name) != file.name:
                 raise InputError(
-                    f"tensor {tensor.name!r} lies in {folder / shard}, but {index.name} does not say so: "
+                    f"tensor {tensor.name!r} lies in {file}, but {index.name} does not say so: "
                     "the folder mixes shards of different checkpoints"
                 )
         tensors |= stored
@@ -207,6 +212,14 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     if missing:
         raise InputError(f"tensor {missing[0]!r} is listed in {index} but is not in {folder / weight_map[missing[0]]}")
     return tensors
+
+
+def _shards(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    files = [folder / shard for shard in sorted(set(weight_map.values()))]
+    absent = next((file for file in files if not file.exists()), None)
+    if absent:
+        raise InputError(f"{folder / INDEX} names {absent.name}, which is missing: fetch or copy it again")
+    return files
 
 
 def _refuse_pickles(folder: Path, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from typer import Abort
 
 from moerge.cli.app import app
-from moerge.errors import Interrupted, MoergeError
+from moerge.errors import Interrupted, MoergeError, one_line
 
 
 def main() -> NoReturn:
@@ -39,7 +39,7 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     if message:
-        print(f"moerge: {message}", file=sys.stderr)
+        print(f"moerge: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich import console as rich_console
+from rich import table as rich_table
+from rich.text import Text
 
-from moerge.errors import InputError
+from moerge.errors import InputError, one_line, printable
 
 _TOO_LARGE = 2.0**63
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,18 +37,36 @@ def as_percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f}%"
 
 
-def new_table(*columns: str) -> Table:
-    """A table with these columns; numbers stand to the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("size", "tensors", "output", "parameters") else "left")
-    return table
+class Table(rich_table.Table):
+    """A table whose headings and cells are shown as they are, whatever file they come from."""
+
+    def __init__(self, *columns: str) -> None:
+        super().__init__(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            right = column in ("size", "tensors", "output", "parameters")
+            self.add_column(Text(printable(column)), justify="right" if right else "left")
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of text."""
+        super().add_row(*(Text(printable(cell)) for cell in cells), **options)
+
+
+def say(*parts: str | tuple[str, str], stderr: bool = False, soft_wrap: bool = False) -> None:
+    """Print text as it is, whatever file it comes from; a part may be a pair of text and style."""
+    pieces = [(part, "") if isinstance(part, str) else part for part in parts]
+    text = Text.assemble(*((printable(piece), style) for piece, style in pieces))
+    rich_console.Console(stderr=stderr).print(text, highlight=False, soft_wrap=soft_wrap)
+
+
+def show_table(table: Table) -> None:
+    """Print a table."""
+    rich_console.Console().print(table)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
-    """Warnings on standard error."""
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    """Warnings on standard error, each of them once."""
+    for warning in dict.fromkeys(warnings):
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
 
 
 def as_size(nbytes: int) -> str:

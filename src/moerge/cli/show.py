@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-from rich.console import Console
-from rich.markup import escape
-
-from moerge.cli.console import as_count, as_size, as_time, new_table, print_json, print_warnings
+from moerge.cli.console import Table, as_count, as_size, as_time, print_json, print_warnings, say, show_table
 from moerge.cli.show_adapters import adapter_rows
+from moerge.errors import one_line
 from moerge.inspection import Inspection, Verification
 from moerge.pipeline import MergeResult
 from moerge.planning.plan import Plan
@@ -20,31 +18,27 @@ def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
     if as_json:
         print_json(planned.summary(threads))
         return
-    console = Console()
     sort = "sequence-routed MoE" if planned.recipe.moe and planned.recipe.moe.by_sequence else "MoE"
     shape = f"{sort} of {len(planned.experts)} experts ({', '.join(planned.experts)})" if planned.experts else "dense model"
-    console.print(
-        f"[bold]{escape(planned.recipe.source)}[/bold]: {shape}, {as_count(planned.parameters)} parameters", highlight=False
-    )
-    table = new_table("model", "location", "type", "size", "dtype")
+    say((planned.recipe.source, "bold"), f": {shape}, {as_count(planned.parameters)} parameters")
+    table = Table("model", "location", "type", "size", "dtype")
     for model in planned.models:
         table.add_row(model.name, model.location, model.model_type, as_size(model.nbytes), model.stored_as)
-    console.print(table)
-    table = new_table("operation", "tensors", "output", "hyperparameters")
+    show_table(table)
+    table = Table("operation", "tensors", "output", "hyperparameters")
     for row in planned.operations:
         table.add_row(row["action"], str(row["tensors"]), as_size(row["bytes"]), row["hyperparameters"])
-    console.print(table)
+    show_table(table)
     time = as_time(planned.seconds)
     if planned.fittings:
         titles = " and ".join(dict.fromkeys(fitting.fitter.title for fitting in planned.fittings))
         time += f" ({titles} very roughly {as_time(planned.fitting_seconds)} of it)"
-    console.print(
+    say(
         f"reads {as_size(planned.input_bytes)}, writes {as_size(planned.output_bytes)}, "
         f"memory below {as_size(planned.memory_bytes(threads))} with {threads} threads, roughly {time}",
-        highlight=False,
     )
     for note in (*planned.notes, *planned.client_notes):
-        console.print(escape(note), highlight=False)
+        say(note)
     print_warnings((*planned.warnings, *planned.client_warnings))
 
 
@@ -70,14 +64,13 @@ def merge(result: MergeResult, *, quiet: bool, as_json: bool) -> None:
     if quiet:
         return
     if result.was_complete:
-        Console().print(f"{escape(str(result.folder))} is complete already, of the same plan: nothing was done", highlight=False)
+        say(f"{result.folder} is complete already, of the same plan: nothing was done")
         return
     moved = result.plan.input_bytes + result.plan.output_bytes
-    Console().print(
-        f"{escape(str(result.folder))}: {as_count(result.plan.parameters)} parameters, {as_size(result.plan.output_bytes)}, "
+    say(
+        f"{result.folder}: {as_count(result.plan.parameters)} parameters, {as_size(result.plan.output_bytes)}, "
         f"merged in {as_time(result.merge_seconds)} ({as_size(int(moved / max(result.merge_seconds, 1e-9)))}/s), "
         f"made durable in {as_time(result.publish_seconds)}",
-        highlight=False,
     )
 
 
@@ -87,10 +80,10 @@ def verification(found: Verification, *, quiet: bool, as_json: bool) -> None:
         print_json(found.to_json())
         return
     for problem in found.problems:
-        print(f"moerge: {found.checkpoint.folder}: {problem}", file=sys.stderr)
+        print(one_line(f"moerge: {found.checkpoint.folder}: {problem}"), file=sys.stderr)
     if not found.problems and not quiet:
         basis = "and equal to the manifest" if found.against_manifest else "(no manifest to compare with)"
-        Console().print(f"{found.tensors} tensors, {as_size(found.nbytes)}: all present, finite {basis}", highlight=False)
+        say(f"{found.tensors} tensors, {as_size(found.nbytes)}: all present, finite {basis}")
 
 
 def inspection(found: Inspection, *, as_json: bool) -> None:
@@ -98,11 +91,10 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
         return
-    console = Console()
     facts = found.to_json()
     family = found.family or f"{found.checkpoint.model_type or 'no model_type'} (unknown to moerge)"
-    console.print(f"[bold]{escape(str(found.checkpoint.folder))}[/bold]", highlight=False)
-    table = new_table("", "")
+    say((str(found.checkpoint.folder), "bold"))
+    table = Table("", "")
     table.show_header = False
     if found.adapter:
         adapter_rows(table, found.adapter)
@@ -114,7 +106,7 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
         described = (
             f"{whole['layers']} layers, width {whole['hidden_size']}, {as_count(whole['parameters'])} parameters of its own"
         )
-        table.add_row(f"expert {escape(str(whole['name']))}", f"{whole['model_type']}, {described}")
+        table.add_row(f"expert {whole['name']}", f"{whole['model_type']}, {described}")
     if not found.adapter and not facts["expert_models"]:
         table.add_row("layers, width", f"{facts['layers']}, {facts['hidden_size']}")
         table.add_row("embeddings", "tied" if facts["tied_embeddings"] else "untied")
@@ -130,8 +122,8 @@ def inspection(found: Inspection, *, as_json: bool) -> None:
         table.add_row("made by", f"moerge {made['versions']['moerge']}, {how}")
         if made["experts"]:
             table.add_row("experts", ", ".join(f"{index} {name}" for index, name in enumerate(made["experts"])))
-    console.print(table)
-    roles = new_table("role", "shape", "tensors", "parameters")
+    show_table(table)
+    roles = Table("role", "shape", "tensors", "parameters")
     for role in found.roles:
         roles.add_row(role.role, " x ".join(map(str, role.shape)), str(role.tensors), as_count(role.parameters))
-    console.print(roles)
+    show_table(roles)

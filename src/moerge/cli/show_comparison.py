@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
 from moerge.analysis.comparison import Comparison
 from moerge.analysis.figures import available, short
 from moerge.analysis.verdict import Verdict
-from moerge.cli.console import as_count, as_percent, new_table, print_json, print_warnings
+from moerge.cli.console import Table, as_count, as_percent, print_json, print_warnings, say, show_table
 
 _COLOURS = {"merge": "green", "merge with care": "yellow", "keep separate": "red"}
 
@@ -22,29 +19,25 @@ def comparison(found: Comparison, written: Sequence[Path], *, quiet: bool, as_js
         print_json(found.to_json())
         return
     print_warnings(found.warnings)
-    console = Console()
     anchored = found.similarity.anchored
     what = "task vectors" if anchored else "parameters (the recipe has no base, so there are no task vectors)"
     if not quiet:
-        console.print(f"[bold]{escape(found.source)}[/bold]: {what} of {', '.join(found.similarity.experts)}", highlight=False)
-        console.print(_table(found.verdicts, anchored))
-        console.print(_legend(found), highlight=False)
+        say((found.source, "bold"), f": {what} of {', '.join(found.similarity.experts)}")
+        show_table(_table(found.verdicts, anchored))
+        say(_legend(found))
     for verdict in found.verdicts:
-        colour = _COLOURS[verdict.answer]
-        console.print(f"[{colour}]{verdict.role}: {verdict.answer}[/{colour}]. {escape(verdict.reason)}", highlight=False)
-    console.print(f"[bold]advice:[/bold] {escape(found.advice)}", highlight=False)
+        say((f"{verdict.role}: {verdict.answer}", _COLOURS[verdict.answer]), f". {verdict.reason}")
+    say(("advice:", "bold"), f" {found.advice}")
     if found.unheeded:
-        console.print(f"this recipe merges {', '.join(found.unheeded)}, against the verdict", highlight=False)
+        say(f"this recipe merges {', '.join(found.unheeded)}, against the verdict")
     if written and not quiet:
-        drawn = "" if available() else escape(" (no figures: pip install 'moerge[figures]')")
-        console.print(
-            f"written: {', '.join(path.name for path in written)} in {escape(str(written[0].parent))}{drawn}", highlight=False
-        )
+        drawn = "" if available() else " (no figures: pip install 'moerge[figures]')"
+        say(f"written: {', '.join(path.name for path in written)} in {written[0].parent}{drawn}")
 
 
-def _table(verdicts: Sequence[Verdict], anchored: bool) -> object:
+def _table(verdicts: Sequence[Verdict], anchored: bool) -> Table:
     drift = ["drift"] if anchored else []
-    table = new_table("role", "size", "cosine", "least", "opposite", *drift, "distance", "verdict")
+    table = Table("role", "size", "cosine", "least", "opposite", *drift, "distance", "verdict")
     for column in table.columns[1:-1]:
         column.justify = "right"
     for verdict in verdicts:

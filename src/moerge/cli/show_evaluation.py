@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from moerge.cli.console import new_table, print_json, print_warnings
+from moerge.cli.console import Table, print_json, print_warnings, say, show_table
 from moerge.evaluation.result import Difference, Evaluation, Score
 
 
@@ -20,10 +17,9 @@ def evaluation(found: Evaluation, *, quiet: bool, as_json: bool) -> None:
     print_warnings(found.warnings)
     if quiet:
         return
-    console = Console()
-    _benchmarks(console, found)
-    _texts(console, found)
-    _differences(console, found)
+    _benchmarks(found)
+    _texts(found)
+    _differences(found)
 
 
 def short_names(checkpoints: Sequence[str]) -> dict[str, str]:
@@ -32,54 +28,54 @@ def short_names(checkpoints: Sequence[str]) -> dict[str, str]:
     return {name: short if list(last.values()).count(short) == 1 else name for name, short in last.items()}
 
 
-def _benchmarks(console: Console, found: Evaluation) -> None:
+def _benchmarks(found: Evaluation) -> None:
     scores = [score for score in found.scores if score.kind == "benchmark"]
     if not scores:
         return
     tasks = list(dict.fromkeys(score.on for score in scores))
-    table = new_table("checkpoint", *tasks, *(["mean"] if len(tasks) > 1 else []))
+    table = Table("checkpoint", *tasks, *(["mean"] if len(tasks) > 1 else []))
     _to_the_right(table)
     for name, short in short_names(found.checkpoints).items():
         own = [score for score in scores if score.checkpoint == name]
         mean = [f"{100 * sum(score.value for score in own) / len(own):.1f}"] if len(tasks) > 1 else []
         table.add_row(short, *map(_share, own), *mean)
-    console.print(table)
+    show_table(table)
     counts = {score.on: score.documents for score in scores}
     listed = ", ".join(f"{task} {count:,}" for task, count in counts.items())
-    console.print(f"right answers in %, ± standard error; questions: {listed}", highlight=False)
+    say(f"right answers in %, ± standard error; questions: {listed}")
 
 
-def _texts(console: Console, found: Evaluation) -> None:
+def _texts(found: Evaluation) -> None:
     scores = [score for score in found.scores if score.kind == "text"]
     if not scores:
         return
     domains = list(dict.fromkeys(score.on for score in scores))
     for metric, title, digits in (("perplexity", "perplexity", 2), ("bits_per_byte", "bits per byte", 4)):
-        table = new_table(title, *domains)
+        table = Table(title, *domains)
         _to_the_right(table)
         for name, short in short_names(found.checkpoints).items():
             own = [score for score in scores if score.checkpoint == name and score.metric == metric]
             table.add_row(short, *(_with_error(score.value, score.standard_error, 1, digits) for score in own))
-        console.print(table)
+        show_table(table)
     counts = {score.on: score.documents for score in scores}
     listed = ", ".join(f"{domain} {count:,}" for domain, count in counts.items())
-    console.print(f"± standard error (bootstrap over documents); documents: {listed}", highlight=False)
+    say(f"± standard error (bootstrap over documents); documents: {listed}")
 
 
-def _differences(console: Console, found: Evaluation) -> None:
+def _differences(found: Evaluation) -> None:
     if not found.differences:
         return
     names = short_names(found.checkpoints)
     keys = list(dict.fromkeys((row.kind, row.on) for row in found.differences))
-    table = new_table(f"less {names[found.checkpoints[0]]}", *(on for _, on in keys))
+    table = Table(f"less {names[found.checkpoints[0]]}", *(on for _, on in keys))
     _to_the_right(table)
     for name in found.checkpoints[1:]:
         own = {(row.kind, row.on): row for row in found.differences if row.checkpoint == name}
         table.add_row(names[name], *(_interval(own[key]) for key in keys))
-    console.print(table)
+    show_table(table)
     said = {"benchmark": "right answers in points of %", "text": "nats per byte"}
     kinds = " and ".join(said[kind] for kind in dict.fromkeys(kind for kind, _ in keys))
-    console.print(f"paired differences, {kinds}, with 95% intervals (* : without 0)", highlight=False)
+    say(f"paired differences, {kinds}, with 95% intervals (* : without 0)")
 
 
 def _interval(row: Difference) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
-
-from moerge.cli.console import as_size, new_table, print_json, print_warnings
+from moerge.cli.console import Table, as_size, print_json, print_warnings, say, show_table
 from moerge.hub import Pushed
 
 
@@ -18,18 +15,16 @@ def pushed(found: Pushed, *, quiet: bool, as_json: bool) -> None:
     print_warnings(upload.warnings)
     if quiet:
         return
-    console = Console()
     if found.commit is None:
-        table = new_table("file", "size")
+        table = Table("file", "size")
         for name, size in upload.files.items():
-            table.add_row(escape(name), as_size(size))
-        console.print(table)
+            table.add_row(name, as_size(size))
+        show_table(table)
         what = f"{len(upload.files)} files, {as_size(upload.nbytes)}"
-        console.print(f"{what} would go to {upload.repo} ({upload.revision}); nothing was sent", highlight=False)
+        say(f"{what} would go to {upload.repo} ({upload.revision}); nothing was sent")
         return
     removed = f", {', '.join(found.removed)} removed" if found.removed else ""
-    console.print(
-        f"{found.url}: {len(upload.files)} files, {as_size(upload.nbytes)}{escape(removed)}, commit {found.commit}",
-        highlight=False,
+    say(
+        f"{found.url}: {len(upload.files)} files, {as_size(upload.nbytes)}{removed}, commit {found.commit}",
         soft_wrap=True,
     )

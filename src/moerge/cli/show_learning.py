@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from moerge.cli import show
-from moerge.cli.console import new_table, print_json
+from moerge.cli.console import Table, print_json, say, show_table
 from moerge.learn.run import LearnResult
 
 
 def note(text: str) -> None:
     """A fact before the work starts, on standard error."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    say(text, stderr=True, soft_wrap=True)
 
 
 def learned(result: LearnResult, *, quiet: bool, as_json: bool) -> None:
@@ -22,15 +20,14 @@ def learned(result: LearnResult, *, quiet: bool, as_json: bool) -> None:
     show.merge(result.merged, quiet=quiet, as_json=False)
     if quiet:
         return
-    console = Console()
-    table = new_table("expert", "mean coefficient")
+    table = Table("expert", "mean coefficient")
     for expert, mean in result.coefficients.means().items():
         table.add_row(expert, f"{mean:.3f}")
-    console.print(table)
+    show_table(table)
     for number, stage in enumerate(result.stages, 1):
         rows = stage["updates"]
         kept = f"update {stage['best_update']} of {rows[-1]['update'] if rows else 0} was kept"
         heldout = [row["heldout"] for row in rows if "heldout" in row]
         losses = f", held-out objective {heldout[0]:.4g} -> {min(heldout):.4g}" if heldout and heldout[0] < float("inf") else ""
         early = ", stopped early" if stage["stopped_early"] else ""
-        console.print(f"stage {number}: {kept}{losses}{early}", highlight=False)
+        say(f"stage {number}: {kept}{losses}{early}")

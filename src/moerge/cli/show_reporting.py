@@ -6,11 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
 from moerge.checkpoint.source_cards import CARD
-from moerge.cli.console import print_json, print_warnings
+from moerge.cli.console import print_json, print_warnings, say
 from moerge.report import Report
 from moerge.report.card import Update
 
@@ -25,7 +22,6 @@ def reported(made: Report, path: Path, cards: Sequence[Update], *, quiet: bool, 
         return
     counted = Counter(command for command, _ in made.found.files)
     kinds = ", ".join(f"{number} of {command}" for command, number in counted.items())
-    console = Console()
-    console.print(f"{escape(str(path))}: results {escape(kinds)}", highlight=False, soft_wrap=True)
+    say(f"{path}: results {kinds}", soft_wrap=True)
     for card in cards:
-        console.print(f"{escape(str(card.folder / CARD))}: what was measured is in it", highlight=False, soft_wrap=True)
+        say(f"{card.folder / CARD}: what was measured is in it", soft_wrap=True)

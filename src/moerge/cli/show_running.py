@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
-from moerge.cli.console import as_percent, new_table, print_json, print_warnings
+from moerge.cli.console import Table, as_percent, print_json, print_warnings, say, show_table
+from moerge.errors import printable
 from moerge.inference.generation import Generation
 from moerge.inference.routes import Routes
 
@@ -14,7 +13,7 @@ def generation(found: Generation, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
     else:
-        print(found.text)
+        print(printable(found.text))
 
 
 def routes(found: Routes, *, as_json: bool) -> None:
@@ -23,9 +22,8 @@ def routes(found: Routes, *, as_json: bool) -> None:
         print_json(found.to_json())
         return
     print_warnings(found.warnings)
-    console = Console()
     judged = ["oracle"] if found.oracle_accuracy is not None else []
-    table = new_table("text", "docs", *found.experts, "entropy", "accuracy", *judged)
+    table = Table("text", "docs", *found.experts, "entropy", "accuracy", *judged)
     table.collapse_padding = True  # room for the names of a few experts on a narrow terminal
     for column in table.columns[1:]:
         column.justify = "right"
@@ -35,8 +33,8 @@ def routes(found: Routes, *, as_json: bool) -> None:
         table.add_row(text.name, str(text.documents), *shares, f"{text.entropy:.2f}", as_percent(text.accuracy), *oracle)
     oracle = [as_percent(found.oracle_accuracy)] if judged else []
     table.add_row("mean", "", *(f"{100 * alpha:.0f}" for alpha in found.load_E), "", as_percent(found.accuracy), *oracle)
-    console.print(table)
-    console.print(_legend(found), highlight=False)
+    show_table(table)
+    say(_legend(found))
 
 
 def _legend(found: Routes) -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
-from moerge.cli.console import as_count, as_size, as_time, print_json
+from moerge.cli.console import as_count, as_size, as_time, print_json, say
 from moerge.statistics.gather import Forecast, Outcome
 
 
@@ -18,7 +14,9 @@ def forecast(found: Forecast, *, quiet: bool) -> None:
     if not quiet:
         passes = "one pass" if found.passes == 1 else f"{found.passes} passes"
         memory = as_size(found.memory_bytes)
-        print(f"{found.expert}: {passes} over {found.tokens:,} tokens, {memory} for the model and sums", file=sys.stderr)
+        say(
+            f"{found.expert}: {passes} over {found.tokens:,} tokens, {memory} for the model and sums", stderr=True, soft_wrap=True
+        )
 
 
 def outcomes(found: Iterable[Outcome], out: Path, *, quiet: bool, as_json: bool) -> None:
@@ -27,7 +25,7 @@ def outcomes(found: Iterable[Outcome], out: Path, *, quiet: bool, as_json: bool)
     for outcome in found:
         listed[outcome.facts.expert] = outcome.to_json()
         if not quiet and not as_json:
-            Console().print(_line(outcome), highlight=False)
+            say(_line(outcome))
     if as_json:
         print_json({"folder": str(out), "experts": listed})
 
@@ -38,6 +36,6 @@ def _line(outcome: Outcome) -> str:
     held += [f"Gram matrices of {len(facts.grams)} layers"] if facts.grams else []
     done = f"in {as_time(outcome.seconds)}" if outcome.gathered else "were there already"
     return (
-        f"{escape(str(outcome.file))}: {' and '.join(held) or 'nothing'} over {facts.sequences:,} texts, "
+        f"{outcome.file}: {' and '.join(held) or 'nothing'} over {facts.sequences:,} texts, "
         f"{as_count(facts.tokens)} tokens, {as_size(outcome.nbytes)}, {done}"
     )

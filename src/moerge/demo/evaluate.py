@@ -24,11 +24,12 @@ def perplexities(checkpoint: Path, corpora: Mapping[str, Corpus]) -> dict[str, f
     Every token but the very first is predicted once, from at most `WINDOW` tokens before it.
     """
     import torch
-    from transformers import AutoTokenizer
+
+    from moerge.inference.loading import load_tokenizer
 
     with settled(), torch.inference_mode():
         model = load(checkpoint).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         return {domain: _perplexity(model, pack(tokenizer, corpus.heldout)) for domain, corpus in corpora.items()}
 
 

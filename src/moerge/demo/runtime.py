@@ -49,7 +49,6 @@ def settled(seed: int = 0) -> Iterator[None]:
 
 def load(checkpoint: Path) -> Any:
     """The model in `checkpoint`, in float32: most CPUs are slower in bfloat16."""
-    from transformers import AutoModelForCausalLM
+    from moerge.inference.loading import load_model
 
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
-    return model.float()
+    return load_model(checkpoint).float()

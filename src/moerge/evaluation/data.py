@@ -22,6 +22,7 @@ from moerge.checkpoint.digest import file_digest
 from moerge.errors import InputError
 from moerge.evaluation.answers import aliases
 from moerge.evaluation.benchmarks import Benchmark
+from moerge.files import open_file, unreadable
 
 Row = dict[str, Any]
 
@@ -99,20 +100,20 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: save it as such") from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.TextIOBase]:
     if path.suffix != ".zst":
-        with open(path, encoding="utf-8") as file:
-            yield file
+        with open_file(path) as file:
+            yield io.TextIOWrapper(file, encoding="utf-8")
         return
     try:
         import zstandard
     except ImportError:
         raise InputError(f"reading {path} needs zstandard: pip install zstandard, or unpack it") from None
-    with open(path, "rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
+    with open_file(path) as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
         try:
             yield io.TextIOWrapper(stream, encoding="utf-8")
         except zstandard.ZstdError as error:

@@ -55,6 +55,8 @@ class GreedyModel(LM):  # type: ignore[misc, unused-ignore]
                 "choose a smaller --max-new-tokens"
             )
         ids = [self._loaded.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+        for tokens in ids:
+            self._loaded.check_ids(tokens)
         self.truncated = sum(len(tokens) > room for tokens in ids)
         ids = [tokens[-room:] for tokens in ids]
         keys = [Records.key(prompt, stops, new_tokens) for prompt in prompts]

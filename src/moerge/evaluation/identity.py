@@ -10,6 +10,7 @@ from moerge.checkpoint.manifest import read_manifest, weights_digest
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
+from moerge.files import read_file
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -28,8 +29,8 @@ def identity(checkpoint: str) -> str:
             parts.append([path.name, tensors])
         elif path.suffix in _WEIGHTS and tensors is None:
             parts.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
-        elif path.suffix in (".json", ".model", ".txt", ".py"):
-            parts.append([path.name, Records.key(path.read_bytes().hex())])
+        elif path.suffix in (".json", ".model", ".txt", ".py") and path.is_file():
+            parts.append([path.name, Records.key(read_file(path).hex())])
     return Records.key(*parts)
 
 

@@ -96,6 +96,7 @@ def _encode(loaded: Loaded, document: str, given: int) -> _Sequence:
         )
     encoded = tokenizer(document, add_special_tokens=False, return_offsets_mapping=bool(given), verbose=False)
     ids = list(encoded["input_ids"])
+    loaded.check_ids(ids)
     before = sum(start < place for start, _ in encoded["offset_mapping"]) if given else 0
     size = len(document[place:].encode("utf-8", "surrogatepass"))
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.digest import file_digest
-from moerge.errors import InputError, MachineError
-from moerge.files import write_whole
+from moerge.errors import MachineError
+from moerge.files import read_file, write_whole
 
 
 class Records:
@@ -32,11 +32,9 @@ class Records:
 
     def _read(self, path: Path, fingerprint: str) -> bool:
         try:
-            content = path.read_bytes()
+            content = read_file(path)
         except FileNotFoundError:
             return False
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
         complete = content[: content.rfind(b"\n") + 1]
         try:
             head, *rest = map(json.loads, complete.decode().splitlines())

@@ -14,7 +14,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Evaluation, Kind, Measure, Score, to_csv
-from moerge.files import write_whole
+from moerge.files import read_file, write_whole
 
 RESULTS = "results.json"
 Row = Mapping[str, Any]
@@ -54,7 +54,7 @@ class Store:
             return None
         path = self._folder / "documents" / Path(measure.documents_file).parent.name / Path(measure.documents_file).name
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in read_file(path).decode("utf-8").splitlines()]
         except (OSError, ValueError):
             return None
         return (measure, rows) if len(rows) == measure.scores[0].documents else None
@@ -91,7 +91,7 @@ def _read(path: Path) -> Sequence[Measure]:
     if not path.exists():
         return ()
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(path))
         return [Measure.from_json(measure) for measure in found["measures"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged, or another moerge wrote it: name another folder with --out") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import Loaded, load
+from moerge.inference.loading import Loaded, explained, load
 
 LEAST_TEMPERATURE = 1e-3
 """Below it logits overflow, and the likeliest token is what is meant."""
@@ -65,7 +65,8 @@ def generate(
     torch.manual_seed(seed)
     begun = time.perf_counter()
     try:
-        out_1T = loaded.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+        with explained(loaded.name, "generate with"):
+            out_1T = loaded.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
     finally:
         torch.set_rng_state(state)
     seconds = time.perf_counter() - begun

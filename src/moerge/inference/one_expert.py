@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.inference.loading import check_complete, explained, in_dtype
+from moerge.inference.loading import load_config, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -17,22 +17,15 @@ def load_one_expert(folder: Path, number: int) -> Any:
 
     No router, no head; on the CPU, in the element type that it is stored in.
     """
-    from transformers import AutoConfig
-
     from moerge.modeling import register
     from moerge.modeling.modeling_heterogeneous_moerge import MoergeHeterogeneousModel
 
     register()
-    kind: Any = MoergeHeterogeneousModel
-    with explained(str(folder)):
-        config: Any = AutoConfig.from_pretrained(folder)
-        config.expert_configs, config.expert_names = [config.expert_configs[number]], [config.expert_names[number]]
-        config.routing = config.check_routing({"kind": "uniform"})
-        model, found = kind.from_pretrained(
-            None, config=config, state_dict=dict(_tensors(folder, number)), output_loading_info=True, **in_dtype(None)
-        )
-    check_complete(str(folder), found)
-    return model.eval()
+    config = load_config(folder)
+    config.expert_configs, config.expert_names = [config.expert_configs[number]], [config.expert_names[number]]
+    config.routing = config.check_routing({"kind": "uniform"})
+    tensors = dict(_tensors(folder, number))
+    return load_model(None, name=str(folder), auto=MoergeHeterogeneousModel, config=config, state_dict=tensors).eval()
 
 
 def _tensors(folder: Path, number: int) -> Iterator[tuple[str, torch.Tensor]]:

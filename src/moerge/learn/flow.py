@@ -19,10 +19,11 @@ import torch
 from moerge.calibration import Texts, read_texts
 from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError, MachineError
+from moerge.inference.loading import load_tokenizer
 from moerge.learn.chunks import allocate, importances
 from moerge.learn.coefficients import Coefficients, chunk_count, chunk_size
 from moerge.learn.directions import Directions
-from moerge.learn.model import BASE, MergingModel, Slot, explained, known_config
+from moerge.learn.model import BASE, MergingModel, Slot, known_config
 from moerge.learn.settings import Learning
 from moerge.learn.slots import make_slots
 from moerge.learn.targets import Sample, Targets, target_bytes
@@ -95,8 +96,6 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def _tokenizer(plan: Plan, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     source, name = plan.recipe.source, plan.vocabulary.get("source", "the models")
     if not set(plan.files) & set(VOCABULARY_FILES):
         raise InputError(
@@ -107,8 +106,7 @@ def _tokenizer(plan: Plan, folder: Path) -> Any:
     (home / "config.json").write_text(json.dumps(plan.config), encoding="utf-8")
     for file, content in plan.files.items():
         (home / file).write_bytes(content)
-    with explained(source, f"load the tokenizer of {name}", "fetch or copy it again"):
-        return AutoTokenizer.from_pretrained(home)
+    return load_tokenizer(home, name=str(name), advice="fetch or copy it again", where=source)
 
 
 def _samples(plan: Plan, texts: Mapping[int, Texts], settings: Learning, folder: Path) -> dict[int, list[Sample]]:

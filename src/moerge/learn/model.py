@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +21,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moerge.errors import InputError
+from moerge.inference.loading import explained, load_config
 from moerge.learn.directions import Directions, inner_products, merged
 from moerge.planning.operations import Source
 from moerge.planning.reading import read_values
 
+_ADVICE = "check it, or upgrade transformers"
 BASE = -1
 """The base's number among the experts."""
 
@@ -157,12 +158,9 @@ class MergingModel:
 
 def known_config(config: Mapping[str, Any], source: str) -> Any:
     """A config.json as transformers knows it. Raises InputError, naming the recipe `source`, where it cannot read it."""
-    import transformers
-
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with explained(source, "read the models' config.json"):
-            return transformers.AutoConfig.from_pretrained(folder)
+        return load_config(folder, name="the models' config.json", what="read", advice=_ADVICE, where=source)
 
 
 def _skeleton(config: Mapping[str, Any], device: str, source: str) -> Any:
@@ -177,21 +175,11 @@ def _skeleton(config: Mapping[str, Any], device: str, source: str) -> Any:
             f"{source}: transformers {version('transformers')} has no {architecture!r}, so its coefficients cannot be learned"
         )
     dtype = getattr(torch, str(config.get("dtype", "float32")))
-    with no_init_weights(), explained(source, "make a model of the models' config.json"):
+    with no_init_weights(), explained("the models' config.json", "make a model of", _ADVICE, source):
         model = kind._from_config(known, dtype=dtype)
     model.to(device)
     model.tie_weights()  # which is left out together with the drawing of weights
     return model
-
-
-@contextmanager
-def explained(source: str, what: str, advice: str = "check it, or upgrade transformers") -> Iterator[None]:
-    """What fails inside, transformers cannot do, as an InputError that names the recipe `source`."""
-    try:
-        yield
-    except Exception as error:  # each family's code checks a config in its own way
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: transformers cannot {what}: {type(error).__name__}: {text}: {advice}") from None
 
 
 def _values(source: Source, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

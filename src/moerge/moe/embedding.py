@@ -10,6 +10,7 @@ from moerge.calibration import Texts
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
+from moerge.inference.loading import load_tokenizer
 from moerge.methods.codec import decode
 from moerge.moe.calibrated import gates_of
 from moerge.moe.context import FitContext
@@ -46,9 +47,7 @@ class EmbeddingRouter(FittedRouter):
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """One gate, for every layer."""
-        import transformers
-
-        tokenizer = transformers.AutoTokenizer.from_pretrained(context.folder)
+        tokenizer = load_tokenizer(context.folder)
         embedding = self._embedding(context)
         rows = []
         for name in context.experts:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import InputError
+from moerge.inference.loading import load_tokenizer
 from moerge.moe.context import FitContext
 from moerge.moe.token_weights import known_tokens
 
@@ -25,12 +26,11 @@ def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarr
     The merged model runs as far as it is complete, with this expert alone in memory: the shared embedding, its Proj-in, it.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from moerge.inference.one_expert import load_one_expert
 
     model: Any = load_one_expert(context.folder, context.experts.index(expert))
-    tokenizer: Any = AutoTokenizer.from_pretrained(context.folder)
+    tokenizer: Any = load_tokenizer(context.folder)
     limit = min(TOKENS, model.config.max_position_embeddings or TOKENS)
     seen: list[np.ndarray] = []
     model.projectors_out[0].register_forward_pre_hook(

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import in_dtype, usable_device
-from moerge.quiet import without_progress_bars
+from moerge.inference.loading import Loaded, load_model, load_tokenizer, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ class RunningMoE:
         self._folder = folder
         self._tokenizer: Any = None
         self._device = usable_device(device, "moe.router.device") if model is None else model.device
-        self._model = _load(folder, dtype) if model is None else model
+        self._model = load_model(folder, dtype=dtype) if model is None else model
         self._model.to(self._device).eval()
         self._gates = find_gates(self._model, experts)
         self._blocks = [module for module in self._model.modules() if _chooses(module, self._gates)]
@@ -65,11 +64,11 @@ class RunningMoE:
     def encode(self, text: str, tokens: int) -> torch.Tensor:
         """The first `tokens` tokens of a text, [1, T], as the tokenizer starts a text."""
         import torch
-        import transformers
 
         if self._tokenizer is None:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder)
+            self._tokenizer = load_tokenizer(self._folder)
         ids = self._tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+        Loaded(str(self._folder), self._model, self._tokenizer).check_ids(ids)
         return torch.tensor([ids], dtype=torch.long, device=self._device)
 
     def random_tokens(self, seed: int, tokens: int) -> torch.Tensor:
@@ -177,10 +176,3 @@ def _overrule(module: Any, arguments: Any, output: Any, *, path: Route, experts:
         chosen = torch.full_like(chosen_TK[:, :1], path)
     weights = torch.full(chosen.shape, 1 / chosen.shape[1], dtype=weights_TK.dtype, device=weights_TK.device)
     return logits_TE, weights, chosen
-
-
-def _load(folder: Path, dtype: str | None) -> Any:
-    import transformers
-
-    with without_progress_bars():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **in_dtype(dtype))

@@ -84,13 +84,12 @@ def _count(context: FitContext, tokens: int) -> dict[str, np.ndarray]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder that may hold a model of our own architecture; no code in it is run."""
-    import transformers
-
+    from moerge.inference import loading
     from moerge.modeling import register
 
     with suppress(ImportError):  # an older transformers reads the tokenizer of all others
         register()
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return loading.load_tokenizer(folder)
 
 
 def known_tokens(tokenizer: Any, text: str, limit: int, rows: int, expert: str) -> np.ndarray:

@@ -12,10 +12,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moerge.errors import InputError, suggest
+from moerge.files import read_file
 
 Key = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
+_MOST_BYTES = 16_000_000
 _MAX_ENTRIES = 100_000
 """Aliases expand: a few lines of YAML can mean more entries than fit in memory."""
 
@@ -95,11 +97,9 @@ def dotted(path: Key) -> str:
 def read_document(path: Path, what: str = "recipe") -> Document:
     """Parse a YAML file, which messages call `what`; InputError if it is missing, no YAML, no mapping, or has a key twice."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, _MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"there is no {what} {path}: check the path") from None
-    except OSError as error:
-        raise InputError(f"cannot read the {what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"the {what} {path} is not UTF-8 text: save it as such") from None
     try:

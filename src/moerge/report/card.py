@@ -18,7 +18,7 @@ from moerge.checkpoint.manifest import read_manifest, to_json
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
-from moerge.files import whole_file
+from moerge.files import read_file, whole_file
 from moerge.report.data import Checkpoint, Collected, Difference, Evaluation, Route, Score
 
 BEGIN, END = "<!-- moerge: measured -->", "<!-- moerge: end of measured -->"
@@ -114,7 +114,7 @@ def updated(folder: Path, measured: Measured) -> Update:
     if path.is_symlink() or not path.is_file():
         raise InputError(f"{path} is missing, or a link: merge again to have a model card")
     try:
-        before = path.read_bytes()
+        before = read_file(path)
         text = before.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path} as text: {error}") from None

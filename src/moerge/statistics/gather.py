@@ -233,6 +233,8 @@ class _Gathering:
         begun = time.monotonic()
         loaded = self._loaded(model)
         sequences = tokenised(loaded.tokenizer, self.documents, self.options.tokens)
+        for ids in sequences.ids:
+            loaded.check_ids(ids)
         if not sequences.ids:
             raise InputError(f"calibration.{self.expert}: no text has two tokens: name a file with longer ones")
         layout = layout_of(loaded.model, self.tensors, self.wanted, sequences.ids[0])

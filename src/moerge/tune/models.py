@@ -38,27 +38,25 @@ def expert_names(model: Checkpoint) -> list[str]:
 def skeleton_of(folder: Path) -> tuple[Any, Any]:
     """The model without values, and its tokenizer. Raises InputError where transformers cannot load them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from moerge.inference.loading import explained
+    from moerge.inference.loading import check_runnable, explained, load_config, load_tokenizer
     from moerge.modeling import register
 
     register()
-    with explained(str(folder)):
-        auto: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(AutoConfig.from_pretrained(folder))
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    check_runnable(folder)
+    auto: Any = AutoModelForCausalLM
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    with explained(str(folder)), torch.device("meta"):
+        model = auto.from_config(config)
     tokenizer.model_max_length = sys.maxsize  # documents are cut afterwards
     return model, tokenizer
 
 
 def load_sharded(folder: Path, processes: int) -> Any:
     """The model in float32, each process with a part of every parameter. Raises InputError where transformers cannot."""
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    from moerge.inference.loading import check_complete, explained
+    from moerge.inference.loading import load_model
 
     try:
         from transformers import distributed as untyped
@@ -67,10 +65,7 @@ def load_sharded(folder: Path, processes: int) -> Any:
         shards = distributed.DistributedConfig(fsdp_size=processes)
     except (ImportError, AttributeError):
         raise InputError("sharding fsdp2 needs transformers 5.20 or newer: pip install --upgrade transformers") from None
-    auto: Any = AutoModelForCausalLM
-    with explained(str(folder)):
-        model, found = auto.from_pretrained(folder, dtype=torch.float32, distributed_config=shards, output_loading_info=True)
-    check_complete(str(folder), found)
+    model = load_model(folder, dtype="float32", distributed_config=shards)
     if not is_sharded(model):
         raise InputError(f"transformers did not shard {folder} over {processes} processes: leave out 'sharding', which gives DDP")
     return model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moerge.errors import InputError
+from moerge.files import read_file
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 COMPANION_FILES = (
@@ -23,10 +23,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def companion_files(folder: Path) -> dict[str, bytes]:
     """Tokenizer and generation files of a model, by name."""
-    try:
-        return {name: (folder / name).read_bytes() for name in COMPANION_FILES if (folder / name).is_file()}
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    return {name: read_file(folder / name) for name in COMPANION_FILES if (folder / name).is_file()}
 
 
 def has_chat_template(files: Mapping[str, bytes]) -> bool:

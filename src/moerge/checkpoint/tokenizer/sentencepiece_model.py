@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.files import read_file
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _PIECES, _TRAINER = 1, 2
@@ -77,10 +78,7 @@ class SentencePieceModel:
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """A tokenizer.model; InputError if the file is something else or damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    content = read_file(path)
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     try:

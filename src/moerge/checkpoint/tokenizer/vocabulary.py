@@ -15,6 +15,7 @@ from moerge.checkpoint.tokenizer.files import VOCABULARY_FILES, NewToken, added_
 from moerge.checkpoint.tokenizer.sentencepiece_model import read_sentencepiece
 from moerge.checkpoint.tokenizer.spelling import Spelling, spelling_of, spelling_of_tokens, steps
 from moerge.errors import InputError
+from moerge.files import read_file
 
 _DAMAGED = "{} is damaged: fetch or copy it again"
 _HARMLESS_STEPS = ("use_regex", "trim_offsets")
@@ -199,11 +200,11 @@ def _merges(lines: Any) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = (folder / name for name in VOCABULARY_FILES)
-    return {path.name: file_digest(path.read_bytes()) for path in files if path.is_file()}
+    return {path.name: file_digest(read_file(path)) for path in files if path.is_file()}
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"cannot read {path}: {error}") from None
