@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
-
-from moerge.cli.console import as_size, new_table, print_json
+from moerge.cli.console import Table, as_size, print_json, show_table
 from moerge.doctor import Dependency, Diagnosis, Extra, Folder
 
 
@@ -14,27 +11,27 @@ def diagnosis(state: Diagnosis, *, as_json: bool) -> None:
     if as_json:
         print_json(state.to_json())
         return
-    table = new_table("", "")
+    table = Table("", "")
     table.show_header = False
     table.add_row("moerge", state.moerge)
-    table.add_row("Python", escape(state.python))
-    table.add_row("system", escape(state.system))
+    table.add_row("Python", state.python)
+    table.add_row("system", state.system)
     table.add_row("core", _packages(state.core))
     for extra in state.extras:
         table.add_row(f"extra {extra.name}", _packages(extra))
     table.add_row("threads", str(state.threads))
-    table.add_row("GPU", escape(", ".join(state.gpus) or f"none: {state.gpu_note}"))
+    table.add_row("GPU", ", ".join(state.gpus) or f"none: {state.gpu_note}")
     table.add_row("Hub cache", _folder(state.caches["hub"]))
     table.add_row("kernel cache", _folder(state.caches["kernels"]))
-    table.add_row("sandbox", escape(state.sandbox))
-    Console().print(table, soft_wrap=True, highlight=False)
+    table.add_row("sandbox", state.sandbox)
+    show_table(table)
 
 
 def _packages(extra: Extra) -> str:
     installed = ", ".join(f"{dependency.name} {dependency.installed}" for dependency in extra.dependencies if dependency.met)
     if not extra.missing:
-        return escape(installed)
-    return escape(f"missing {', '.join(map(_missing, extra.missing))}: {extra.command}")
+        return installed
+    return f"missing {', '.join(map(_missing, extra.missing))}: {extra.command}"
 
 
 def _missing(dependency: Dependency) -> str:
@@ -46,4 +43,4 @@ def _folder(folder: Folder | None) -> str:
     if folder is None:
         return "none can be written: each process compiles its kernels"
     state = "" if folder.writable else ", not writable"
-    return escape(f"{folder.path} ({as_size(folder.free_bytes)} free{state})")
+    return f"{folder.path} ({as_size(folder.free_bytes)} free{state})"
