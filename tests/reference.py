@@ -270,3 +270,78 @@ def iso_cts(tau_KOI: np.ndarray, fraction: float) -> np.ndarray:
     right = np.concatenate([right[: common.shape[1]], *(v[:own] for _, _, v in rests)])
     mean = (values[: common.shape[1]].sum() + sum(s[:own].sum() for _, s, _ in rests)) / smaller
     return mean * procrustes(left) @ procrustes(right)
+
+
+def nuslerp(first_N: np.ndarray, second_N: np.ndarray, t: float) -> np.ndarray:
+    """Shoemake's slerp of two vectors as they are, along the chord where they have no angle."""
+    norms = np.linalg.norm(first_N) * np.linalg.norm(second_N)
+    cosine = float(first_N @ second_N / norms) if norms else 1.0
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sqrt(max(0.0, 1 - cosine * cosine)) <= 1e-6:
+        return (1 - t) * first_N + t * second_N
+    return (math.sin((1 - t) * angle) * first_N + math.sin(t * angle) * second_N) / math.sin(angle)
+
+
+def multislerp(theta_KN: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """mergekit's steps: to the tangent space at the mean direction, the mean there, and back by the exponential map."""
+    weights_K = np.array(weights) / math.fsum(weights)
+    norms_K = np.linalg.norm(theta_KN, axis=1)
+    units_KN = np.divide(theta_KN, norms_K[:, None], out=np.zeros_like(theta_KN), where=norms_K[:, None] > 0)
+    mean_N = weights_K @ units_KN
+    if np.linalg.norm(mean_N) <= 1e-6 * np.abs(weights_K).sum():
+        return weights_K @ theta_KN
+    mean_N = mean_N / np.linalg.norm(mean_N)
+    tangent_N = weights_K @ (units_KN - np.outer(units_KN @ mean_N, mean_N))
+    length = np.linalg.norm(tangent_N)
+    along_N = tangent_N * (math.sin(length) / length) if length else tangent_N
+    return (weights_K @ norms_K) * (mean_N * math.cos(length) + along_N)
+
+
+def karcher(theta_KN: np.ndarray, weights: Sequence[float], steps: int = 1000) -> np.ndarray:
+    """The point on the unit sphere with the smallest sum of squared angles to the directions, by small gradient steps."""
+    weights_K = np.array(weights) / math.fsum(weights)
+    norms_K = np.linalg.norm(theta_KN, axis=1)
+    units_KN = theta_KN[norms_K > 0] / norms_K[norms_K > 0, None]
+    own_K = weights_K[norms_K > 0] / weights_K[norms_K > 0].sum()
+    mean_N = own_K @ units_KN
+    mean_N = mean_N / np.linalg.norm(mean_N)
+    for _ in range(steps):
+        step_N = np.zeros_like(mean_N)
+        for weight, unit_N in zip(own_K, units_KN, strict=True):
+            across_N = unit_N - (unit_N @ mean_N) * mean_N
+            if (length := np.linalg.norm(across_N)) > 1e-12:
+                step_N += weight * math.atan2(length, unit_N @ mean_N) * across_N / length
+        mean_N = mean_N + 0.5 * step_N
+        mean_N = mean_N / np.linalg.norm(mean_N)
+    return (weights_K @ norms_K) * mean_N
+
+
+def fusion_importance(base: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """|tau| times the divergence of the softmax of its row."""
+
+    def log_softmax(rows: np.ndarray) -> np.ndarray:
+        shifted = rows - rows.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+    first, second = log_softmax(theta), log_softmax(base)
+    return np.abs(theta - base) * (np.exp(first) * (first - second)).sum(axis=-1, keepdims=True)
+
+
+def fusion_threshold(importance: np.ndarray) -> float:
+    """The median and one and a half times what lies between the other quartiles, by a full sort."""
+    ascending = np.sort(importance.reshape(-1))
+    first, median, third = (ascending[int(share * (ascending.size - 1))] for share in (0.25, 0.5, 0.75))
+    return float(median + 1.5 * (third - first))
+
+
+def ram(tau_KN: np.ndarray, epsilon: float, *, r: float = 0.0, alpha: float = 0.0) -> np.ndarray:
+    """Entry by entry: nothing where none changed it, the one's change, longer with r, or the mean change of several."""
+    changed_KN = np.abs(tau_KN) > epsilon
+    count_N = changed_KN.sum(axis=0)
+    out_N = np.zeros(tau_KN.shape[1])
+    for tau_N, changed_N in zip(tau_KN, changed_KN, strict=True):
+        shared, own = (changed_N & (count_N > 1)).sum(), (changed_N & (count_N == 1)).sum()
+        stretch = 1 + r * min(alpha, shared / own) if own else 1
+        for index in np.flatnonzero(changed_N):
+            out_N[index] += tau_N[index] * (stretch if count_N[index] == 1 else 1 / count_N[index])
+    return out_N

@@ -49,9 +49,10 @@ def merge_state_dicts(
     chosen.check_experts(list(named))
     chosen = chosen.for_experts(list(named))
     if chosen.uses_task_vectors and base is None:
-        raise InputError(f"{method} works on task vectors (expert minus base), so it needs a base")
+        raise InputError(f"{method} works on task vectors (expert minus base), so it needs a base{chosen.or_without_base}")
     if chosen.exact_experts not in (None, len(named)):
-        raise InputError(f"{method} merges exactly {chosen.exact_experts} state dicts, not {len(named)}")
+        plural = "s" if chosen.exact_experts != 1 else ""
+        raise InputError(f"{method} merges exactly {chosen.exact_experts} state dict{plural}, not {len(named)}")
     factors = _factors(chosen, weights, list(named))
     used = _statistics(chosen, list(named), statistics)
     used_base = base if chosen.uses_task_vectors else None

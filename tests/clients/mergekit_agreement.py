@@ -76,6 +76,10 @@ def whole(models: str) -> str:
     return float32(models).replace("0.6}", "0.5}").replace("0.4}", "0.25}").replace("0.8}", "0.75}")
 
 
+def nuslerp(models: str, parameters: str = "") -> str:
+    return f"{models}merge_method: nuslerp\nparameters: {{{parameters}}}\n"
+
+
 def float32(models: str) -> str:
     return models.replace("models/", "models-float32/")
 
@@ -154,6 +158,10 @@ parameters: {weight: 1, lambda: 0.75}
 """
 
 STOCK = "models: [{model: models/math}, {model: models/code}, {model: models/knowledge}]\nbase_model: models/base\n"
+ONE = "models: [{model: models/math}]\nbase_model: models/base\n"
+THREE = STOCK.partition("base_model")[0]
+ON_BASE = "base_model: models/base\n"
+PAIR = "models: [{model: models/math, parameters: {weight: 0.7}}, {model: models/code, parameters: {weight: 0.5}}]\n"
 MOE = """
 base_model: models/base
 gate_mode: cheap_embed
@@ -204,6 +212,18 @@ CASES = [
     case("sce", f"{STOCK}merge_method: sce\n"),
     case("sce, selected, float32", f"{float32(STOCK)}merge_method: sce\nparameters: {{select_topk: 0.25}}\n"),
     case("sce, selected", f"{STOCK}merge_method: sce\nparameters: {{select_topk: 0.25}}\n", EQUALS),
+    case("nuslerp of task vectors", nuslerp(PAIR + ON_BASE)),
+    case("nuslerp of models", nuslerp(PAIR)),
+    case("nuslerp by rows", nuslerp(PAIR + ON_BASE, "nuslerp_flatten: false")),
+    case("nuslerp by columns", nuslerp(PAIR, "nuslerp_flatten: false, nuslerp_row_wise: true")),
+    case("multislerp of task vectors", f"{dense(MODELS)}merge_method: multislerp\n"),
+    case("multislerp of models", f"{THREE}merge_method: multislerp\nparameters: {{weight: 0.4, normalize_weights: false}}\n"),
+    case("karcher", f"{THREE}merge_method: karcher\n"),
+    case("karcher with the base, two steps", f"{STOCK}merge_method: karcher\nparameters: {{max_iter: 2, tol: 1.0e-7}}\n"),
+    case("nearswap", f"{ONE}merge_method: nearswap\nparameters: {{t: [0.002, 0.01]}}\n"),
+    case("arcee_fusion", f"{float32(ONE)}merge_method: arcee_fusion\n", dtype=EXACT.replace("float32", "float64")),
+    case("ram", f"{STOCK}merge_method: ram\nparameters: {{epsilon: 0.01}}\n"),
+    case("ramplus_tl", f"{STOCK}merge_method: ramplus_tl\nparameters: {{epsilon: 0.01, r: 0.3, alpha: 0.9}}\n"),
     case("della, density 1", generalized("della", models=dense(MODELS))),
     case("della_linear, density 1", generalized("della_linear", models=dense(MODELS))),
     case("della", generalized("della", "  epsilon: 0.1\n"), MASKS),

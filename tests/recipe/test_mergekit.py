@@ -289,6 +289,13 @@ def test_methods_and_their_settings(here: Path) -> None:
         ("ties", {"normalize": False, "lambda": 2}, {"aggregate": "sum", "scale": 2.0, "scope": "tensor"}),
         ("sce", {"select_topk": 0.25}, {"select_topk": 0.25, "scale": 1.0}),
         ("model_stock", {"filter_wise": True}, {"filter_wise": True}),
+        ("nuslerp", {}, {"origin": "base", "vectors": "tensor"}),
+        ("nuslerp", {"nuslerp_flatten": False}, {"vectors": "row"}),
+        ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}, {"vectors": "column"}),
+        ("nuslerp", {"nuslerp_row_wise": True}, {"vectors": "tensor"}),
+        ("multislerp", {"normalize_weights": False, "eps": 1e-6}, {"origin": "base", "normalize": False}),
+        ("ram", {"epsilon": 0.5}, {"epsilon": 0.5, "scale": 1.0}),
+        ("ramplus_tl", {"r": 0.3, "alpha": 0.5}, {"r": 0.3, "alpha": 0.5, "epsilon": 1e-5, "scope": "tensor"}),
     ],
 )
 def test_parameters(method: str, parameters: dict[str, Any], expected: dict[str, Any], here: Path) -> None:
@@ -298,6 +305,41 @@ def test_parameters(method: str, parameters: dict[str, Any], expected: dict[str,
     settings = dict(made.method)
     assert {key: settings[key] for key in expected} == expected
     assert made.base.model == "base" and [source.model for source in made.experts] == ["math", "code"]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "expected"),
+    [
+        ("nuslerp", {"weight": 1}, {"origin": "zero"}),
+        ("multislerp", {"weight": 1}, {"origin": "zero", "normalize": True}),
+        ("karcher", {"max_iter": 3, "tol": 0.01}, {"origin": "zero", "max_iter": 3, "tol": 0.01}),
+    ],
+)
+def test_methods_without_a_base(method: str, parameters: dict[str, Any], expected: dict[str, Any], here: Path) -> None:
+    recipe = {"merge_method": method, "models": [{"model": "math"}, {"model": "code"}], "parameters": parameters}
+    made: Any = moerge.plan(recipe).outputs[0].operation
+    settings = dict(made.method)
+    assert {key: settings[key] for key in expected} == expected
+    assert made.base is None and [source.model for source in made.experts] == ["math", "code"]
+
+
+def test_karchers_base_is_one_of_its_models(here: Path) -> None:
+    made: Any = moerge.plan({"merge_method": "karcher", "models": [{"model": "math"}], "base_model": "base"}).outputs[0].operation
+    assert made.base is None and [source.model for source in made.experts] == ["math", "base_2"]
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("nearswap", {"t": 0.25}), ("arcee_fusion", {})])
+def test_methods_of_one_expert(method: str, parameters: dict[str, Any], here: Path) -> None:
+    recipe = {"merge_method": method, "models": [{"model": "math"}], "base_model": "base", "parameters": parameters}
+    made: Any = moerge.plan(recipe).outputs[0].operation
+    assert made.base.model == "base" and [source.model for source in made.experts] == ["math"]
+    assert {key: dict(made.method)[key] for key in parameters} == parameters
+
+
+def test_nuslerps_weights_that_cancel_are_halves(here: Path) -> None:
+    models = [{"model": "math", "parameters": {"weight": 1}}, {"model": "code", "parameters": {"weight": -1}}]
+    made: Any = moerge.plan({"merge_method": "nuslerp", "models": models, "base_model": "base"}).outputs[0].operation
+    assert made.weights == (1.0, 1.0)
 
 
 def test_density_zero_leaves_a_model_out(here: Path) -> None:

@@ -55,8 +55,8 @@ BAD = [
     ),
     ("merge_method: ties\nbase_model: base\n", "base", "base", "models is missing: list what is merged there, or in 'slices'"),
     ("base_model: base\nmodels: [{model: math}]\n", "", "", "merge_method is missing: name one, such as 'merge_method: ties'"),
-    (TIES, "ties", "karcher", f"line 1: merge_method: moerge does not have 'karcher'; of mergekit's methods it has {HAS}"),
-    (TIES, "ties", "nuslerp", "line 1: merge_method: moerge does not have 'nuslerp'; of mergekit's methods it has breadcrumbs,"),
+    (TIES, "ties", "karchers", f"line 1: merge_method: moerge does not have 'karchers'; of mergekit's methods it has {HAS}"),
+    (TIES, "ties", "nearswap", "line 3: models: nearswap takes exactly 2, not 3 (math, code, base)"),
     (TIES, "models:", "modules:", "line 3: modules: models of several parts, such as vision and text, are not supported"),
     (
         TIES,

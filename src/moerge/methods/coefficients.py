@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, InstanceOf
 
 from moerge.errors import InputError
-from moerge.methods.jit import kernel
+from moerge.methods.formulas import weigh_chunks
 from moerge.methods.method import Block, Finite, Measurement, MergeMethod, TaskVectorMethod, Unit
 
 
@@ -82,16 +82,4 @@ class Weighed(TaskVectorMethod):
             have = f"{len(c_KC)} rows of coefficients for {c_KC.shape[1]} chunks of {self.chunk} entries"
             raise InputError(f"{have} do not fit a tensor of {experts} experts and at least {end} entries: learn again")
         self.directions.direct(block)
-        _weigh(block.theta_KN, c_KC, self.chunk, block.start, block.out_N)
-
-
-@kernel
-def _weigh(tau_KN: np.ndarray, c_KC: np.ndarray, chunk: int, start: int, out_N: np.ndarray) -> None:
-    out_N[:] = np.float32(0)
-    for piece in range(start // chunk, (start + out_N.size - 1) // chunk + 1):
-        begin, end = max(0, piece * chunk - start), min(out_N.size, (piece + 1) * chunk - start)
-        out_M = out_N[begin:end]
-        for k in range(len(c_KC)):
-            c, tau_M = c_KC[k, piece], tau_KN[k, begin:end]
-            for i in range(out_M.size):
-                out_M[i] += c * tau_M[i]
+        weigh_chunks(block.theta_KN, c_KC, self.chunk, block.start, block.out_N)

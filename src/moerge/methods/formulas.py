@@ -22,6 +22,19 @@ def weighted_sum(theta_KN: np.ndarray, weights_K: np.ndarray, divisor: np.float3
 
 
 @kernel
+def weigh_chunks(tau_KN: np.ndarray, c_KC: np.ndarray, chunk: int, start: int, out_N: np.ndarray) -> None:
+    """out = sum_k c_k tau_k, c by chunks of so many entries; `start` is the index of the first entry, counted as chunks are."""
+    out_N[:] = np.float32(0)
+    for piece in range(start // chunk, (start + out_N.size - 1) // chunk + 1):
+        begin, end = max(0, piece * chunk - start), min(out_N.size, (piece + 1) * chunk - start)
+        out_M = out_N[begin:end]
+        for k in range(len(c_KC)):
+            c, tau_M = c_KC[k, piece], tau_KN[k, begin:end]
+            for i in range(out_M.size):
+                out_M[i] += c * tau_M[i]
+
+
+@kernel
 def elected_sum(tau_KN: np.ndarray, weights_K: np.ndarray, mean: bool, out_N: np.ndarray) -> None:
     """TIES' sign election and disjoint merge (Yadav et al. 2023, algorithm 1) of task vectors that are already trimmed.
 

@@ -59,13 +59,15 @@ class Statistic:
 
     Shares are added up in the order of the blocks, so a floating-point total does not depend on threads either. With `runs`
     the pass looks at that many short runs of elements, evenly spaced, instead of at all: a sample. With `uses_base`, `add` is
-    also given base_N, which holds nothing where the operation has no base.
+    also given base_N, which holds nothing where the operation has no base; with `uses_start` then the index of the block's first
+    element in its tensor.
     """
 
     zeros: Callable[[], Any]
     add: Callable[..., None]
     runs: int = 0
     uses_base: bool = False
+    uses_start: bool = False
 
 
 Measurement = Generator[Statistic, Any, Any]
@@ -84,6 +86,8 @@ class MergeMethod(BaseModel):
     uses_task_vectors: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
     exact_experts: ClassVar[int | None] = None
+    or_without_base: ClassVar[str] = ""
+    """The end of the error that there is no base, for methods that can do without."""
     scratch: ClassVar[float] = 0
     """`scratch_bytes` as float32 copies of the tensor, for methods that need the same for every shape."""
 
@@ -142,6 +146,10 @@ class MergeMethod(BaseModel):
     def measure(self, experts: int, size: int) -> Measurement:
         """Passes over `size` elements (of the tensor, or of the model where `scope` says so) before merging."""
         yield from ()
+
+    def measure_tensor(self, experts: int, shape: tuple[int, ...]) -> Measurement:
+        """As `measure`, of one tensor, for methods that look at its rows or columns."""
+        return self.measure(experts, math.prod(shape))
 
     def merge(self, block: Block) -> None:
         """Write the merged values to `block.out_N`."""

@@ -125,7 +125,7 @@ class Assembly:
 
     def _check_count(self, method: MergeMethod, members: Sequence[str]) -> None:
         if method.exact_experts not in (None, len(members)):
+            models = f"{method.exact_experts} model{'s' if method.exact_experts != 1 else ''}"
             raise InputError(
-                f"{self.recipe.source}: {method.name} merges exactly {method.exact_experts} models, "
-                f"not {len(members)} ({', '.join(members)})"
+                f"{self.recipe.source}: {method.name} merges exactly {models}, not {len(members)} ({', '.join(members)})"
             )

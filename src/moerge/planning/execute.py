@@ -110,7 +110,9 @@ class Execution:
         run_jobs((self._measure_model(method, spanned) for method, spanned in spanning.items()), threads)
 
     def _measure_model(self, method: MergeMethod, operations: Sequence[Merge]) -> Job:
-        self._measured[method] = yield from self._measure(method, operations)
+        size = sum(operation.experts[0].tensor.size for operation in operations)
+        steps = method.measure(len(operations[0].experts), size)
+        self._measured[method] = yield from self.measure(steps, method.measures, operations)
 
     def statistic(self, operation: Merge) -> Steps:
         """What the operation's method needs to know before it merges, None for nothing; part of a job, after `measure_model`."""
@@ -119,7 +121,8 @@ class Execution:
             return None
         if method.spans_model:
             return self._measured[method.measured_as]
-        return (yield from self._measure(method, [operation]))
+        steps = method.measure_tensor(len(operation.experts), operation.experts[0].tensor.shape)
+        return (yield from self.measure(steps, method.measures, [operation]))
 
     def _produce(self, output: Output) -> Job:
         operation = output.operation
@@ -156,11 +159,6 @@ class Execution:
             self.advance(data.nbytes + sum(reader.bytes_of(end - begin) for reader in readers))
         return [produced.digest(), *(reader.digest() for reader in readers)]
 
-    def _measure(self, method: MergeMethod, operations: Sequence[Merge]) -> Steps:
-        """Drive a method's measurement over some operations; its tasks go to the scheduler."""
-        size = sum(operation.experts[0].tensor.size for operation in operations)
-        return self.measure(method.measure(len(operations[0].experts), size), method.measures, operations)
-
     def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> Steps:
         """Drive a measurement, which makes at most so many `passes`, over some operations; part of a job."""
         unread = passes * sum(source.tensor.nbytes for operation in operations for source in operation.values)
@@ -183,8 +181,9 @@ class Execution:
         share = sums.share()
         for begin in range(piece.start, piece.stop, BLOCK):
             work = self._load(piece.operation, readers, begin, min(begin + BLOCK, piece.stop))
-            with_base = (work.base_N,) if sums.statistic.uses_base else ()
-            sums.statistic.add(work.theta_KN, share, *with_base)
+            base = (work.base_N,) if sums.statistic.uses_base else ()
+            start = (begin,) if sums.statistic.uses_start else ()
+            sums.statistic.add(work.theta_KN, share, *base, *start)
         sums.add(index, share)
         nbytes = sum(reader.bytes_of(piece.stop - piece.start) for reader in readers)
         self.advance(nbytes)

@@ -212,7 +212,8 @@ def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> No
         raise document.error(("merge",), f": {error}") from None
     if method.uses_task_vectors and recipe.base is None:
         raise document.error(
-            ("merge",), f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'"
+            ("merge",),
+            f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'{method.or_without_base}",
         )
     members_base = recipe.includes_base and not method.uses_task_vectors
     weights = [expert.weight for expert in recipe.experts.values()] + [1.0] * members_base

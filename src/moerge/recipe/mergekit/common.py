@@ -34,7 +34,8 @@ def read_dtype(document: Document) -> str | None:
         written = document.data.get(key)
         if written is not None:
             used = str(written).removeprefix("torch.")
-            if used not in _DTYPES:
+            only_computes = key == "dtype" and used == "float64" and document.data.get("out_dtype") is not None
+            if used not in _DTYPES and not only_computes:
                 raise document.error((key,), f" should be one of {', '.join(_DTYPES)}, not {short(written)}")
     return used
 

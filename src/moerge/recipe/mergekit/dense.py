@@ -9,7 +9,7 @@ from typing import Any
 from moerge.errors import suggest
 from moerge.recipe.document import Document, Key, short
 from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed, read_tokenizer, roster_experts
-from moerge.recipe.mergekit.methods import METHODS, OTHER_PARAMETERS, Foreign
+from moerge.recipe.mergekit.methods import METHODS, Foreign
 from moerge.recipe.mergekit.models import Reference, Roster, read_reference
 from moerge.recipe.mergekit.parameters import Setting, Settings, read_setting
 from moerge.recipe.mergekit.rule import MergekitRule, Part, Source
@@ -137,7 +137,7 @@ class _Reader:
             raise self.document.error(path or ("merge_method",), f": {self.method} needs a base: {lacks}")
         fewest, most = self.foreign.count
         if not fewest <= len(found) <= (most or len(found)):
-            count = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
+            count = f"exactly {fewest}" if fewest == most else f"{fewest} to {most}" if most else f"at least {fewest}"
             listed_ones = ", ".join(str(reference) for reference in references)
             raise self.document.error(path or ("models",), f": {self.method} takes {count}, not {len(found)} ({listed_ones})")
 
@@ -175,7 +175,7 @@ class _Reader:
         return found
 
     def _without_effect(self, path: Key, key: str) -> None:
-        known = {*OTHER_PARAMETERS, *(name for foreign in METHODS.values() for name in foreign.parameters)}
+        known = {name for foreign in METHODS.values() for name in foreign.parameters}
         if key not in known:
             raise self.document.error(path, f": unknown parameter, {suggest(key, known)}")
         where = ": it belongs into the file's own 'parameters'" if key in self.foreign.parameters else ""
@@ -205,7 +205,7 @@ def _differences(name: str, foreign: Foreign, parts: Sequence[Part], settings: S
 
 def _rounding(document: Document, name: str) -> list[str]:
     computed = str(document.data.get("dtype") or "float32").removeprefix("torch.")
-    if name in ("passthrough", "linear", "slerp") or computed == "float32":  # these it computes as we do
+    if name in ("passthrough", "linear", "slerp") or computed in ("float32", "float64"):  # these it computes as we do
         return []
     return [f"computed in float32 and rounded once; mergekit computes in {computed}, as 'dtype' says, and rounds at every step"]
 

@@ -59,6 +59,7 @@ _WEIGHT = Parameter(_NUMBER, each=True)
 _INT8 = Parameter(_TRUTH, False)
 _GAMMA = Parameter(_NUMBER, 0.01, each=True)
 _EPSILON = Parameter(_NUMBER, 0.15, each=True)
+_CHANGE = Parameter(_NUMBER, 1e-5)
 
 
 def _weights(each: Sequence[Values]) -> tuple[float, ...]:
@@ -128,6 +129,31 @@ def _model_stock(shared: Values, each: Sequence[Values]) -> Target:
     return Target("model_stock", {"filter_wise": shared["filter_wise"]}, (1.0,) * len(each))
 
 
+def _nuslerp(shared: Values, each: Sequence[Values]) -> Target:
+    weights = _weights(each)
+    along = "column" if shared["nuslerp_row_wise"] else "row"  # theirs is the axis that is summed over
+    vectors = "tensor" if shared["nuslerp_flatten"] else along
+    return Target("nuslerp", {"vectors": vectors}, (1.0,) * len(each) if abs(sum(weights)) < 1e-6 else weights)
+
+
+def _multislerp(shared: Values, each: Sequence[Values]) -> Target:
+    return Target("multislerp", {"normalize": shared["normalize_weights"]}, _weights(each) if len(each) > 1 else (1.0,))
+
+
+def _unweighted(method: str, **names: str) -> Callable[[Values, Sequence[Values]], Target]:
+    """A method of ours without weights, its settings by mergekit's names."""
+
+    def target(shared: Values, each: Sequence[Values]) -> Target:
+        return Target(method, {ours: shared[theirs] for ours, theirs in names.items()}, (1.0,) * len(each))
+
+    return target
+
+
+def _karcher(shared: Values, each: Sequence[Values]) -> Target:
+    steps = max(0, int(shared["max_iter"] or 0))
+    return Target("karcher", {"max_iter": steps, "tol": shared["tol"], "origin": "zero"}, (1.0,) * len(each))
+
+
 def _sce(shared: Values, each: Sequence[Values]) -> Target:
     return Target("sce", {"select_topk": min(1.0, float(shared["select_topk"] or 0))}, (1.0,) * len(each))
 
@@ -157,10 +183,10 @@ def _generalized(
 def _on_base(
     parameters: Mapping[str, Parameter],
     target: Callable[[Values, Sequence[Values]], Target],
-    differs: str,
+    differs: str = "",
     count: tuple[int, int | None] = (1, None),
 ) -> Foreign:
-    return Foreign(parameters, target, task_vectors=True, needs_base=True, count=count, differs={"": differs})
+    return Foreign(parameters, target, task_vectors=True, needs_base=True, count=count, differs={"": differs} if differs else {})
 
 
 _TRIMMED = (
@@ -173,6 +199,7 @@ _MASKS = (
 )
 _BASE_KEPT = "model_stock takes the base where task vectors point apart; mergekit goes on to the other side of it"
 _SMALL = "sce weighs task vectors by their size however small they are; mergekit weighs those below about 0.001 equally"
+_SAMPLED = "arcee_fusion takes the quartiles of all entries; mergekit takes those of a random million of larger tensors"
 _NO_RESCALING = "moerge does not restore the L1 norm after trimming: remove it"
 
 METHODS: dict[str, Foreign] = {
@@ -199,12 +226,24 @@ METHODS: dict[str, Foreign] = {
     ),
     "model_stock": _on_base({"filter_wise": Parameter(_TRUTH, False)}, _model_stock, _BASE_KEPT, count=(3, None)),
     "sce": _on_base({"select_topk": Parameter(_NUMBER, 1.0), "int8_mask": _INT8}, _sce, _SMALL),
+    "nuslerp": Foreign(
+        {"weight": _WEIGHT, "nuslerp_row_wise": Parameter(_TRUTH, False), "nuslerp_flatten": Parameter(_TRUTH, True)},
+        _nuslerp,
+        task_vectors=True,
+        count=(2, 3),
+    ),
+    "multislerp": Foreign(
+        {"weight": _WEIGHT, "normalize_weights": Parameter(_TRUTH, True), "eps": Parameter(_NUMBER, 1e-8)},
+        _multislerp,
+        task_vectors=True,
+    ),
+    "karcher": Foreign({"max_iter": Parameter(_NUMBER, 10.0), "tol": Parameter(_NUMBER, 1e-5)}, _karcher),
+    "nearswap": _on_base({"t": Parameter(_NUMBER)}, _unweighted("nearswap", t="t"), count=(2, 2)),
+    "arcee_fusion": _on_base({}, _unweighted("arcee_fusion"), _SAMPLED, count=(2, 2)),
+    "ram": _on_base({"epsilon": _CHANGE}, _unweighted("ram", epsilon="epsilon")),
+    "ramplus_tl": _on_base(
+        {"r": Parameter(_NUMBER, 0.1), "alpha": Parameter(_NUMBER, 0.2), "epsilon": _CHANGE},
+        _unweighted("ramplus_tl", r="r", alpha="alpha", epsilon="epsilon"),
+    ),
 }
 """By mergekit's names. What mergekit has and this lacks is refused."""
-
-OTHER_PARAMETERS = frozenset(
-    {
-        *("nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps", "max_iter", "tol", "r", "alpha"),
-    }
-)
-"""Parameters of mergekit methods that only those have."""

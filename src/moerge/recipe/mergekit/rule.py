@@ -65,6 +65,8 @@ class MergekitRule(Rule):
         kind, settings = merge_method(target.method), dict(target.settings)
         if "seed" in kind.model_fields:
             settings["seed"] = self.seed
+        if "origin" in kind.model_fields:
+            settings.setdefault("origin", "zero" if part.base is None else "base")
         if target.method == "passthrough":
             settings["model"] = part.sources[0].model
         names = [source.model for source in part.merged]
