@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moerge.planning.plan import Plan
     from moerge.recipe import Recipe, load_recipe
 
+    __version__: str
+
 _HOMES = {
     "InputError": "moerge.errors",
     "MachineError": "moerge.errors",
@@ -53,6 +55,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moerge")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'moerge' has no attribute {name!r}")

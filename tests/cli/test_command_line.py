@@ -52,6 +52,19 @@ def test_help_names_every_command() -> None:
         assert (described.code, "Usage" in described.out) == (0, True)
 
 
+@pytest.mark.parametrize(("typed", "completed"), [("moerge me", "merge"), ("moerge plan --as", "--as-recipe")])
+def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
+    environment = {
+        **os.environ,
+        "_MOERGE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    script = "import sys; sys.argv[:] = ['moerge']; from moerge.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert completed in result.stdout.split()
+
+
 def test_version() -> None:
     from importlib.metadata import version
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from moerge.modeling import ROLES, MoergeConfig, MoergeForCausalLM, dense_name, role_of, separate_name
+from moerge.modeling.versions_moerge import CACHE
 from tiny import EXPERTS, VOCABULARY, llama_config
 
 NAMES = ["base", *EXPERTS[:2]]
@@ -150,19 +151,19 @@ def check_cache(model: Any, *, crops: bool = True) -> None:
     step = torch.tensor([[7], [8], [9], [10]])
 
     def after(cache: Any, rows: Tensor) -> Tensor:
-        return model(step[rows], past_key_values=cache).logits
+        return model(step[rows], **{CACHE: cache}).logits
 
-    expected = after(model(ids).past_key_values, torch.arange(4))
+    expected = after(model(ids)[CACHE], torch.arange(4))
     for rows in ([3, 1], [2], [0, 0, 1, 3, 3, 3]):
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE]
         cache.batch_select_indices(torch.tensor(rows))
         assert cache.batch_size == len(rows)
         torch.testing.assert_close(after(cache, torch.tensor(rows)), expected[rows], atol=1e-5, rtol=1e-5)
-    cache = model(ids).past_key_values
+    cache = model(ids)[CACHE]
     cache.batch_repeat_interleave(2)
     twice = torch.arange(4).repeat_interleave(2)
     torch.testing.assert_close(after(cache, twice), expected[twice], atol=1e-5, rtol=1e-5)
-    cache = model(ids).past_key_values
+    cache = model(ids)[CACHE]
     if crops:
         assert cache.is_croppable
         after(cache, torch.arange(4))
@@ -170,12 +171,12 @@ def check_cache(model: Any, *, crops: bool = True) -> None:
         torch.testing.assert_close(after(cache, torch.arange(4)), expected, atol=1e-5, rtol=1e-5)
     cache.reset()
     assert (cache.batch_size, cache.get_seq_length(), cache.is_initialized, len(cache)) == (-1, 0, False, 0)
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, model(ids).logits)
 
 
 @torch.no_grad()
 def check_without_moerge(model: Any, folder: Path) -> None:
-    """What `folder` holds of the model gives the same where moerge cannot be imported; also saved once more."""
+    """What `folder` holds of the model gives the same without moerge; also saved again, and from a relative path."""
     ids, mask = padded(prompts(6, 4), "left")
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     torch.save({"ids": ids, "mask": mask, "options": options}, folder / "case.pt")
@@ -190,7 +191,7 @@ def check_without_moerge(model: Any, folder: Path) -> None:
 
 
 _WITHOUT_MOERGE = """
-import sys
+import os, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "moerge":
@@ -206,7 +207,10 @@ with torch.no_grad():
 generated = model.generate(case["ids"], attention_mask=case["mask"], num_beams=2, **case["options"])
 model.save_pretrained(folder + "/again")
 again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-with torch.no_grad():
-    torch.testing.assert_close(again(case["ids"], attention_mask=case["mask"]).logits, logits)
+relative = AutoModelForCausalLM.from_pretrained(os.path.basename(folder), trust_remote_code=True)
+for other in (again, relative):
+    with torch.no_grad():
+        torch.testing.assert_close(other(case["ids"], attention_mask=case["mask"]).logits, logits)
+    assert torch.equal(other.generate(case["ids"], attention_mask=case["mask"], num_beams=2, **case["options"]), generated)
 torch.save({"logits": logits, "generated": generated, "module": type(model).__module__}, folder + "/result.pt")
 """

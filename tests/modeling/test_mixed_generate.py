@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from moerge.modeling import MoergeHeterogeneousForCausalLM, Routing
 from moerge.modeling.experts_moerge import MoergeHeterogeneousCache
+from moerge.modeling.versions_moerge import CACHE
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -93,24 +94,24 @@ def test_cached_logits_are_those_of_the_whole_sequence_under_the_prompts_routing
         ids, mask = padded(prompts(12, 9), "left")
         first = model(ids[:, :7], attention_mask=mask[:, :7])
         whole = model(ids, attention_mask=mask, routing=first.routing, use_cache=False)
-        assert whole.past_key_values is None
-        second = model(ids[:, 7:10], attention_mask=mask[:, :10], past_key_values=first.past_key_values)
-        third = model(ids[:, 10:], attention_mask=mask, past_key_values=first.past_key_values)
+        assert whole.get(CACHE) is None
+        second = model(ids[:, 7:10], attention_mask=mask[:, :10], **{CACHE: first[CACHE]})
+        third = model(ids[:, 10:], attention_mask=mask, **{CACHE: first[CACHE]})
         logits = torch.cat([first.logits, second.logits, third.logits], 1)
         torch.testing.assert_close(logits[mask.bool()], whole.logits[mask.bool()], atol=1e-5, rtol=1e-5)
         assert torch.equal(third.routing.alpha, first.routing.alpha)
-        assert first.past_key_values.get_seq_length() == 12
-        assert repr(first.past_key_values).endswith("lanes, 12 tokens, 2 sequences)")
+        assert first[CACHE].get_seq_length() == 12
+        assert repr(first[CACHE]).endswith("lanes, 12 tokens, 2 sequences)")
 
 
 @torch.no_grad()
 def test_each_lane_is_the_cache_that_the_experts_own_forward_makes() -> None:
     model = mixed("mistral", "mamba", "llama", routing={"kind": "uniform"})
     ids = torch.stack(prompts(6, 6))
-    cache = model(ids).past_key_values
+    cache = model(ids)[CACHE]
     for lane, one in zip(cache.lanes, model.model.experts, strict=True):
         own = one.base_model(inputs_embeds=torch.zeros(2, 6, one.config.hidden_size), use_cache=True)
-        made = own.get("past_key_values", own.get("cache_params"))
+        made = own.get(CACHE, own.get("cache_params"))
         assert type(lane.cache) is type(made) and [type(layer) for layer in lane.cache.layers] == [type(x) for x in made.layers]
         assert len(lane) == len(made) and lane.length == 6
 
@@ -127,11 +128,11 @@ def test_only_chosen_experts_run_and_each_on_its_own_rows() -> None:
     assert rows == {0: [3, 3]}
     rows.clear()
     alpha = torch.tensor([[0.0, 1, 0, 0], [0, 0.5, 0, 0.5], [0, 1, 0, 0]])
-    cache = model(ids, routing=Routing(alpha, alpha, "")).past_key_values
+    cache = model(ids, routing=Routing(alpha, alpha, ""))[CACHE]
     assert rows == {1: [3, 3], 3: [1, 1]}
     assert [len(lane.cache.layers[0].keys) for lane in cache.lanes] == [3, 1]
     rows.clear()
-    model(ids[:, :1], past_key_values=cache)
+    model(ids[:, :1], **{CACHE: cache})
     assert rows == {1: [3, 3], 3: [1, 1]}
 
 
@@ -162,7 +163,7 @@ def test_prompt_lookup_gives_the_same_text(mix: str) -> None:
     ids = torch.stack(prompts(4)).repeat(1, 3)
     found = generate(model, ids, prompt_lookup_num_tokens=3, tokens=12, return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, tokens=12))
-    torch.testing.assert_close(found.past_key_values.routing.scores, model.route(ids).scores)  # guesses take no part
+    torch.testing.assert_close(found[CACHE].routing.scores, model.route(ids).scores)  # guesses take no part
     mask = torch.zeros_like(ids)
     mask[:, 8:] = 1
     looked_up = generate(model, ids, prompt_lookup_num_tokens=3, prompt_mask=mask)
@@ -190,9 +191,9 @@ def test_generating_from_embeddings() -> None:
 def test_an_expert_that_keeps_no_cache_is_run_without_one() -> None:
     model = mixed("llama", "openai-gpt", routing={"kind": "uniform"})
     ids = torch.stack(prompts(6, 6))
-    assert model(ids, use_cache=True).past_key_values is None
+    assert model(ids, use_cache=True).get(CACHE) is None
     text = generate(model, ids, num_beams=2, return_dict_in_generate=True)
-    assert text.past_key_values is None
+    assert text.get(CACHE) is None
     expected = ids
     for _ in range(3):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
@@ -204,7 +205,7 @@ def test_other_caches_are_refused() -> None:
     ids = torch.stack(prompts(4))
     with pytest.raises(ValueError, match="cache_implementation='static' cannot hold the caches of several experts"):
         generate(model, ids, cache_implementation="static")
-    with pytest.raises(TypeError, match="past_key_values should be a MoergeCache, not DynamicCache: leave it out to get one"):
-        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=f"{CACHE} should be a MoergeCache, not DynamicCache: leave it out to get one"):
+        model(ids, **{CACHE: DynamicCache()})
     with pytest.raises(TypeError, match="only a moerge model can fill it"):
         MoergeHeterogeneousCache(model.model.experts).update(ids, ids, 0)

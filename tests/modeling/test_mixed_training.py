@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from moerge.modeling import MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM, Routing
+from moerge.modeling.versions_moerge import CACHE
 
 EMBEDDINGS = ("shared", "separate")
 
@@ -23,7 +24,7 @@ def test_the_gradient_reaches_the_chosen_experts_their_projectors_the_tables_and
     ids, mask, labels = batch()
     out = model(ids, attention_mask=mask, labels=labels)
     torch.testing.assert_close(out.loss, functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
-    assert out.past_key_values is None  # no cache is built while training
+    assert out.get(CACHE) is None  # no cache is built while training
     one = (out.routing.alpha > 0)[0].nonzero()[:, 0].tolist()
     model.zero_grad()
     model(ids[:1], labels=ids[:1]).loss.backward()
@@ -53,7 +54,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(embedding: str, reentra
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
     ids, mask, _ = batch()
-    assert model(ids, attention_mask=mask, use_cache=True).past_key_values is None
+    assert model(ids, attention_mask=mask, use_cache=True).get(CACHE) is None
 
 
 @pytest.mark.parametrize("kind", ["perplexity", "learned"])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moerge.modeling import AUTO_MAP, MoergeConfig, MoergeForCausalLM, MoergeModel, code_files, register, separate_name
+from moerge.modeling.versions_moerge import CACHE
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,7 +75,7 @@ def test_the_model_without_heads(tmp_path: Path) -> None:
     ids = torch.stack(prompts(5, 5))
     torch.testing.assert_close(model.lm_head[0](body(ids).last_hidden_state), model(ids).logits)
     first = body(ids[:, :3])
-    second = body(ids[:, 3:], past_key_values=first.past_key_values)
+    second = body(ids[:, 3:], **{CACHE: first[CACHE]})
     states = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
     torch.testing.assert_close(model.lm_head[0](states), model(ids).logits, atol=1e-5, rtol=1e-5)
     body.config.routing = {"kind": "perplexity", "top_k": 2, "temperature": 1.0}

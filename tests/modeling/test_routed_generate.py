@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moerge.modeling import MoergeCache, MoergeForCausalLM
+from moerge.modeling.versions_moerge import CACHE
 
 SETTINGS = [
     ("layer", ["ffn"], "perplexity"),
@@ -71,15 +72,15 @@ def test_cached_logits_are_those_of_the_whole_sequence_under_the_prompts_routing
     first = model(ids[:, :7], attention_mask=mask[:, :7])
     routing = first.routing
     whole = model(ids, attention_mask=mask, routing=routing, use_cache=False)
-    assert whole.past_key_values is None and whole.routing is not None
+    assert whole.get(CACHE) is None and whole.routing is not None
     assert not torch.equal(routing.alpha, model.route(ids, mask).alpha)
-    second = model(ids[:, 7:10], attention_mask=mask[:, :10], past_key_values=first.past_key_values)
-    third = model(ids[:, 10:], attention_mask=mask, past_key_values=first.past_key_values)
+    second = model(ids[:, 7:10], attention_mask=mask[:, :10], **{CACHE: first[CACHE]})
+    third = model(ids[:, 10:], attention_mask=mask, **{CACHE: first[CACHE]})
     logits = torch.cat([first.logits, second.logits, third.logits], 1)
     torch.testing.assert_close(logits[mask.bool()], whole.logits[mask.bool()], atol=1e-5, rtol=1e-5)
     assert torch.equal(third.routing.alpha, routing.alpha)
-    assert first.past_key_values.get_seq_length() == 12 and len(first.past_key_values) == 2
-    assert repr(first.past_key_values).endswith("lanes, 12 tokens, 2 sequences)")
+    assert first[CACHE].get_seq_length() == 12 and len(first[CACHE]) == 2
+    assert repr(first[CACHE]).endswith("lanes, 12 tokens, 2 sequences)")
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def test_without_padding_no_mask_is_needed() -> None:
     model = routed(mix="output")
     ids = torch.stack(prompts(8, 8))
     first = model(ids[:, :5])
-    second = model(ids[:, 5:], past_key_values=first.past_key_values)
+    second = model(ids[:, 5:], **{CACHE: first[CACHE]})
     whole = model(ids, routing=first.routing, use_cache=False)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, atol=1e-5, rtol=1e-5)
 
@@ -96,8 +97,8 @@ def test_a_conversation_goes_on_with_the_routing_of_its_first_prompt() -> None:
     model = routed(separate=["ffn"])
     ids = torch.stack(prompts(5))
     first = generate(model, ids, return_dict_in_generate=True)
-    cache, more = first.past_key_values, torch.cat([first.sequences, torch.stack(prompts(4, seed=9))], 1)
-    again = generate(model, more, past_key_values=cache, tokens=4)
+    cache, more = first[CACHE], torch.cat([first.sequences, torch.stack(prompts(4, seed=9))], 1)
+    again = generate(model, more, **{CACHE: cache}, tokens=4)
     assert torch.equal(again, generate(model, more, routing=model.route(ids), tokens=4))
     assert torch.equal(cache.routing.alpha, model.route(ids).alpha)
 
@@ -121,7 +122,7 @@ def test_prompt_lookup_gives_the_same_text(family: str, mix: str) -> None:
     ids = torch.stack(prompts(4)).repeat(1, 3)
     found = generate(model, ids, prompt_lookup_num_tokens=3, tokens=12, return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, tokens=12))
-    torch.testing.assert_close(found.past_key_values.routing.scores, model.route(ids).scores)  # guesses take no part
+    torch.testing.assert_close(found[CACHE].routing.scores, model.route(ids).scores)  # guesses take no part
     model.set_routing("fixed", expert="code")
     routing = model.route(ids)
     expected = generate(model, ids)
@@ -146,8 +147,8 @@ def test_other_caches_are_refused() -> None:
     ids = torch.stack(prompts(4))
     with pytest.raises(ValueError, match="cache_implementation='static' cannot hold the caches of several experts"):
         generate(model, ids, cache_implementation="static")
-    with pytest.raises(TypeError, match="past_key_values should be a MoergeCache, not DynamicCache: leave it out to get one"):
-        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=f"{CACHE} should be a MoergeCache, not DynamicCache: leave it out to get one"):
+        model(ids, **{CACHE: DynamicCache()})
     with pytest.raises(TypeError, match="only a moerge model can fill it"):
         MoergeCache(model.config).update(ids, ids, 0)
 
@@ -201,7 +202,7 @@ def test_an_expert_computes_only_its_own_rows() -> None:
     for name, module in model.named_modules():
         if name in ("model.layers.0.mlp.0", "model.layers.0.mlp.1", "model.layers.1.self_attn.1.q_proj"):
             module.register_forward_hook(lambda _, inputs, __, name=name: rows.update({name: len(inputs[0])}))
-    cache = model(ids, routing=routing).past_key_values
+    cache = model(ids, routing=routing)[CACHE]
     assert rows == {"model.layers.0.mlp.0": 1, "model.layers.0.mlp.1": 2, "model.layers.1.self_attn.1.q_proj": 2}
     assert [len(lane.layers[0].keys) for lane in cache.lanes] == [1, 2]
 

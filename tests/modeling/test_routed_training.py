@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from moerge.modeling import Routing, dense_name
+from moerge.modeling.versions_moerge import CACHE
 
 MIXES = ("layer", "output", "logits")
 
@@ -22,7 +23,7 @@ def test_the_loss_is_the_mean_over_labels_and_reaches_the_chosen_experts_alone(m
     out = model(ids, attention_mask=mask, labels=labels)
     expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
-    assert out.past_key_values is None  # no cache is built while training
+    assert out.get(CACHE) is None  # no cache is built while training
     reached = {dense_name(name)[1] for name, grad in gradients(model).items() if ".mlp." in name and grad.abs().sum() > 0}
     chosen = {expert for expert in range(3) if (out.routing.alpha[:, expert] > 0).any()}
     assert reached == chosen
@@ -57,7 +58,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(mix: str, kind: str, re
     assert actual.keys() == expected.keys() and ("router.weight" in actual) == (kind == "learned")
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
-    assert model(ids, attention_mask=mask, use_cache=True).past_key_values is None
+    assert model(ids, attention_mask=mask, use_cache=True).get(CACHE) is None
 
 
 @pytest.mark.parametrize("kind", ["perplexity", "task_vector", "random", "learned"])

@@ -18,7 +18,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     code = None
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="moerge", standalone_mode=False)
         if code == Interrupted.exit_code:  # some versions of typer turn KeyboardInterrupt into this, others into Abort
             raise KeyboardInterrupt
     except MoergeError as error:

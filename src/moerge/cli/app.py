@@ -12,7 +12,6 @@ app = typer.Typer(
     name="moerge",
     help="Merge fine-tuned language models into a dense model or a mixture of experts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -36,7 +35,7 @@ def usage_message(error: Exception) -> str | None:
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from importlib.metadata import version as installed
+        import moerge
 
-        print(f"moerge {installed('moerge')}")
+        print(f"moerge {moerge.__version__}")
         raise typer.Exit

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
 
 from .routing_moerge import WHOLE, Routing, Share
+from .versions_moerge import Cache, DynamicCache
 
 
 class MoergeCache(Cache):
@@ -145,6 +145,11 @@ class MoergeCache(Cache):
     def is_sliding(self) -> list[bool]:
         """Which layers slide."""
         return list(self.lanes[0].is_sliding) if self.lanes else []
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers count no tokens: none, the cache counts them itself."""
+        return [False] * max(1, len(self))
 
     def __len__(self) -> int:
         return len(self.lanes[0]) if self.lanes else 0

@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .configuration_moerge import ROUTING_OPTIONS, check_names, fill_routing
+
+if TYPE_CHECKING:  # transformers 5.5 to 5.9 copies the files that this one names, and not those that they import
+    from .adapters_moerge import adapted as adapted
+    from .naming_moerge import FAMILIES as FAMILIES
 
 EMBEDDINGS = ("shared", "separate")
 ROUTES_ON = ("prefix", "sequence")
@@ -43,7 +47,7 @@ class MoergeHeterogeneousConfig(PretrainedConfig):
 
     model_type = "moerge_heterogeneous"
     has_no_defaults_at_init: ClassVar[bool] = True
-    keys_to_ignore_at_inference = ["past_key_values", "routing"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "routing"]
 
     expert_configs: Any = None
     expert_names: list[str] | None = None

@@ -60,7 +60,7 @@ class MoergeConfig(PretrainedConfig):
 
     model_type = "moerge"
     has_no_defaults_at_init: ClassVar[bool] = True
-    keys_to_ignore_at_inference = ["past_key_values", "routing"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "routing"]
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embed_tokens.*": "free_full_weight",
         "layers.*": "free_full_weight",

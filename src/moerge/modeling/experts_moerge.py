@@ -16,14 +16,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightTransform
 
 from .cache_moerge import MoergeCache
 from .routing_moerge import Prompt
+from .versions_moerge import (
+    CACHES,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    WeightTransform,
+    get_checkpoint_conversion_mapping,
+)
 
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = (*CACHES, "cache_params")
 _STATE_IN_LAYERS = ("recurrent_gemma",)
 _LAYER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -229,8 +234,8 @@ def run_expert(model: PreTrainedModel, prompt: Prompt, lane: ExpertLane | None, 
     name = next((name for name in _CACHES if name in takes), None)
     if lane is not None and name is not None:
         given[name] = lane.cache
-        if name == "cache_params" and lane.length:  # such models want a mask for the present tokens, and it says nothing new
-            given["attention_mask"] = None
+        if lane.length and prompt.mask is not None and (name == "cache_params" or all(getattr(lane.cache, "is_linear", [False]))):
+            given["attention_mask"] = prompt.mask[:, -prompt.position_ids_BT.shape[1] :]  # states want only the present tokens
     out = model(**given, return_dict=True)
     if lane is not None and name is not None:
         lane.cache = out.get(name)

@@ -10,14 +10,12 @@ from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_moerge import MoergeConfig
 from .lowrank_moerge import adapt, computing
 from .naming_moerge import FAMILIES, ROLES
 from .routing_moerge import Prompt, Share, combine
+from .versions_moerge import CACHE, DynamicCache, GradientCheckpointingLayer, check_takes, create_masks_for_generate, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +43,8 @@ def make_lane(
         config=expert_config,
         inputs_embeds=rows_RTH,
         attention_mask=mine.mask,
-        past_key_values=cache,
         position_ids=mine.position_ids_BT,
+        **named(cache),
     )
     return Lane(share, masks, mine.position_ids_BT, rotary(rows_RTH, position_ids=mine.position_ids_BT), cache)
 
@@ -74,6 +72,7 @@ class MoergeDecoderLayer(GradientCheckpointingLayer):
         layer_types = getattr(config.expert_config, "layer_types", None)
         self.layer_type = layer_types[layer_idx] if layer_types else None
         dense = family_class(config, "DecoderLayer")
+        check_takes(family_class(config, "Attention").forward, (CACHE, "attention_mask", "position_embeddings"))
         layers = [dense(config.expert_config, layer_idx) for _ in range(max(map(config.modules_of, ROLES)))]
         for name, role in (
             ("input_layernorm", "norm"),
@@ -100,9 +99,9 @@ class MoergeDecoderLayer(GradientCheckpointingLayer):
                 hidden_states=normed_RTH,
                 attention_mask=lane.mask(self.layer_type),
                 position_ids=lane.position_ids_RT,
-                past_key_values=lane.cache,
                 use_cache=lane.cache is not None,
                 position_embeddings=lane.position_embeddings,
+                **named(lane.cache),
             )[0]
         return out
 

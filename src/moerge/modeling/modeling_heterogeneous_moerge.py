@@ -10,11 +10,10 @@ model.generate(input_ids)                # routed by the prompt; the routing sta
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_heterogeneous_moerge import MoergeHeterogeneousConfig
 from .experts_moerge import (
@@ -30,6 +29,14 @@ from .experts_moerge import (
 from .projectors_moerge import Projector, draw_as_torch
 from .routed_moerge import MoergeOutputWithPast, Parts, RoutedForCausalLM, RoutedModel, RoutedPreTrainedModel
 from .routing_moerge import Prompt, Routing, combine, log_mixture, sequence_nll
+from .versions_moerge import BaseModelOutputWithPast
+
+if TYPE_CHECKING:  # transformers 5.5 to 5.9 copies the files that this one names, and not those that they import
+    from .adapters_moerge import adapted as adapted
+    from .cache_moerge import MoergeCache as MoergeCache
+    from .configuration_moerge import MoergeConfig as MoergeConfig
+    from .generation_moerge import MoergeGenerationMixin as MoergeGenerationMixin
+    from .naming_moerge import FAMILIES as FAMILIES
 
 _ALL = slice(None)
 _OWN = "every expert has its own embedding and head"
@@ -172,12 +179,13 @@ class MoergeHeterogeneousForCausalLM(RoutedForCausalLM, MoergeHeterogeneousPreTr
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MoergeHeterogeneousCache | None = None,
+        cache: MoergeHeterogeneousCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         routing: Routing | None = None,
+        past_key_values: MoergeHeterogeneousCache | None = None,
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MoergeOutputWithPast:
@@ -186,8 +194,8 @@ class MoergeHeterogeneousForCausalLM(RoutedForCausalLM, MoergeHeterogeneousPreTr
         Without `routing` the sequences are routed by themselves: `prompt_mask` [B, T] says which tokens are the prompt. A filled
         cache goes on with the routing it was filled with.
         """
-        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, logits_to_keep)
-        out: MoergeOutputWithPast = super().forward(*given, routing=routing, prompt_mask=prompt_mask, **kwargs)
+        given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, logits_to_keep, routing)
+        out: MoergeOutputWithPast = super().forward(*given, past_key_values, prompt_mask=prompt_mask, **kwargs)
         return out
 
     def embeddings(self, prompt: Prompt) -> Tensor:

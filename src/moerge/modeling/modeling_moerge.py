@@ -9,10 +9,9 @@ model.generate(input_ids)                # routed by the prompt; the routing sta
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from .cache_moerge import MoergeCache
 from .configuration_moerge import MoergeConfig, check_routing
@@ -20,6 +19,13 @@ from .layers_moerge import MoergeDecoderLayer, dense_parts, heads, make_lane, pi
 from .routed_moerge import MoergeOutputWithPast, Parts, RoutedForCausalLM, RoutedModel, RoutedPreTrainedModel
 from .routing_moerge import WHOLE, Prompt, Routing, Share, by_scores, combine, log_mixture, sequence_nll
 from .task_vector_moerge import BASED_ON, cosines
+from .versions_moerge import DynamicCache
+
+if TYPE_CHECKING:  # transformers 5.5 to 5.9 copies the files that this one names, and not those that they import
+    from .adapters_moerge import adapted as adapted
+    from .generation_moerge import MoergeGenerationMixin as MoergeGenerationMixin
+    from .lowrank_moerge import AdaptedLinear as AdaptedLinear
+    from .naming_moerge import FAMILIES as FAMILIES
 
 __all__ = ["MoergeForCausalLM", "MoergeModel", "MoergeOutputWithPast"]
 

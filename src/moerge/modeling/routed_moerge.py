@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from .cache_moerge import MoergeCache
 from .generation_moerge import MoergeGenerationMixin
 from .routing_moerge import Prompt, Routing, Share, by_chance, combine, fixed, learned, perplexity, uniform
+from .versions_moerge import (
+    CACHE,
+    CACHES,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    GenerationMixin,
+    PreTrainedModel,
+    can_return_tuple,
+    given_cache,
+    named,
+)
 
 Parts = list[tuple[Share, Tensor]]
 
@@ -38,7 +46,7 @@ class RoutedPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -86,20 +94,22 @@ class RoutedModel(RoutedPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MoergeCache | None = None,
+        cache: MoergeCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing: Routing | None = None,
+        past_key_values: MoergeCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Final hidden states, summed with alpha."""
-        prompt, cache = self.begin(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache)
+        given = given_cache(cache, past_key_values, kwargs)
+        prompt, cache = self.begin(input_ids, attention_mask, position_ids, inputs_embeds, given, use_cache)
         if cache is None or not cache.is_initialized:
             routing = routing or self.route_by_input(self.scope(prompt, kwargs.get("prompt_mask")))
             if routing is None:
                 raise ValueError(f"{self.config.routing['kind']} routing needs the heads: pass a routing or use the causal LM")
         parts = self.states(prompt, routing, cache)
-        return BaseModelOutputWithPast(last_hidden_state=combine(parts, len(prompt.position_ids_BT)), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=combine(parts, len(prompt.position_ids_BT)), **named(cache))
 
     def begin(
         self,
@@ -107,11 +117,11 @@ class RoutedModel(RoutedPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        past_key_values: MoergeCache | None,
+        cache: MoergeCache | None,
         use_cache: bool | None,
     ) -> tuple[Prompt, MoergeCache | None]:
         """What a forward pass starts from: its inputs, and the cache to use, if any."""
-        cache = self._open_cache(past_key_values, use_cache)
+        cache = self._open_cache(cache, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         return self.make_prompt(input_ids, attention_mask, position_ids, inputs_embeds, past), cache
 
@@ -119,7 +129,7 @@ class RoutedModel(RoutedPreTrainedModel):
         """The cache to use: the one given, a new one, or none."""
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if given is not None and not isinstance(given, MoergeCache):
-            raise TypeError(f"past_key_values should be a MoergeCache, not {type(given).__name__}: leave it out to get one")
+            raise TypeError(f"{CACHE} should be a MoergeCache, not {type(given).__name__}: leave it out to get one")
         if (self.gradient_checkpointing and self.training) or not (use_cache or given is not None):
             return None
         return given if given is not None else self.new_cache()
@@ -214,12 +224,13 @@ class RoutedForCausalLM(MoergeGenerationMixin, RoutedPreTrainedModel, Generation
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MoergeCache | None = None,
+        cache: MoergeCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         routing: Routing | None = None,
+        past_key_values: MoergeCache | None = None,
         **kwargs: Any,
     ) -> MoergeOutputWithPast:
         """Logits of the chosen experts' mixture, and the loss if `labels` are given.
@@ -229,7 +240,8 @@ class RoutedForCausalLM(MoergeGenerationMixin, RoutedPreTrainedModel, Generation
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise ValueError("a moerge model returns neither attentions nor hidden states: chosen experts have different ones")
         prompt_mask = kwargs.pop("prompt_mask", None)
-        prompt, cache = self.model.begin(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache)
+        given = given_cache(cache, past_key_values, kwargs)
+        prompt, cache = self.model.begin(input_ids, attention_mask, position_ids, inputs_embeds, given, use_cache)
         keep, parts = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep, None
         if cache is not None and cache.is_initialized:
             routing = cache.routing
@@ -245,7 +257,7 @@ class RoutedForCausalLM(MoergeGenerationMixin, RoutedPreTrainedModel, Generation
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MoergeOutputWithPast(loss=loss, logits=logits, past_key_values=cache, routing=routing)
+        return MoergeOutputWithPast(loss=loss, logits=logits, routing=routing, **named(cache))
 
     def run(self, prompt: Prompt, routing: Routing | None, cache: MoergeCache | None, keep: slice | Tensor) -> Parts:
         """What the chosen experts make of the prompt, at the positions to keep."""

@@ -4,6 +4,7 @@ from moerge.cli.commands import (
     adapters,
     comparison,
     demo,
+    doctor,
     evaluation,
     hub,
     learning,
@@ -26,4 +27,5 @@ COMMANDS = (
     *reporting.COMMANDS,
     *hub.COMMANDS,
     demo.demo,
+    *doctor.COMMANDS,
 )
