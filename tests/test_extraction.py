@@ -17,11 +17,11 @@ from command import moerge
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.header import read_header
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.lowrank import read_float32
 from moerge.errors import InputError
 from moerge.extraction import Extraction, extract
-from moerge.linear_algebra import leading_svd
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
+from moerge.tensors.linalg import leading_svd
+from moerge.tensors.views.low_rank import read_float32
 from tiny import edit_config, llama_config, llama_tensors, make_models, read_values, write_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"

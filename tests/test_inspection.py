@@ -12,7 +12,7 @@ import pytest
 from command import moerge
 from moerge import verify
 from moerge.checkpoint.header import read_header
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
 from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 

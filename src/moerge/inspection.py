@@ -17,17 +17,18 @@ from moerge.architecture.config import canonical
 from moerge.architecture.heterogeneous import expected_heterogeneous, expert_prefix
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.checkpoint.adapter_config import describe_adapter
-from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
-from moerge.checkpoint.tensor import Tensor
-from moerge.checkpoint.tokenizer import companion_files, token_ids
 from moerge.errors import InputError
-from moerge.methods.codec import all_finite
-from moerge.pipeline import Progress, default_threads
+from moerge.execution.schedule import Job, run_jobs
 from moerge.planning.checks import expected_of, respelled
-from moerge.planning.schedule import Job, run_jobs
+from moerge.progress import Progress
+from moerge.tensors.codec import all_finite
+from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
+from moerge.tensors.tensor import Tensor
+from moerge.tensors.threads import default_threads
+from moerge.tokenizer import companion_files, token_ids
 
 _WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
 """The beginning of the role of a whole model's tensor."""

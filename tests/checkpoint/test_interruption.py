@@ -21,7 +21,7 @@ import pytest
 from command import moerge
 from moerge.checkpoint import staging
 from moerge.checkpoint.staging import JOURNAL, Staging, staging_folder
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
 from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 DENSE = {"merge": {"method": "ties", "scope": "model", "overrides": [{"match": "attention", "method": "dare"}]}}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from command import moerge
-from moerge.learn.coefficients import read_coefficients
+from moerge.recipe.coefficients import read_coefficients
 from tiny import write_tokenizer
 
 

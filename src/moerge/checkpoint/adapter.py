@@ -19,14 +19,14 @@ import numpy as np
 from moerge.architecture import family_of
 from moerge.architecture.config import canonical
 from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
-from moerge.checkpoint.lowrank import LowRankTensor, RecentFactors
+from moerge.checkpoint.locate import VOCABULARY_FILES
 from moerge.checkpoint.module_names import Names
 from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
-from moerge.checkpoint.rows import RowsTensor
-from moerge.checkpoint.tensor import Tensor
-from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError
 from moerge.files import FileState, SourceFile
+from moerge.tensors.tensor import Tensor
+from moerge.tensors.views.low_rank import LowRankTensor, RecentFactors
+from moerge.tensors.views.rows import RowsTensor
 
 _PREFIX = "base_model.model."
 _PARTS = {

@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import INDEX, WEIGHTS
 from moerge.errors import InputError, MachineError, SourceChangedError
 from moerge.files import make_durable
-from moerge.planning.operations import Output
+from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
+from moerge.tensors.spec import TensorSpec
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "moerge.json"
@@ -78,9 +78,9 @@ def _locked(file: FileIO, kind: int) -> bool:
     return True
 
 
-def assign_shards(outputs: Sequence[Output], limit: int) -> dict[str, list[Output]]:
+def assign_shards(outputs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
     """Outputs by shard file name, each shard at most `limit` bytes unless one tensor alone is larger."""
-    groups: list[list[Output]] = [[]]
+    groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for output in outputs:
         if groups[-1] and filled + output.nbytes > limit:
@@ -102,7 +102,7 @@ class _Place:
 class Staging:
     """A checkpoint being written; a context manager that closes its files, and a Store for the executor."""
 
-    def __init__(self, target: Path, shards: Mapping[str, Sequence[Output]], fingerprint: str, start: Start = "new") -> None:
+    def __init__(self, target: Path, shards: Mapping[str, Sequence[TensorSpec]], fingerprint: str, start: Start = "new") -> None:
         self.target, self._root = target, staging_folder(target)
         self.folder = self._root / _CHECKPOINT
         self._shards, self._fingerprint = shards, fingerprint
@@ -176,7 +176,7 @@ class Staging:
         if self._journal.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _open_shard(self, shard: str, outputs: Sequence[Output]) -> None:
+    def _open_shard(self, shard: str, outputs: Sequence[TensorSpec]) -> None:
         # wider elements first keeps every tensor aligned, as the safetensors library does
         ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
         header, offsets = build_header([(o.name, o.dtype, o.shape) for o in ordered], {"format": "pt"})
@@ -189,7 +189,7 @@ class Staging:
         os.pwrite(descriptor, header, 0)
         self._places |= {name: _Place(descriptor, offset) for name, offset in offsets.items()}
 
-    def write(self, output: Output, start: int, data: np.ndarray) -> None:
+    def write(self, output: TensorSpec, start: int, data: np.ndarray) -> None:
         """Elements `start` and following of an output, in its storage type."""
         place = self._places[output.name]
         view, offset = data.view(np.uint8).data, place.offset + start * output.dtype.itemsize
@@ -198,14 +198,14 @@ class Staging:
                 written = os.pwrite(place.descriptor, view, offset)
                 view, offset = view[written:], offset + written
 
-    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
+    def done(self, output: TensorSpec, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
         """Journal a complete output."""
         entry = {"tensor": output.name, "digest": digest, "inputs": inputs, "nonfinite": nonfinite}
         with machine_errors(self._root), self._lock:
             self._entries[output.name] = entry
             self._append(entry)
 
-    def finished(self, output: Output) -> bool:
+    def finished(self, output: TensorSpec) -> bool:
         """Whether the journal has this output and its bytes are still what the journal says."""
         entry = self._entries.get(output.name)
         if entry is None:

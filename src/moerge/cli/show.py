@@ -9,7 +9,7 @@ from moerge.cli.console import Table, as_count, as_size, as_time, print_json, pr
 from moerge.cli.show_adapters import adapter_rows
 from moerge.errors import one_line
 from moerge.inspection import Inspection, Verification
-from moerge.pipeline import MergeResult
+from moerge.merging.pipeline import MergeResult
 from moerge.planning.plan import Plan
 
 

@@ -15,11 +15,12 @@ from typing import IO
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import DType
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import ADAPTER_WEIGHTS
 from moerge.errors import InputError, MachineError
-from moerge.methods.codec import all_finite, decode, encode
+from moerge.files import umask
+from moerge.tensors.codec import all_finite, decode, encode
+from moerge.tensors.dtypes import DType
 
 Shape = tuple[int, ...]
 
@@ -108,10 +109,3 @@ def _writing(target: Path) -> Iterator[None]:
 def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def umask() -> int:
-    """The process's; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

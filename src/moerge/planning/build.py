@@ -8,27 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 from moerge.architecture import family_of
-from moerge.calibration import Texts
-from moerge.checkpoint.dtypes import DTYPES, FLOATS, DType
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tokenizer import VOCABULARY_FILES
-from moerge.checkpoint.tokenizer.portable import portable_tokenizer
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
-from moerge.planning.assembly import Assembled, Assembly
+from moerge.operations.operations import Fitting, fittings
+from moerge.planning.assemble.common import Assembled, Assembly
+from moerge.planning.assemble.dense import assemble_dense, check_alone
+from moerge.planning.assemble.experts import tokenizer_source
+from moerge.planning.assemble.heterogeneous import assemble_heterogeneous, settle, stay_whole
+from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
+from moerge.planning.assemble.token_routed import assemble_token_routed
 from moerge.planning.checks import check_configs, check_models, merge_candidates, respelled
-from moerge.planning.dense import assemble_dense, check_alone
-from moerge.planning.heterogeneous import assemble_heterogeneous, settle, stay_whole
 from moerge.planning.models import locate_models
-from moerge.planning.operations import Fitting, fittings
 from moerge.planning.plan import Plan
-from moerge.planning.sequence_routed import assemble_sequence_routed
-from moerge.planning.token_routed import assemble_token_routed
-from moerge.planning.vocabulary import OneVocabulary, one_vocabulary
-from moerge.planning.whole_experts import tokenizer_source
+from moerge.planning.statistics import Binder
+from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
-from moerge.statistics.binding import Binder
+from moerge.tensors.dtypes import DTYPES, FLOATS, DType
+from moerge.texts import Texts
+from moerge.tokenizer import VOCABULARY_FILES
+from moerge.tokenizer.portable import portable_tokenizer
 
 
 def build_plan(
@@ -126,9 +126,10 @@ def _planned(
 
 def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[Fitting]) -> tuple[Texts, ...]:
     """The text of each expert that something is fitted to: where fitters want more and fewer documents, the more."""
+    request = recipe.text_request(experts)
     found: dict[str, Texts] = {}
     for fitting in needed:
-        for texts in fitting.fitter.inputs(recipe, experts):
+        for texts in fitting.fitter.inputs(request):
             if texts.expert not in found or len(found[texts.expert].hashes) < len(texts.hashes):
                 found[texts.expert] = texts
     return tuple(found.values())

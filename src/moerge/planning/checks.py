@@ -10,8 +10,8 @@ from moerge.architecture import family_of
 from moerge.architecture.config import STRUCTURAL, canonical, differences
 from moerge.architecture.family import Expected, Family, expected_tensors
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
+from moerge.tensors.tensor import Tensor
 
 _ANY_DEPTH = {"num_hidden_layers": None, "layer_types": None, "moe_layers": None}
 

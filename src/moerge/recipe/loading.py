@@ -13,13 +13,13 @@ from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
-from moerge.moe.router import Router, router, routers
-from moerge.moe.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 from moerge.recipe.document import Document, Key, read_document
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.schema import UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
 from moerge.recipe.whole_models import misfit
+from moerge.routers.base import Router, router, routers
+from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
 _SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "learn")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
-from moerge.learn.settings import Learning
 from moerge.methods.method import Finite, MergeMethod
-from moerge.moe.router import Router
-from moerge.moe.sequence import FORMAT
+from moerge.recipe.learning import Learning
 from moerge.recipe.rules import Choice, Matching, Rule
+from moerge.routers.base import Router
+from moerge.routers.sequence import FORMAT
+from moerge.texts import TextRequest
 
 UNION = "union"
 """The value of `tokenizer` that asks for the tokens of all models."""
@@ -143,6 +145,10 @@ class Recipe(_Strict):
     def expert_names(self) -> tuple[str, ...]:
         """The MoE's experts in the order of their indices."""
         return (*(("base",) if self.includes_base else ()), *self.experts)
+
+    def text_request(self, experts: Sequence[str]) -> TextRequest:
+        """The calibration text of these experts, for fitters to read."""
+        return TextRequest(self.source, self.folder, self.calibration, tuple(experts), self.base is not None)
 
     @property
     def methods(self) -> tuple[MergeMethod, ...]:
