@@ -12,6 +12,7 @@ from moerge.architecture.config import canonical
 from moerge.architecture.decoder import Whole, not_decoder
 from moerge.architecture.family import Family, expected_tensors
 from moerge.architecture.registry import family_of
+from moerge.architecture.stored import body_prefix
 from moerge.errors import InputError
 
 _OTHER_KINDS = {
@@ -81,4 +82,5 @@ def _by_table(family: Family, config: Mapping[str, Any], where: str) -> Whole:
         embedding_scale,
         logit_scale,
         known.get("final_logit_softcapping"),
+        prefix=body_prefix(family).removesuffix("."),
     )

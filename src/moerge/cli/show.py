@@ -84,6 +84,8 @@ def verification(found: Verification, *, quiet: bool, as_json: bool) -> None:
     if not found.problems and not quiet:
         basis = "and equal to the manifest" if found.against_manifest else "(no manifest to compare with)"
         say(f"{found.tensors} tensors, {as_size(found.nbytes)}: all present, finite {basis}")
+        for note in found.notes:
+            say(note)
 
 
 def inspection(found: Inspection, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.errors import InputError
 from moerge.modeling.adapters_moerge import Adapted, groups_of
 from moerge.modeling.naming_moerge import dense_name, role_of
-from moerge.operations.operations import Output
+from moerge.operations.operations import Copy, Output
 from moerge.planning.assemble.common import Assembly
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import Tensor
@@ -43,7 +43,7 @@ def kept_adapters(assembly: Assembly, dense: Mapping[str, Any]) -> tuple[dict[st
             both = adapter_factors(tensor, one)
             for factor, stored in zip(both, (changed.a, changed.b), strict=True):
                 assert stored is not None
-                outputs.append(assembly.output(factor, assembly.unchanged(Source(name, stored))))
+                outputs.append(assembly.output(factor, Copy(Source(name, stored))))
         settings[name] = groups_of(found, layers)
     return settings, outputs
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from moerge.architecture import Expected, Family
@@ -15,11 +16,12 @@ from moerge.methods.passthrough import Passthrough
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Copy, Merge, Operation, Output
 from moerge.planning.match import MethodChooser
+from moerge.planning.precision import Precision
 from moerge.planning.statistics import Binder
 from moerge.planning.vocab.alignment import Alignment
 from moerge.recipe.rules import Place
 from moerge.recipe.schema import Recipe
-from moerge.tensors.dtypes import DType
+from moerge.tensors.dtypes import FLOATS, DType
 from moerge.tensors.source import Source
 from moerge.tensors.views.joined import joined
 
@@ -43,7 +45,7 @@ class Assembly:
     """The models by name, `candidates` that they have in common, and what the result's tensors are made of.
 
     `source` names the model whose config is used. Without a `binder` methods do not get the statistics that they need. The
-    models have the same vocabulary; where that took an `alignment`, it knows their own rows.
+    models have the same vocabulary, and `owners` what is one model's; where that took an `alignment`, it knows their own rows.
     """
 
     recipe: Recipe
@@ -54,30 +56,47 @@ class Assembly:
     source: str
     binder: Binder | None = None
     alignment: Alignment | None = None
+    owners: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def chooser(self) -> MethodChooser:
+        """The recipe's rules."""
+        return MethodChooser(self.recipe)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Which tensors the models store wider than the rest."""
+        models = self.models if self.alignment is None else self.alignment.models
+        return Precision(tuple(models.values()), self.dtype)
 
     def output(self, tensor: Expected, operation: Operation) -> Output:
-        """A tensor of the result. Bytes that are only copied keep their element type."""
-        dtype = operation.source.tensor.dtype if isinstance(operation, Copy) else self.dtype
+        """A tensor of the result. What is copied into another element type than its own is rounded to it."""
+        dtype = self._dtype(tensor, operation)
+        if isinstance(operation, Copy):
+            stored = operation.source.tensor.dtype
+            if not stored.is_float:
+                dtype = stored
+            elif stored is not dtype:
+                operation = Merge(Average(), (operation.source,), (1.0,))
         return Output(tensor.name, tensor.role, dtype, tensor.shape, operation)
 
+    def _dtype(self, tensor: Expected, operation: Operation) -> DType:
+        """What an override says, else the recipe's, else the wider type that all models store it in, else that of the result."""
+        roles = dict.fromkeys((tensor.role, tensor.dense_role))
+        asked = next(filter(None, (self.chooser.dtype(Place(role, tensor.name)) for role in roles)), self.recipe.dtype)
+        return FLOATS[asked] if asked else self.precision.kept(operation) or self.dtype
+
     def copied(self, model: str, name: str) -> Operation:
-        """A model's tensor: its bytes, or its values rounded to the output's type."""
-        return self.unchanged(self._source(model, name))
+        """A model's tensor."""
+        return Copy(self._source(model, name))
 
     def joined(self, tensor: Expected, models: Sequence[str], names: Sequence[str]) -> Operation:
         """The tensors of these names, of the first model, then of the next, one after the other as one tensor."""
-        return self.unchanged(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
-
-    def unchanged(self, source: Source) -> Operation:
-        """A tensor's bytes, or its values rounded to the output's type."""
-        if source.tensor.dtype is self.dtype or not source.tensor.dtype.is_float:
-            return Copy(source)
-        return Merge(Average(), (source,), (1.0,))
+        return Copy(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
 
     def merged(
         self,
         tensor: Expected,
-        chooser: MethodChooser,
         members: tuple[str, ...],
         *,
         place: Place | None = None,
@@ -87,14 +106,14 @@ class Assembly:
 
         `place` says where the tensor comes from, if not from the one of its own name in every model.
         """
-        if self.family is not None and self.family.is_untabled(tensor.name) and not self._shared(tensor.name):
-            return self.copied(next(iter(self.models)), tensor.name)
         place = place or Place(tensor.role, tensor.name)
+        if tensor.name in self.owners:
+            return self._taken(tensor, place)
         names = {model: place.inputs.get(model, tensor.name) for model in (*members, base, self.source)}
         first = members[0] if place.inputs and self.source not in place.inputs else self.source
         if not self._source(first, names[first]).tensor.dtype.is_float:
             return self.copied(first, names[first])
-        choice = chooser.choose(place)
+        choice = self.chooser.choose(place)
         method = choice.method
         if isinstance(method, Passthrough):
             return self.copied(method.model, names.get(method.model, tensor.name))
@@ -121,8 +140,12 @@ class Assembly:
     def _source(self, model: str, name: str) -> Source:
         return Source(model, self.models[model].tensors[name])
 
-    def _shared(self, name: str) -> bool:
-        return len({model.tensors[name].shape if name in model.tensors else None for model in self.models.values()}) == 1
+    def _taken(self, tensor: Expected, place: Place) -> Operation:
+        """A tensor that is one model's: the one that an override passes through, where it has it."""
+        method = self.chooser.choose(place).method
+        named = method.model if isinstance(method, Passthrough) else ""
+        has_it = named in self.models and tensor.name in self.models[named].tensors
+        return self.copied(named if has_it else self.owners[tensor.name], tensor.name)
 
     def _check_count(self, method: MergeMethod, members: Sequence[str]) -> None:
         if method.exact_experts not in (None, len(members)):

@@ -12,8 +12,7 @@ from moerge.architecture.config import canonical, portable
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
-from moerge.planning.checks import expected_of
-from moerge.planning.match import MethodChooser
+from moerge.planning.checks import Candidates, expected_of
 from moerge.recipe.rules import Place
 from moerge.recipe.schema import Recipe, Slice
 
@@ -26,28 +25,30 @@ def assemble_dense(assembly: Assembly) -> Assembled:
     """All tensors of the experts, merged; InputError for an override that means none of them."""
     if assembly.recipe.slices:
         return _stacked(assembly)
-    chooser, experts = MethodChooser(assembly.recipe), tuple(assembly.recipe.experts)
+    experts = tuple(assembly.recipe.experts)
     last = max((_layer(tensor) or 0 for tensor in assembly.candidates), default=0)
     outputs = []
     for tensor in assembly.candidates:
         layer = _layer(tensor)
         inputs = dict.fromkeys(assembly.models, tensor.name)
         place = Place(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, chooser, experts, place=place)))
-    chooser.check_all_used()
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, place=place)))
+    assembly.chooser.check_all_used()
     config = assembly.models[assembly.source].config
     return Assembled(portable(config, family=assembly.family, dtype=str(assembly.dtype.torch_name)), outputs)
 
 
-def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe) -> list[str]:
-    """Warnings about models that are taken apart into slices, each checked by itself: their numbers of layers may differ.
+def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe) -> Candidates:
+    """What models that are taken apart into slices have beside their tables, and whose it is: the first slice's first model's.
+
+    Each is checked by itself: their numbers of layers may differ.
 
     Raises InputError for a family that moerge does not know, a missing tensor, and layers that a model does not have.
     """
     if family is None:
         kind = models[0].model_type
         raise InputError(f"{recipe.source}: slices need a family that moerge knows, and it does not know {kind!r}")
-    warnings = []
+    warnings, beside = [], {}
     for model in models:
         expected = {tensor.name: tensor for tensor in expected_of(family, model.config, model.name)}
         for name, tensor in expected.items():
@@ -56,8 +57,12 @@ def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Rec
                 found = "is missing" if stored is None else f"has shape {list(stored.shape)}, expected {list(tensor.shape)}"
                 raise InputError(f"{model.name}: tensor {name!r} {found} in {model.folder}: fetch or copy the checkpoint again")
         extra = [name for name in model.tensors if name not in expected and not family.is_buffer(name)]
-        if extra:
-            warnings.append(f"{model.name}: {len(extra)} tensors that {family.model_type} does not use are left out: {extra[0]}")
+        strange = [name for name in extra if not family.is_untabled(name)]
+        if strange:
+            warnings.append(
+                f"{model.name}: {len(strange)} tensors that {family.model_type} does not use are left out: {strange[0]}"
+            )
+        beside[model.name] = {name: model.tensors[name] for name in extra if family.is_untabled(name)}
     by_name = {model.name: canonical(model.config, family)["num_hidden_layers"] for model in models}
     for number, part in enumerate(recipe.slices):
         for span in part.sources:
@@ -66,7 +71,14 @@ def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Rec
                     f"{recipe.source}: slice {number + 1} takes the layers {span.start} to {span.stop - 1} of {span.model}, "
                     f"which has {by_name[span.model]} (counted from 0)"
                 )
-    return warnings
+    first = tuple(span.model for span in recipe.slices[0].sources)
+    own = beside[first[0]]
+    alike = {name for name in own if all(name in beside[m] and beside[m][name].shape == own[name].shape for m in first)}
+    owners = {name: first[0] for name in own if name not in alike}
+    if owners:
+        text = f"{len(owners)} tensors beside the layers that not all models of the first slice share are {first[0]}'s: "
+        warnings.append(text + next(iter(owners)))
+    return Candidates([Expected("", name, tensor.shape) for name, tensor in own.items()], owners, warnings)
 
 
 def _stacked(assembly: Assembly) -> Assembled:
@@ -75,15 +87,16 @@ def _stacked(assembly: Assembly) -> Assembled:
     assert family is not None
     config = _stacked_config(assembly.models[assembly.source].config, family, slices)
     names = {m: {t.role: t.name for t in expected_of(family, c.config, m)} for m, c in assembly.models.items()}
-    chooser, outputs = MethodChooser(assembly.recipe), []
+    outputs = []
     rows = [_Row(number, offset) for number, part in enumerate(slices) for offset in range(part.layers)]
-    for tensor, row in _rows(expected_of(family, config, "the result"), rows):
+    places = [*_rows(expected_of(family, config, "the result"), rows), *((tensor, _Row(0)) for tensor in assembly.candidates)]
+    for tensor, row in places:
         part = slices[row.slice_index]
-        inputs = {span.model: names[span.model][_role(tensor, span.start, row.offset)] for span in part.sources}
+        inputs = {span.model: _input(names[span.model], tensor, span.start, row.offset) for span in part.sources}
         place = Place(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
         members = tuple(span.model for span in part.sources)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, chooser, members, place=place, base=part.base or "base")))
-    chooser.check_all_used()
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, place=place, base=part.base or "base")))
+    assembly.chooser.check_all_used()
     return Assembled(portable(config, family=family, dtype=str(assembly.dtype.torch_name)), outputs)
 
 
@@ -123,10 +136,11 @@ def _stacked_config(config: Mapping[str, Any], family: Family, slices: Sequence[
     return {**config, family.nested: language} if isinstance(nested, Mapping) else language
 
 
-def _role(tensor: Expected, start: int, offset: int | None) -> str:
+def _input(names: Mapping[str, str], tensor: Expected, start: int, offset: int | None) -> str:
+    """What a model calls the tensor that a slice takes; of what has no role its own name."""
     if offset is None:
-        return tensor.role
-    return re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)
+        return names.get(tensor.role, tensor.name)
+    return names[re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)]
 
 
 def _layer(tensor: Expected) -> int | None:

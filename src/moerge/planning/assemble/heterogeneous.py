@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.modeling import HETEROGENEOUS_AUTO_MAP
-from moerge.operations.operations import Merge, Operation, Output
+from moerge.operations.operations import Copy, Merge, Operation, Output
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.assemble.experts import WholeExpert, one_tokenizer, whole_experts
 from moerge.planning.vocab.match import OneVocabulary
@@ -79,7 +80,9 @@ def assemble_heterogeneous(
     by_name = {model.name: model for model in models}
     experts = whole_experts([by_name[name] for name in recipe.expert_names], by_name[tokenizer])
     building = _Building(recipe, experts, by_name[tokenizer], dtype)
-    made = Assembled(building.config(), building.outputs(), recipe.expert_names, building.warnings(), building.notes())
+    outputs = building.outputs()
+    notes = (*building.notes(), *building.assembly.precision.notes(outputs))
+    made = Assembled(building.config(), outputs, recipe.expert_names, building.warnings(), notes)
     return made, one_tokenizer(experts, models, by_name[tokenizer])
 
 
@@ -124,7 +127,7 @@ class _Building:
         """Whether the shared head has a bias."""
         return self.shared and any(expert.whole.head_bias for expert in self.experts)
 
-    @property
+    @cached_property
     def assembly(self) -> Assembly:
         """For operations over the experts' tensors."""
         models = {expert.name: expert.model for expert in self.experts}
@@ -152,7 +155,7 @@ class _Building:
     def _own(self, assembly: Assembly, expert: WholeExpert, tensor: Expected) -> Operation:
         outside = (expert.whole.embedding, expert.whole.head, expert.whole.head_bias)
         if tensor.name in outside:
-            return assembly.unchanged(Source(expert.name, expert.mapped(tensor.name)))
+            return Copy(Source(expert.name, expert.mapped(tensor.name)))
         return assembly.copied(expert.name, tensor.name)
 
     def _scale(self, expert: WholeExpert) -> float:

@@ -12,7 +12,6 @@ from moerge.errors import InputError
 from moerge.modeling import AUTO_MAP, FAMILIES, role_of
 from moerge.planning.assemble.adapters import kept_adapters, kept_note
 from moerge.planning.assemble.common import Assembled, Assembly
-from moerge.planning.match import MethodChooser
 from moerge.recipe.schema import MoE
 from moerge.routers.sequence import SequenceRouter
 
@@ -26,7 +25,7 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
     stored = [tensor for tensor in assembly.candidates if not (tied and tensor.name.startswith("lm_head."))]
     by_role = {tensor.role or tensor.name: tensor for tensor in stored}
     plain = [replace(tensor, role=tensor.role or tensor.name) for tensor in stored]
-    chooser, outputs, keeps = MethodChooser(assembly.recipe), [], moe.adapters == "keep"
+    outputs, keeps = [], moe.adapters == "keep"
     try:
         expanded = list(expand(plain, len(experts), () if keeps else moe.separate))
     except ValueError as error:
@@ -38,9 +37,9 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
         elif keeps and role_of(original.name) in moe.separate:
             operation = assembly.copied("base", original.name)
         else:
-            operation = assembly.merged(original, chooser, experts)
+            operation = assembly.merged(original, experts)
         outputs.append(assembly.output(tensor, operation))
-    chooser.check_all_used()
+    assembly.chooser.check_all_used()
     routing = moe.router.routing(moe.top_k)
     if routing["kind"] == "learned":
         router = gate(len(experts), dense["hidden_size"])

@@ -10,7 +10,6 @@ from moerge.errors import InputError
 from moerge.operations.operations import Draw, Operation
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.checks import expected_of
-from moerge.planning.match import MethodChooser
 
 
 def assemble_token_routed(assembly: Assembly) -> Assembled:
@@ -24,7 +23,6 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}")
     experts = assembly.recipe.expert_names
     converted = chosen.convert(config, len(experts), moe.top_k)
-    chooser = MethodChooser(assembly.recipe)
     dense = {tensor.role: tensor for tensor in assembly.candidates}
     outputs = []
     for tensor in expected_of(chosen.family, converted, chosen.name):
@@ -38,9 +36,9 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         elif tensor.parts or tensor.expert is not None:
             operation = _kept(assembly, tensor, dense, experts)
         else:
-            operation = assembly.merged(dense[tensor.role], chooser, experts)
+            operation = assembly.merged(dense[tensor.role], experts)
         outputs.append(assembly.output(tensor, operation))
-    chooser.check_all_used()
+    assembly.chooser.check_all_used()
     made = portable(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
     caution = chosen.caution(config)
     return Assembled(made, outputs, experts, (caution,) if caution else ())

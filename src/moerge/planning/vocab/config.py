@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moerge.architecture import Family
+from moerge.architecture.config import changed, nested_key
 from moerge.checkpoint.reader import Checkpoint
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -36,7 +37,7 @@ def with_special_ids(
             changes[key] = _moved(own, moved)
     if not changes:
         return tuple(models)
-    return tuple(replace(model, config=_changed(model.config, family, changes)) for model in models)
+    return tuple(replace(model, config=changed(model.config, family, changes)) for model in models)
 
 
 def _moved(value: Any, moved: Mapping[int, int]) -> Any:
@@ -46,7 +47,7 @@ def _moved(value: Any, moved: Mapping[int, int]) -> Any:
 
 
 def _nested(config: Mapping[str, Any], family: Family | None) -> Mapping[str, Any] | None:
-    inner = config.get(family.nested) if family is not None and family.nested else None
+    inner = config.get(nested_key(config, family))
     return inner if isinstance(inner, Mapping) else None
 
 
@@ -54,16 +55,3 @@ def _find(config: Mapping[str, Any], family: Family | None, key: str) -> Any:
     inner = _nested(config, family)
     found = inner.get(key) if inner is not None else None
     return config.get(key) if found is None else found
-
-
-def _changed(config: Mapping[str, Any], family: Family | None, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with other values, in the language model's part too if it has one there; None removes a key."""
-    changed = {key: value for key, value in {**config, **changes}.items() if key not in changes or value is not None}
-    inner = _nested(config, family)
-    if inner is None:
-        return changed
-    assert family is not None
-    for key in changes:
-        if key in inner and key not in config:
-            changed.pop(key, None)
-    return {**changed, family.nested: _changed(inner, None, {key: changes[key] for key in changes if key in inner})}
