@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moerge.checkpoint.companions import is_inside
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
@@ -43,8 +44,8 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Problems with the files beside the tensors, a sentence each."""
     problems = []
     for name, digest in manifest.get("files", {}).items():
-        path = folder / Path(name).name
-        if not path.is_file():
+        path = folder / name
+        if not is_inside(name) or not path.is_file():
             problems.append(f"{name} is missing")
         elif file_digest(read_file(path)) != digest:
             problems.append(f"{name} was changed after the merge")

@@ -230,12 +230,15 @@ class Staging:
         with machine_errors(self._root):
             files = self._with_index(files)
             for name, content in files.items():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.folder / name).write_bytes(content)
                 make_durable(self.folder / name)
             for descriptor in self._files.values():
                 os.fsync(descriptor)
-            for path in self.folder.iterdir():
-                if path.name not in files and path.name not in self._shards:
+            for path in self.folder.rglob("*"):
+                if path.is_dir():
+                    make_durable(path)
+                elif path.relative_to(self.folder).as_posix() not in {*files, *self._shards}:
                     path.unlink()
             make_durable(self.folder)
             self._rename(replace)

@@ -21,7 +21,7 @@ from moerge.recipe.whole_models import misfit
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "parts", "learn")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:

@@ -132,6 +132,7 @@ class Recipe(_Strict):
     dtype: Float | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
+    chat_template: str | None = Field(default=None, min_length=1)
     config: str | None = None
     parts: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
     seed: int = 0
