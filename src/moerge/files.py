@@ -82,6 +82,18 @@ def check_unchanged(files: Iterable[SourceFile]) -> None:
         file.check_here()
 
 
+LONGEST_LABEL = 80
+"""Characters of a name in a recipe that files are called after: at most three bytes each, as long as nobody is out to do harm."""
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; there is none of a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def check_target_name(target: Path) -> None:
     """InputError where no folder of this name can be made: beyond a file, for a link to nothing, too long."""
     try:

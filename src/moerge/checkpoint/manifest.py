@@ -37,7 +37,11 @@ def weights_digest(manifest: Mapping[str, Any]) -> str:
 
 def to_json(value: Mapping[str, Any]) -> bytes:
     """Readable JSON for a file."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # halves of characters, which JSON can only escape
+        return (json.dumps(value, indent=2, default=str) + "\n").encode()
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

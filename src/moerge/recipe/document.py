@@ -32,6 +32,7 @@ _PLAINLY = {
     "model_type": "should be a mapping",
     "string_type": "should be text",
     "string_too_short": "should not be empty",
+    "string_too_long": "should be shorter",
     "string_pattern_mismatch": "should be made of letters, digits, '_', '-' and '.'",
     "too_short": "should not be empty",
     "float_type": "should be a number",

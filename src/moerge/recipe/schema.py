@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
+from moerge.files import LONGEST_LABEL
 from moerge.methods.method import Finite, MergeMethod
 from moerge.recipe.learning import Learning
 from moerge.recipe.rules import Choice, Matching, Rule
@@ -123,9 +124,10 @@ class Recipe(_Strict):
     """
 
     base: str | None = Field(default=None, min_length=1)
-    experts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")], Annotated[Expert, BeforeValidator(_expert)]] = Field(
-        min_length=1
-    )
+    experts: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=LONGEST_LABEL)],
+        Annotated[Expert, BeforeValidator(_expert)],
+    ] = Field(min_length=1)
     method: InstanceOf[MergeMethod]
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
+from moerge.files import LONGEST_LABEL
 from moerge.recipe.document import Document, read_document
 
 PARTS = ("router", "projectors", "experts", "backbone", "all")
@@ -126,7 +127,7 @@ class Tuning(_Strict):
     """
 
     model: Annotated[str, Field(min_length=1)]
-    data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Source], Field(min_length=1)]
+    data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=LONGEST_LABEL)], Source], Field(min_length=1)]
     train: Train = ("all",)
     opens: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
     adapters: Adapters | None = None
@@ -149,7 +150,7 @@ class Tuning(_Strict):
     processes: Count | None = None
     sharding: Literal["none", "fsdp2"] = "none"
     save_every: Count = 500
-    heldout: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], str] = Field(default_factory=dict)
+    heldout: dict[Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=LONGEST_LABEL)], str] = Field(default_factory=dict)
     heldout_sequences: Count = 32
     evaluate_every: Count = 100
     dying: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
