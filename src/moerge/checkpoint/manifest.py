@@ -16,6 +16,7 @@ from moerge.tensors.digest import combined_digest, file_digest
 
 FORMAT = 1
 """Version of the manifest's format."""
+_SEAL = "manifest_digest"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -35,6 +36,17 @@ def weights_digest(manifest: Mapping[str, Any]) -> str:
     return combined_digest(manifest["tensors"])
 
 
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest's file, with a digest of all that it says."""
+    said = {key: value for key, value in manifest.items() if key != _SEAL}
+    return to_json({**said, _SEAL: _seal(said)})
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in manifest.items() if key != _SEAL}
+    return file_digest(json.dumps(said, sort_keys=True, default=str).encode())
+
+
 def to_json(value: Mapping[str, Any]) -> bytes:
     """Readable JSON for a file."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
@@ -47,6 +59,8 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Problems with the files beside the tensors, a sentence each."""
     problems = []
+    if manifest.get(_SEAL, _seal(manifest)) != _seal(manifest):
+        problems.append(f"{MANIFEST} was changed after the merge")
     for name, digest in manifest.get("files", {}).items():
         path = folder / name
         if not is_inside(name) or not path.is_file():

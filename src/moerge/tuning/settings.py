@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
-from moerge.files import LONGEST_LABEL
-from moerge.recipe.document import Document, read_document
+from moerge.files import LONGEST_LABEL, as_path
+from moerge.recipe.document import Document, plain_copy, read_document
 
 PARTS = ("router", "projectors", "experts", "backbone", "all")
 """What `train` can name besides patterns."""
@@ -196,9 +195,10 @@ class Request:
 def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Request:
     """Settings from a YAML file or the same structure as a dict. Raises InputError that names the line and key at fault."""
     if isinstance(tuning, Mapping):
-        document, folder = Document(deepcopy(dict(tuning)), "tuning"), Path()
+        document, folder = Document(plain_copy(tuning, "tuning"), "tuning"), Path()
     else:
-        document, folder = read_document(Path(tuning), "tuning file"), Path(tuning).parent
+        path = as_path(tuning, "a tuning file")
+        document, folder = read_document(path, "tuning file"), path.parent
     data = dict(document.data)
     for key in data:
         if key not in Tuning.model_fields:
