@@ -151,7 +151,7 @@ def verifying(*names: str) -> Run:
 
 
 def comparing(folder: Path, rng: Random) -> None:
-    from moerge.analysis.comparison import compare
+    from moerge.comparison.compare import compare
 
     compare(folder / "recipe.yaml", threads=1).to_json()
 
@@ -188,7 +188,7 @@ VALUES: dict[str, Any] = {}
 
 
 def from_dict(folder: Path, rng: Random) -> None:
-    from moerge.tune.settings import load_tuning
+    from moerge.tuning.settings import load_tuning
 
     if VALUES["name"] == "tune.yaml":
         load_tuning(VALUES["dict"])
@@ -197,8 +197,8 @@ def from_dict(folder: Path, rng: Random) -> None:
 
 
 def tuning(folder: Path, rng: Random) -> None:
-    from moerge.tune.run import look
-    from moerge.tune.settings import load_tuning
+    from moerge.tuning.run import look
+    from moerge.tuning.settings import load_tuning
 
     load_tuning(folder / "tune.yaml")
     if rng.random() < 0.25:
@@ -213,7 +213,7 @@ def resuming(folder: Path, rng: Random) -> None:
 
 
 def reporting(folder: Path, rng: Random) -> None:
-    from moerge.report.flow import report
+    from moerge.reporting.flow import report
 
     report(folder / "results").to_html()
 
