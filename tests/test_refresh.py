@@ -13,6 +13,8 @@ from command import moerge as command
 from moerge.modeling import AUTO_MAP, code_files
 from tiny import edit_config, make_models, write_recipe
 
+pytestmark = pytest.mark.slow
+
 CURRENT = {name: path.read_bytes() for name, path in code_files().items()}
 
 

@@ -24,6 +24,8 @@ from moerge.checkpoint.staging import JOURNAL, Staging, staging_folder
 from moerge.merging.pipeline import merge
 from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
+pytestmark = pytest.mark.slow
+
 DENSE = {"merge": {"method": "ties", "scope": "model", "overrides": [{"match": "attention", "method": "dare"}]}}
 MOE = {"merge": {"method": "linear"}, "moe": {"router": {"seed": 3}}}
 SHARD = 6000

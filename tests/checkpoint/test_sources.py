@@ -20,6 +20,8 @@ from moerge.files import FileState, SourceFile
 from moerge.merging.pipeline import merge
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
+pytestmark = pytest.mark.slow
+
 TIES = {"merge": {"method": "ties", "scope": "model"}}
 
 

@@ -19,6 +19,8 @@ from moerge.demonstration import DemoResult, run
 from moerge.demonstration.recipes import NAMES, recipe
 from moerge.errors import InputError, MachineError
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = ("math", "code", "knowledge")
 
 

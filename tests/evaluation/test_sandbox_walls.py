@@ -10,6 +10,8 @@ import pytest
 from moerge.cli import show_evaluation
 from moerge.evaluation import sandbox
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def afresh() -> Iterator[None]:

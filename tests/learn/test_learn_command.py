@@ -20,6 +20,8 @@ from moerge.planning.build import build_plan
 from moerge.recipe.coefficients import Coefficients, read_coefficients
 from tiny import make_models, read_tensors, read_values
 
+pytestmark = pytest.mark.slow
+
 LEARN = {"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0}
 
 

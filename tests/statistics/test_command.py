@@ -20,6 +20,8 @@ from moerge.texts import overlap
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:

@@ -21,6 +21,8 @@ from command import moerge, start
 from moerge.progress import Watch
 from moerge.tuning.run import tune
 
+pytestmark = pytest.mark.slow
+
 TUNINGS = ("native", "routed")
 
 

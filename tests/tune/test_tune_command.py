@@ -23,6 +23,8 @@ from moerge.tuning.models import load_sharded
 from moerge.tuning.run import tune
 from tiny import read_values
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> None:
     facts = run(folder, "learned", steps=30, learning_rate=1e-2, save_every=100)
