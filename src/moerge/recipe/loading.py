@@ -9,11 +9,12 @@ from typing import Any
 
 from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
+from moerge.files import as_path
 from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
-from moerge.recipe.document import Document, Key, read_document
+from moerge.recipe.document import Document, Key, plain_copy, read_document
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.schema import DROP, UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
@@ -21,7 +22,7 @@ from moerge.recipe.whole_models import misfit
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "parts", "learn")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
@@ -34,9 +35,10 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | 
             return recipe
         document, folder = Document(deepcopy(recipe.written), recipe.source), recipe.folder
     elif isinstance(recipe, Mapping):
-        document, folder = Document(deepcopy(dict(recipe))), Path()
+        document, folder = Document(plain_copy(recipe)), Path()
     else:
-        document, folder = read_document(Path(recipe)), Path(recipe).parent
+        path = as_path(recipe, "a recipe")
+        document, folder = read_document(path), path.parent
     if is_mergekit(document.data):
         return read_mergekit(document, seed=seed)
     if seed is not None:
