@@ -134,7 +134,7 @@ def _complete(plan: Plan) -> Plan:
     """The plan with all inputs on this machine; a download may take hours."""
     if plan.complete:
         return plan
-    complete = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
+    complete = build_plan(plan.recipe, weights=True, commits=plan.commits)
     return replace(complete, client_warnings=plan.client_warnings, client_notes=plan.client_notes)
 
 
