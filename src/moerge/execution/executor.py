@@ -21,8 +21,8 @@ from moerge.execution.regions import Budget, merge_whole
 from moerge.execution.schedule import Job, Task, run_jobs
 from moerge.execution.store import NullStore, Store
 from moerge.methods.method import Block, Measurement, MergeMethod
+from moerge.operations.estimate import largest
 from moerge.operations.operations import Copy, Draw, Fit, Merge, Output
-from moerge.planning.estimate import largest
 from moerge.tensors.codec import all_finite, decode, encode
 from moerge.tensors.digest import CHUNK, running_digest, tensor_digest
 from moerge.tensors.dtypes import DType

@@ -26,8 +26,8 @@ from moerge.execution.executor import Execution
 from moerge.execution.regions import Budget, merge_whole
 from moerge.execution.schedule import run_at_once
 from moerge.files import SourceFile
+from moerge.operations.estimate import largest
 from moerge.operations.operations import Merge, Output
-from moerge.planning.estimate import largest
 from moerge.planning.plan import Plan
 from moerge.tensors.dtypes import DType
 from moerge.tensors.source import Source

@@ -13,9 +13,9 @@ from typing import Any
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
+from moerge.operations.estimate import whole_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
 from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
-from moerge.planning.estimate import whole_memory
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
