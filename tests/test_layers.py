@@ -14,7 +14,7 @@ ROOT = Path(moerge.__file__).parent
 FLOORS = """
 cli
 reporting demonstration hub doctor
-learning tuning evaluation extraction inspection comparison inference gather
+learning tuning evaluation extraction inspection comparison inference gather refresh
 merging
 clients
 planning

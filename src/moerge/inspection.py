@@ -19,6 +19,7 @@ from moerge.architecture.needed import Compared, compare_with_transformers
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.architecture.stored import stored_family
 from moerge.checkpoint.adapter_config import describe_adapter
+from moerge.checkpoint.header import read_metadata
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
@@ -101,6 +102,8 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
     if manifest:
         problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
         problems += [f"tensor {name!r} is not in the manifest" for name in stored if name not in manifest["tensors"]]
+        files = dict.fromkeys(file.path for tensor in stored.values() for file in tensor.files)
+        problems += [f"{file.name} lost its metadata" for file in files if read_metadata(file) != {"format": "pt"}]
     return list(dict.fromkeys(problems))
 
 

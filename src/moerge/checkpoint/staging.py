@@ -155,12 +155,12 @@ class Staging:
     def _read_journal(self) -> None:
         assert self._journal is not None
         self._journal.seek(0)
-        entries = []
+        entries: list[dict[str, Any]] = []
         for line in self._journal:
             try:
-                entries.append(json.loads(line))
+                entries.append(_entry(line, first=not entries))
             except ValueError:
-                break  # the line that was being written when the run was killed
+                break  # the line that was being written when the run was killed, or a damaged one
         if not entries:
             return
         if entries[0].get("fingerprint") != self._fingerprint:
@@ -230,12 +230,15 @@ class Staging:
         with machine_errors(self._root):
             files = self._with_index(files)
             for name, content in files.items():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.folder / name).write_bytes(content)
                 make_durable(self.folder / name)
             for descriptor in self._files.values():
                 os.fsync(descriptor)
-            for path in self.folder.iterdir():
-                if path.name not in files and path.name not in self._shards:
+            for path in self.folder.rglob("*"):
+                if path.is_dir():
+                    make_durable(path)
+                elif path.relative_to(self.folder).as_posix() not in {*files, *self._shards}:
                     path.unlink()
             make_durable(self.folder)
             self._rename(replace)
@@ -276,6 +279,15 @@ class Staging:
             os.close(descriptor)
         if self._journal is not None:
             self._journal.close()
+
+
+def _entry(line: bytes, *, first: bool) -> dict[str, Any]:
+    """A line of the journal; ValueError where it is none."""
+    entry = json.loads(line)
+    kinds = {"fingerprint": str} if first else {"tensor": str, "digest": str, "inputs": dict, "nonfinite": list}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError("no line of a journal")
+    return entry
 
 
 class machine_errors:

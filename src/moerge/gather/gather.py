@@ -15,7 +15,7 @@ import numpy as np
 from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError, suggest
-from moerge.files import check_unchanged
+from moerge.files import check_unchanged, is_file
 from moerge.gather.passes import free_memory, passes_within
 from moerge.gather.running import (
     Layout,
@@ -145,7 +145,7 @@ def add_folders(recipe: Recipe, out: Path, folders: Sequence[Path], options: Opt
     if options != Options(experts=experts, force=force):
         raise InputError("--add only adds up what was gathered: of the other options it takes --expert and --force alone")
     names = _checked(recipe, experts) or (*(("base",) if recipe.base else ()), *recipe.experts)
-    found = {name: [path for folder in folders if (path := statistics_file(folder, name)).is_file()] for name in names}
+    found = {name: [path for folder in folders if is_file(path := statistics_file(folder, name))] for name in names}
     missing = next((name for name in experts if not found[name]), None)
     if missing or not any(found.values()):
         where = ", ".join(map(str, folders))

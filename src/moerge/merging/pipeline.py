@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.manifest import damaged_files, read_manifest, to_json
+from moerge.checkpoint.manifest import damaged_files, read_manifest, sealed, to_json
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, clear, interrupted
 from moerge.clients import check_plan
@@ -163,7 +163,7 @@ def _files(plan: Plan) -> dict[str, bytes]:
 def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
     files = _files(plan)
     digests = {name: file_digest(content) for name, content in sorted(files.items())}
-    return {**files, MANIFEST: to_json(build_manifest(plan, staging, digests))}
+    return {**files, MANIFEST: sealed(build_manifest(plan, staging, digests))}
 
 
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:

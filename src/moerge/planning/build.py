@@ -8,6 +8,7 @@ from typing import Any
 
 from moerge.architecture import Family
 from moerge.architecture.stored import stored_family
+from moerge.checkpoint.companions import model_companions
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
@@ -25,11 +26,12 @@ from moerge.planning.models import Commits, locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.precision import main_dtype
 from moerge.planning.statistics import Binder
+from moerge.planning.vocab.checks import listed
 from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import FLOATS, DType
 from moerge.texts import Texts
-from moerge.tokenizer import VOCABULARY_FILES
+from moerge.tokenizer import COMPANION_FILES, VOCABULARY_FILES
 from moerge.tokenizer.portable import portable_tokenizer
 
 
@@ -65,8 +67,9 @@ def build_plan(
     made = replace(made, notes=(*made.notes, *untied, *assembly.precision.notes(made.outputs)))
     if recipe.learned:
         recipe.learned.check({tensor.name: tensor.shape for tensor in (candidates.tensors or made.outputs)})
-    remarks = (*warnings, *candidates.warnings)
-    planned = _planned(recipe, models, made, vocabulary, config_from=f"config from {source}, ", warnings=remarks)
+    made, own, lacking = _with_companions(recipe, made, by_name[source])
+    remarks = (*warnings, *candidates.warnings, *lacking)
+    planned = _planned(recipe, models, made, vocabulary, own, config_from=f"config from {source}, ", warnings=remarks)
     if binder is None:
         return planned
     used = tuple(binder.used.values())
@@ -100,11 +103,36 @@ def _plan_whole_models(recipe: Recipe, models: tuple[Checkpoint, ...]) -> Plan:
     return _planned(recipe, models, made, vocabulary)
 
 
+def _with_companions(recipe: Recipe, made: Assembled, model: Checkpoint) -> tuple[Assembled, Mapping[str, bytes], list[str]]:
+    """What a dense result has of its config's model beside tensors and tokenizer: files, code and all; and warnings."""
+    own = model_companions(model.folders[-1], model.config, others=COMPANION_FILES)
+    if recipe.moe is not None:
+        lacking = [name for name in (*own.files, *own.left_out) if "/" not in name]
+        return made, {}, _left_out(model, lacking)
+    warnings = _left_out(model, own.left_out)
+    weights = [name for name in own.files if name.endswith(".safetensors")]
+    if weights:
+        warnings.append(f"{', '.join(weights)}: copied from {model.name}, not merged")
+    if own.code:
+        warnings.append(
+            f"{model.name} runs by code of its own, which the result has too: {', '.join(own.code)}; read it before use"
+        )
+    elif model.config.get("auto_map") and not own.auto_map:
+        warnings.append(f"{model.name}: 'auto_map' in config.json names code that its folder lacks, so it is left out")
+    config = {**made.config, "auto_map": own.auto_map} if own.auto_map else made.config
+    return replace(made, config=config), own.files, warnings
+
+
+def _left_out(model: Checkpoint, names: Sequence[str]) -> list[str]:
+    return [f"files of {model.name} that the result lacks: {listed(names, len(names))}"] if names else []
+
+
 def _planned(
     recipe: Recipe,
     models: tuple[Checkpoint, ...],
     made: Assembled,
     vocabulary: OneVocabulary,
+    own: Mapping[str, bytes] | None = None,
     *,
     config_from: str = "",
     warnings: Sequence[str] = (),
@@ -114,8 +142,8 @@ def _planned(
     files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")
-    files |= recipe.learned.files if recipe.learned else {}
-    if made.config.get("auto_map"):
+    files = {**(own or {}), **files, **(recipe.learned.files if recipe.learned else {})}
+    if recipe.moe is not None and made.config.get("auto_map"):
         files |= {name: path.read_bytes() for name, path in code_files(made.config["auto_map"]).items()}
     planned = Plan(
         recipe=recipe,
@@ -136,7 +164,7 @@ def _planned(
         notes=(
             *recipe.notes,
             *made.notes,
-            f"{config_from}tokenizer and generation config from {vocabulary.source}",
+            f"{config_from}{vocabulary.origin}",
             *vocabulary.notes,
         ),
     )

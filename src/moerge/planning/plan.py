@@ -23,6 +23,8 @@ from moerge.tensors.dtypes import F32
 from moerge.tensors.streams import BLOCK, WINDOW
 from moerge.texts import Texts
 
+_MOST_SETTINGS = 12
+"""Settings of one operation that are listed one by one."""
 _INTERPRETER_BYTES = 150_000_000
 _TORCH_BYTES, _TORCH_SECONDS = 500_000_000, 5.0
 """What torch and transformers take before they do anything."""
@@ -107,10 +109,19 @@ class Plan:
 
     @cached_property
     def operations(self) -> tuple[dict[str, Any], ...]:
-        """Outputs that come about alike, counted: `action`, `hyperparameters`, `tensors`, and `bytes` written."""
+        """Outputs that come about alike, counted: `action`, `hyperparameters`, `tensors`, and `bytes` written.
+
+        Settings that are others for every tensor make one group.
+        """
+        settings: dict[str, dict[str, None]] = {}
+        for output in self.outputs:
+            settings.setdefault(output.action, {})[output.hyperparameters] = None
+        many = {action: found for action, found in settings.items() if len(found) > _MOST_SETTINGS}
         groups: dict[tuple[str, str], list[int]] = {}
         for output in self.outputs:
-            groups.setdefault((output.action, output.hyperparameters), []).append(output.nbytes)
+            found = many.get(output.action)
+            one = f"{len(found)} different settings, such as {next(iter(found))}" if found else output.hyperparameters
+            groups.setdefault((output.action, one), []).append(output.nbytes)
         keys = ("action", "hyperparameters", "tensors", "bytes")
         return tuple(dict(zip(keys, (*group, len(sizes), sum(sizes)), strict=True)) for group, sizes in groups.items())
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
+from moerge.files import as_path
 from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
-from moerge.recipe.document import Document, Key
+from moerge.recipe.document import Document, Key, plain_copy
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
@@ -23,7 +24,7 @@ from moerge.recipe.whole_models import misfit
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "parts", "learn")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
@@ -36,10 +37,10 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | 
             return recipe
         document, folder = Document(deepcopy(recipe.written), recipe.source), recipe.folder
     elif isinstance(recipe, Mapping):
-        document, folder = Document(deepcopy(dict(recipe))), Path()
+        document, folder = Document(plain_copy(recipe)), Path()
     else:
-        return read_file_recipe(Path(recipe), Trail(), partial(_read, seed))
-    return _read(seed, document, folder, Trail((id(document.data),), (document.source,)))
+        return read_file_recipe(as_path(recipe, "a recipe"), (), partial(_read, seed))
+    return _read(seed, document, folder, ())
 
 
 def _read(seed: int | None, document: Document, folder: Path, trail: Trail) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,8 @@ from moerge.recipe.schema import Recipe
 _SUFFIXES = (".yaml", ".yml")
 
 
-@dataclass(frozen=True)
-class Trail:
-    """The recipes that one lies in, outermost first: files, or mappings by identity, and what messages call them."""
-
-    keys: tuple[Any, ...] = ()
-    names: tuple[str, ...] = ()
-
-    def entered(self, key: Any, name: str) -> Trail:
-        """The trail one deeper. Raises InputError where a recipe contains itself."""
-        if key in self.keys:
-            around = " -> ".join((*self.names[self.keys.index(key) :], name))
-            raise InputError(f"a recipe cannot be one of its own models ({around}): name another one there")
-        return Trail((*self.keys, key), (*self.names, name))
-
-
+Trail = tuple[Path, ...]
+"""The files of the recipes that one lies in, outermost first."""
 Read = Callable[[Document, Path, Trail], Recipe]
 
 
@@ -76,7 +62,7 @@ def _recipe_at(document: Document, path: Key, value: Any, folder: Path, trail: T
     if is_recipe(value):
         lines = {key[len(path) :]: line for key, line in document.lines.items() if key[: len(path)] == path and key != path}
         inner = Document({str(key): item for key, item in value.items()}, f"{document.source}: {_dotted(path)}", lines)
-        recipe = read(inner, folder, trail.entered(id(value), _dotted(path)))
+        recipe = read(inner, folder, trail)
         return recipe, f"a recipe of {', '.join(recipe.experts)}"
     if isinstance(value, str) and is_recipe_file(value, folder):
         return read_file_recipe(folder / Path(value).expanduser(), trail, read), value
@@ -84,8 +70,12 @@ def _recipe_at(document: Document, path: Key, value: Any, folder: Path, trail: T
 
 
 def read_file_recipe(file: Path, trail: Trail, read: Read) -> Recipe:
-    """The recipe in a file, by way of `trail`."""
-    return read(read_document(file), file.parent, trail.entered(file.resolve(), str(file)))
+    """The recipe in a file, by way of `trail`. Raises InputError where it contains itself."""
+    known = [earlier.resolve() for earlier in trail]
+    if file.resolve() in known:
+        around = " -> ".join(map(str, (*trail[known.index(file.resolve()) :], file)))
+        raise InputError(f"a recipe cannot be one of its own models ({around}): name another one there")
+    return read(read_document(file), file.parent, (*trail, file))
 
 
 def _dotted(path: Key) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
+from moerge.files import LONGEST_LABEL
 from moerge.methods.method import Finite, MergeMethod
 from moerge.recipe.learning import Learning
 from moerge.recipe.rules import Choice, Matching, Rule
@@ -125,15 +126,17 @@ class Recipe(_Strict):
     """
 
     base: str | None = Field(default=None, min_length=1)
-    experts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")], Annotated[Expert, BeforeValidator(_expert)]] = Field(
-        min_length=1
-    )
+    experts: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=LONGEST_LABEL)],
+        Annotated[Expert, BeforeValidator(_expert)],
+    ] = Field(min_length=1)
     method: InstanceOf[MergeMethod]
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
     dtype: Float | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
+    chat_template: str | None = Field(default=None, min_length=1)
     config: str | None = None
     parts: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
     seed: int = 0

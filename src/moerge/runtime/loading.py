@@ -21,6 +21,7 @@ from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import check_files, read_json, weight_files
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError, MoergeError
+from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
 from moerge.texts.documents import check_unicode
 
@@ -100,7 +101,7 @@ def load(
         import transformers  # noqa: F401
     except ImportError as error:
         raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
-    folder = Path(checkpoint).expanduser()
+    folder = as_path(checkpoint, "a checkpoint").expanduser()
     place = str(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not folder.is_dir():

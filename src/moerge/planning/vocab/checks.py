@@ -8,7 +8,7 @@ from typing import Any
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.recipe.schema import UNION
-from moerge.tokenizer import Vocabulary, companion_files, has_chat_template, special_tokens
+from moerge.tokenizer import Vocabulary, special_tokens
 
 _SHOWN = 3
 _SAVE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
@@ -95,11 +95,3 @@ def splitting_warnings(vocabularies: Mapping[str, Vocabulary], source: str) -> l
         if differing:
             warnings.append(f"the result splits text as {source} does, not as {name} ({', '.join(differing)} differ)")
     return warnings
-
-
-def template_notes(models: Sequence[Checkpoint], source: str) -> list[str]:
-    """Which chat templates the result does not get, where it gets none."""
-    having = [model.name for model in models if has_chat_template(companion_files(model.folder))]
-    if not having or source in having:
-        return []
-    return [f"the result has no chat template, since {source} has none; those of {', '.join(having)} are left out"]
