@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from moerge.architecture import Expected, moe_format
 from moerge.architecture.config import canonical, portable
 from moerge.architecture.moe_format import GROUPED_BYTES
+from moerge.architecture.parts import part_of
 from moerge.errors import InputError
 from moerge.operations.fitter import MODULE
 from moerge.operations.operations import Draw, Operation, Output
@@ -22,7 +23,8 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     chosen = moe_format(moe.format, config)
     unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
     if unknown:
-        raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}")
+        way = f"'parts: {{{part_of(unknown, config.get('num_hidden_layers'))}: drop}}' leaves its part out"
+        raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}: {way}")
     experts = assembly.recipe.expert_names
     converted = chosen.convert(config, len(experts), moe.top_k)
     dense = {tensor.role: tensor for tensor in assembly.candidates}
