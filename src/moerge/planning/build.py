@@ -26,7 +26,7 @@ from moerge.planning.models import Commits, locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.precision import main_dtype
 from moerge.planning.statistics import Binder
-from moerge.planning.vocab.checks import listed
+from moerge.planning.vocab.checks import listed, tokens_without_rows
 from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import FLOATS, DType
@@ -54,8 +54,9 @@ def build_plan(
     named, stacked = recipe.config is not None, bool(recipe.slices)
     warnings = check_configs(models, family, source=source, named=named, stacked=stacked)
     vocabulary = one_vocabulary(models, family, recipe, source)
-    warnings += vocabulary.warnings
     alike = vocabulary.models
+    tokenizer = next(model for model in alike if model.name == vocabulary.source)
+    warnings += (*vocabulary.warnings, *tokens_without_rows(tokenizer, family))
     candidates = check_alone(alike, family, recipe) if stacked else merge_candidates(alike, family, recipe, source)
     by_name = {model.name: model for model in models}
     binder = Binder(recipe, by_name) if bind else None
