@@ -28,6 +28,7 @@ from moerge.execution.schedule import Job, run_jobs
 from moerge.planning.checks import expected_of, respelled
 from moerge.planning.heads import settle_head
 from moerge.progress import Progress
+from moerge.runtime.loading import check_runnable
 from moerge.tensors.codec import all_finite
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.tensors.tensor import Tensor
@@ -74,6 +75,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems = _structure(checkpoint, family, manifest)
     compared = Compared()
     if not problems and checkpoint.model_type not in BY_SEQUENCE and not is_adapter(checkpoint):
+        check_runnable(checkpoint.folder)
         compared = compare_with_transformers(checkpoint.folder, checkpoint.config)
         problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
