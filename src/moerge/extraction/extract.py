@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from moerge.checkpoint.adapter import holds_vocabulary
+from moerge.checkpoint.adapter import holds_vocabulary, ties_head
 from moerge.checkpoint.reader import ADAPTER_CONFIG
 from moerge.errors import InputError
 from moerge.extraction.card import adapter_card, adapter_config
+from moerge.extraction.naming import is_multimodal, names_for_peft
 from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
 from moerge.extraction.writer import AdapterWriter, Shape
@@ -70,12 +71,13 @@ def extract(
     begun = time.perf_counter()
     recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
     plan = build_plan(load_recipe(recipe), weights=True)
-    targets = choose_targets(plan, modules, modules_to_save)
+    names = names_for_peft(plan)
+    targets = choose_targets(plan, modules, modules_to_save, names)
     most = rank if rank is not None else DEFAULT_RANK if energy is None else None
     with AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
         advance = progress(2 * sum(t.output.nbytes for t in targets)) if progress else lambda nbytes: None
         with one_thread_each(), ThreadPoolExecutor(threads or default_threads()) as pool:
-            work = _Extraction(plan, writer, most, energy, pool.map)
+            work = _Extraction(plan, names, writer, most, energy, pool.map)
             for target in targets:
                 work.add(target)
                 advance(2 * target.output.nbytes)
@@ -103,15 +105,18 @@ def _factor_names(target: Target) -> tuple[str, str]:
 
 def _saved_names(target: Target, plan: Plan) -> tuple[str, ...]:
     """A whole tensor's names: peft wants a tied embedding under the head's name as well."""
-    tied = plan.models[0].config.get("tie_word_embeddings") and target.output.role == "embedding"
-    return (target.output.name, "lm_head.weight") if tied else (target.output.name,)
+    tied = target.output.role == "embedding" and ties_head(plan.models[0])
+    return (target.name, "lm_head.weight") if tied else (target.name,)
 
 
 class _Extraction:
     """An adapter on its way."""
 
-    def __init__(self, plan: Plan, writer: AdapterWriter, most: int | None, energy: float | None, spread: Map) -> None:
-        self.plan, self.writer, self.most, self.energy, self.spread = plan, writer, most, energy, spread
+    def __init__(
+        self, plan: Plan, names: Mapping[str, str], writer: AdapterWriter, most: int | None, energy: float | None, spread: Map
+    ) -> None:
+        self.plan, self.names, self.writer = plan, names, writer
+        self.most, self.energy, self.spread = most, energy, spread
         self.kept: dict[tuple[str, str], Kept] = {}
         self.ranks: dict[str, int] = {}
         self.saved: dict[str, None] = {}
@@ -189,12 +194,12 @@ class _Extraction:
             warnings=(*self.plan.warnings, *self._left_out()),
             revision=revision,
         )
-        modules = [output.name.rpartition(".")[0] for output in self.plan.outputs]
-        tied = bool(self.plan.models[0].config.get("tie_word_embeddings")) and any(
-            holds_vocabulary(f"{name}.weight") for name in self.saved
-        )
+        modules = [name.rpartition(".")[0] for name in self.names.values()]
+        tied = ties_head(self.plan.models[0]) and any(holds_vocabulary(f"{name}.weight") for name in self.saved)
         config = adapter_config(found, list(self.targets.values()), self.ranks, list(self.saved), modules, tied)
-        self.writer.publish({ADAPTER_CONFIG: config, "README.md": adapter_card(found)})
+        self.writer.publish(
+            {ADAPTER_CONFIG: config, "README.md": adapter_card(found, multimodal=is_multimodal(self.plan.models[0]))}
+        )
         return found
 
     def _left_out(self) -> list[str]:
