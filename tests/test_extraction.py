@@ -22,7 +22,7 @@ from moerge.extraction import Extraction, extract
 from moerge.merging.pipeline import merge
 from moerge.tensors.linalg import leading_svd
 from moerge.tensors.views.low_rank import read_float32
-from tiny import edit_config, llama_config, llama_tensors, make_models, read_values, write_checkpoint
+from tiny import edit_config, llama_config, llama_tensors, make_models, read_values, write_checkpoint, write_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -400,3 +400,13 @@ def test_peft_finds_the_modules_of_a_multimodal_model(tmp_path: Path, kind: str)
     changed = applied(tmp_path / "lora", tmp_path / "base")
     for name, value in read_values(tmp_path / "expert").items():
         np.testing.assert_allclose(changed[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_an_expert_with_more_tokens(tmp_path: Path) -> None:
+    models = make_models(tmp_path, experts=("chat",))
+    config = llama_config(vocab_size=66)
+    write_checkpoint(models["chat"], llama_tensors(config, expert=1), config, tokenizer=False)
+    write_tokenizer(models["chat"], ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64)), "<x>", "<y>"])
+    found = extract(str(models["chat"]), tmp_path / "lora", base=str(models["base"]), rank=2)
+    assert any("has 2 tokens that the base lacks" in warning for warning in found.warnings)
+    assert all(value.shape[0] != 66 for value in applied(tmp_path / "lora", models["base"]).values())

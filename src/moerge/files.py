@@ -137,9 +137,18 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
         raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
 
 
+def in_words(nbytes: float) -> str:
+    """A number of bytes to three digits, such as 1.23 MB."""
+    power = next((power for power in (4, 3, 2, 1) if nbytes >= 999.5 * 1000 ** (power - 1)), 0)
+    return f"{nbytes / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
 def target_of(out: str | Path) -> Path:
-    """The absolute path of a folder to be written. A link to an empty folder stands for that folder, on its own disk."""
-    target = Path(os.path.abspath(as_path(out, "the output")))
+    """The absolute path of a folder to be written, also from one with `~`.
+
+    A link to an empty folder stands for that folder, on its own disk.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(as_path(out, "the output"))))
     empty = os.path.islink(target) and target.is_dir() and not any(target.iterdir())
     return target.resolve() if empty else target
 

@@ -1,4 +1,4 @@
-"""Tensors of the class in a checkpoint's `architectures`, and their names, as transformers says: asked of a model without values."""
+"""Tensors that the class in a checkpoint's `architectures` needs, and their names in memory, asked of one without values."""
 
 # mypy: allow-untyped-calls
 

@@ -5,7 +5,6 @@ Shapes: R rows and C columns of a stored matrix, K the rank.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moerge.checkpoint.adapter import holds_vocabulary, ties_head
+from moerge.checkpoint.locate import locate
 from moerge.checkpoint.reader import ADAPTER_CONFIG
 from moerge.errors import InputError
 from moerge.extraction.card import adapter_card, adapter_config
@@ -21,7 +21,7 @@ from moerge.extraction.naming import is_multimodal, names_for_peft
 from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
 from moerge.extraction.writer import AdapterWriter, Shape
-from moerge.files import check_unchanged
+from moerge.files import check_unchanged, target_of
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
 from moerge.progress import Progress
@@ -32,6 +32,7 @@ from moerge.tensors.source import Source
 from moerge.tensors.streams import WINDOW, Stream, read_values
 from moerge.tensors.threads import default_threads, one_thread_each
 from moerge.tensors.views.low_rank import add_product
+from moerge.tokenizer import has_tokenizer
 
 DEFAULT_RANK = 16
 _PREFIX = "base_model.model."
@@ -65,11 +66,13 @@ def extract(
         raise InputError(f"rank is {rank}: it has to be 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy is {energy}: it is a share, above 0 and at most 1")
-    folder = Path(os.path.abspath(out))
+    folder = target_of(out)
     if folder.exists():
         raise InputError(f"{folder} already exists: choose another folder")
     begun = time.perf_counter()
     recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
+    if has_tokenizer(locate(base, name="base", weights=False).folder):
+        recipe["tokenizer"] = "base"
     plan = build_plan(load_recipe(recipe), weights=True)
     names = names_for_peft(plan)
     targets = choose_targets(plan, modules, modules_to_save, names)
@@ -191,7 +194,7 @@ class _Extraction:
             rank=rank,
             roles=tuple(self.kept.values()),
             seconds=time.perf_counter() - begun,
-            warnings=(*self.plan.warnings, *self._left_out()),
+            warnings=(*self.plan.warnings, *self._without_tokens(), *self._left_out()),
             revision=revision,
         )
         modules = [name.rpartition(".")[0] for name in self.names.values()]
@@ -201,6 +204,13 @@ class _Extraction:
             {ADAPTER_CONFIG: config, "README.md": adapter_card(found, multimodal=is_multimodal(self.plan.models[0]))}
         )
         return found
+
+    def _without_tokens(self) -> list[str]:
+        """A warning about the expert's tokens that the base, and so the adapter, has no rows for."""
+        counts = self.plan.vocabulary.get("models", {}).get("expert", {})
+        if not counts.get("left_out"):
+            return []
+        return [f"the expert has {counts['left_out']:,} tokens that the base lacks, and an adapter adds none: they are left out"]
 
     def _left_out(self) -> list[str]:
         """A warning about what trained tensors the adapter lacks."""

@@ -18,6 +18,7 @@ import torch
 
 from moerge.distillation import target_bytes
 from moerge.errors import InputError, MachineError
+from moerge.files import in_words
 from moerge.learning.chunks import allocate, importances
 from moerge.learning.directions import Directions
 from moerge.learning.model import BASE, MergingModel, Slot, known_config
@@ -179,8 +180,8 @@ class _Job:
         self.watch.note(f"the experts' targets for {tokens:,} tokens take {nbytes / 1e9:.2f} GB in {self.folder.parent}")
         if nbytes > free:
             raise MachineError(
-                f"no space for the experts' targets in {self.folder.parent}: {nbytes / 1e9:.1f} GB are needed, "
-                f"{free / 1e9:.1f} GB free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
+                f"no space for the experts' targets in {self.folder.parent}: {in_words(nbytes)} are needed, "
+                f"{in_words(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
             )
         self.watch.begin(steps + len(distinct))
 

@@ -22,7 +22,7 @@ from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
 from moerge.execution.fitting import Calibrating, fit_outputs
 from moerge.execution.integers import unlike_integers
-from moerge.files import check_target, check_unchanged, target_of
+from moerge.files import check_target, check_unchanged, in_words, target_of
 from moerge.merging.card import model_card
 from moerge.merging.manifest import build_manifest
 from moerge.planning.build import build_plan
@@ -183,6 +183,4 @@ def _check_space(plan: Plan, target: Path, *, staged: bool) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if not staged and free < plan.output_bytes:
-        raise MachineError(
-            f"no space for {target}: it needs {plan.output_bytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free"
-        )
+        raise MachineError(f"no space for {target}: it needs {in_words(plan.output_bytes)}, {parent} has {in_words(free)} free")
