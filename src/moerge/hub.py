@@ -69,7 +69,7 @@ class Pushed:
         }
 
 
-def prepare(folder: str | Path, repo: str, *, revision: str = "main", progress: Progress = lambda nbytes: None) -> Upload:
+def prepare(folder: str | Path, repo: str, *, revision: str = "main", progress: Progress | bool = False) -> Upload:
     """Verify a checkpoint folder and list what would be uploaded; nothing is sent.
 
     Raises InputError for a damaged checkpoint, a name that is no repository's, and files that are links out of the folder.

@@ -26,7 +26,7 @@ from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
 from moerge.planning.checks import expected_of, respelled
-from moerge.progress import Progress
+from moerge.progress import Advance, Progress, reporter
 from moerge.tensors.codec import all_finite
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.tensors.tensor import Tensor
@@ -61,7 +61,7 @@ class Verification:
         }
 
 
-def verify(location: str | Path, *, threads: int | None = None, progress: Progress = lambda nbytes: None) -> Verification:
+def verify(location: str | Path, *, threads: int | None = None, progress: Progress | bool = False) -> Verification:
     """Check that every tensor is present, of the right shape, finite, and what the manifest says, where there is one.
 
     Which tensors have to be there the family's table says and, where it is installed, transformers for the config's class.
@@ -77,8 +77,10 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
         problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
     found: dict[str, str] = {}
-    jobs = (_check(tensor, digests.get(tensor.name), found, progress) for tensor in checkpoint.tensors.values())
-    run_jobs(jobs, threads or default_threads())
+    with reporter(progress) as report:
+        advance = report.phase("verifying", checkpoint.nbytes)
+        jobs = (_check(tensor, digests.get(tensor.name), found, advance) for tensor in checkpoint.tensors.values())
+        run_jobs(jobs, threads or default_threads())
     problems += [found[name] for name in checkpoint.tensors if name in found]
     if manifest:
         problems += damaged_files(checkpoint.folder, manifest)
@@ -128,12 +130,12 @@ def _role_of(checkpoint: Checkpoint, family: Family | None) -> Callable[[str], s
     return family.role_of if family else lambda name: None
 
 
-def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
+def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: Advance) -> Job:
     elements = tensor.open()
 
     def look(start: int) -> tuple[bytes, bool]:
         chunk = elements.read(start, np.empty(min(CHUNK, tensor.size - start), tensor.dtype.storage))
-        progress(chunk.nbytes)
+        advance(chunk.nbytes)
         return chunk_digest(chunk), all_finite(chunk, tensor.dtype)
 
     results = yield [partial(look, start) for start in range(0, tensor.size, CHUNK)]
