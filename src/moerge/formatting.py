@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
 
 
 def as_size(nbytes: float) -> str:
@@ -42,3 +44,32 @@ def plural(number: int, one: str, many: str = "") -> str:
 def listed(items: Sequence[str]) -> str:
     """Items with commas, and an "and" before the last."""
     return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
+
+
+class Displayed:
+    """A result that notebooks show as one line in text and as a table in HTML; both come from `to_json`.
+
+    A dataclass needs `repr=False` to keep the line.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        raise NotImplementedError
+
+    def headline(self) -> str:
+        """Return the line without the class's name."""
+        return ", ".join(f"{key} {value}" for key, value in list(self.figures().items())[:4])
+
+    def figures(self) -> Mapping[str, Any]:
+        """Return the rows of the table: names and values."""
+        counted = {
+            key: f"{len(value)} entries" if isinstance(value, list | dict) else value for key, value in self.to_json().items()
+        }
+        return {key: value for key, value in counted.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.headline()}>"
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in self.figures().items())
+        return f"<table><caption>{escape(repr(self))}</caption>{''.join(rows)}</table>"

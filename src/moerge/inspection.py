@@ -25,6 +25,7 @@ from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
+from moerge.formatting import Displayed
 from moerge.planning.checks import expected_of, respelled
 from moerge.progress import Advance, Progress, reporter
 from moerge.tensors.codec import all_finite
@@ -37,8 +38,8 @@ _WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
 """The beginning of the role of a whole model's tensor."""
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Displayed):
     """What `verify` found; no problems means intact. `notes` are what may be of interest."""
 
     checkpoint: Checkpoint
@@ -147,8 +148,8 @@ def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: A
         found[tensor.name] = f"tensor {tensor.name!r} in {tensor.files[0].name} holds NaN or infinity"
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Displayed):
     """What a checkpoint is, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
 
     checkpoint: Checkpoint

@@ -13,7 +13,7 @@ import moerge as library
 from command import moerge
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import Staging, staging_folder
-from moerge.comparison.compare import compare
+from moerge.comparison.flow import compare
 from moerge.errors import SourceChangedError
 from moerge.extraction import extract
 from moerge.files import FileState, SourceFile

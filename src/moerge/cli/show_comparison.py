@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moerge.cli.console import Table, as_percent, print_json, print_warnings, say, show_table
-from moerge.comparison.compare import Comparison
+from moerge.comparison.flow import Comparison
 from moerge.comparison.verdict import Verdict
 from moerge.figures import available, short
 from moerge.formatting import as_count

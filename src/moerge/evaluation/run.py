@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.evaluation.benchmarks import MAX_NEW_TOKENS, Benchmark
+from moerge.evaluation.benchmarks import MAX_NEW_TOKENS, Benchmark, parse_tasks
 from moerge.evaluation.bootstrap import LEVEL, RESAMPLES
 from moerge.evaluation.data import load_questions
 from moerge.evaluation.identity import identity, routes_sequences, tensors_digest
@@ -55,20 +55,42 @@ class Settings:
 
 
 def evaluate(
-    checkpoints: Sequence[str | Path],
-    settings: Settings,
+    checkpoints: str | Path | Sequence[str | Path],
+    settings: Settings | None = None,
     *,
-    out: Path | None = None,
+    tasks: Sequence[str] = (),
+    perplexity: Mapping[str, str] | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | bool = False,
+    **options: Any,
 ) -> Evaluation:
-    """Measure checkpoints on benchmarks and held-out text; the first one is what the others are compared with.
+    """Measure checkpoints on benchmarks and held-out text, and compare them with the first one.
 
-    `out` is a folder for results, which are complete after every measure; `resume` goes on with an interrupted run there. Needs
-    torch and transformers, and for benchmarks lm_eval. Raises InputError for missing data, a checkpoint that does not load, text
-    that a checkpoint was calibrated on, and code benchmarks without leave to run code; MachineError for a full disk.
+    Needs torch and transformers, and for benchmarks lm_eval.
+
+    Args:
+        checkpoints: A folder or Hub id, or several.
+        settings: All settings at once, instead of `tasks`, `perplexity` and `options`.
+        tasks: Names of benchmarks, such as "gsm8k".
+        perplexity: Files of held-out text by domain.
+        out: A folder for results, which are complete after every measure.
+        resume: Continue an interrupted run in `out`.
+        progress: A `Progress`, or True for a display on standard error.
+        **options: Further fields of `Settings`, such as limit=100.
+
+    Returns:
+        Scores with their errors, and paired differences from the first checkpoint.
+
+    Raises:
+        InputError: Data are missing, a checkpoint does not load or was calibrated on the text, or a benchmark would run code
+            without leave to.
+        MachineError: The disk is full.
     """
-    names = [str(checkpoint) for checkpoint in checkpoints]
+    if settings is None:
+        settings = Settings(parse_tasks(",".join(tasks)) if tasks else (), dict(perplexity or {}), **options)
+    names = [str(checkpoint) for checkpoint in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
+    out = Path(out) if out is not None else None
     _check(names, settings)
     store = Store(out, resume=resume)
     routed = [routes_sequences(name) for name in names]  # of all, so that a wrong path shows at once

@@ -15,7 +15,7 @@ from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError, suggest
 from moerge.files import check_unchanged, is_file
-from moerge.formatting import as_size
+from moerge.formatting import Displayed, as_size
 from moerge.gather.passes import free_memory, passes_within
 from moerge.gather.running import (
     Layout,
@@ -33,8 +33,8 @@ from moerge.operations.operations import Merge
 from moerge.planning.build import build_plan
 from moerge.planning.models import locate_models
 from moerge.planning.plan import Plan
-from moerge.progress import SILENT, Progress
-from moerge.recipe import Recipe
+from moerge.progress import SILENT, Progress, reporter
+from moerge.recipe import Recipe, load_recipe
 from moerge.runtime.loading import Loaded, load
 from moerge.statistics.facts import KINDS, Facts, Kind, ModelFacts, Settings, TextFacts
 from moerge.statistics.files import Statistics, StatisticsWriter, add_up, check_replaceable, open_statistics, statistics_file
@@ -73,8 +73,8 @@ class Options:
     force: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, repr=False)
+class Outcome(Displayed):
     """One expert's file. `gathered` is False where it was there already; `memory_bytes` is the model and one pass's sums."""
 
     file: Path
@@ -106,6 +106,27 @@ def _forecast(expert: str, passes: int, tokens: int, memory: int) -> str:
     """A sentence about what a run will take."""
     runs = "one pass" if passes == 1 else f"{passes} passes"
     return f"{expert}: {runs} over {tokens:,} tokens, {as_size(memory)} for the model and sums"
+
+
+def stats(
+    recipe: str | Path | Mapping[str, Any] | Recipe, out: str | Path, *, progress: Progress | bool = False, **options: Any
+) -> list[Outcome]:
+    """Gather the statistics that the recipe's methods need, and write `out`/EXPERT.safetensors.
+
+    Args:
+        recipe: A recipe's path, the same structure as a dict, or a `Recipe`.
+        out: The folder to write.
+        progress: A `Progress`, or True for a display on standard error.
+        **options: Fields of `Options`, such as kind="fisher" or texts=200.
+
+    Returns:
+        One outcome for each expert.
+
+    Raises:
+        InputError: The recipe, a model or a text is at fault, or a file holds something else and `force` is not set.
+    """
+    with reporter(progress) as report:
+        return list(gather(load_recipe(recipe), Path(out), Options(**options), report))
 
 
 def gather(recipe: Recipe, out: Path, options: Options, progress: Progress = SILENT) -> Iterator[Outcome]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
 from moerge.files import check_unchanged, target_of
+from moerge.formatting import Displayed
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.planning.assemble.heterogeneous import stay_whole
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 CURVE, FIGURE = "learning.csv", "coefficients.svg"
 
 
-@dataclass(frozen=True)
-class LearnResult:
+@dataclass(frozen=True, repr=False)
+class LearnResult(Displayed):
     """A finished checkpoint, and the coefficients that it was merged with."""
 
     merged: MergeResult

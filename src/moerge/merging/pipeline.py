@@ -23,6 +23,7 @@ from moerge.execution.executor import Execution
 from moerge.execution.fitting import fit_outputs
 from moerge.execution.integers import unlike_integers
 from moerge.files import check_target, check_unchanged, target_of
+from moerge.formatting import Displayed, as_time
 from moerge.merging.card import model_card
 from moerge.merging.manifest import build_manifest
 from moerge.planning.build import build_plan
@@ -37,8 +38,8 @@ SHARD_BYTES = 5_000_000_000
 """Largest shard by default, as transformers writes them."""
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Displayed):
     """A finished merge. Times are in seconds; `publish_seconds` is spent making the files durable and naming them.
 
     `was_complete`: there was nothing left to resume, and nothing was done.
@@ -51,6 +52,10 @@ class MergeResult:
     publish_seconds: float
     nonfinite_inputs: tuple[str, ...]
     was_complete: bool = False
+
+    def headline(self) -> str:
+        """The folder, and how long it took."""
+        return f"{self.folder}, {self.plan.headline()}, {as_time(self.merge_seconds + self.publish_seconds)}"
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""

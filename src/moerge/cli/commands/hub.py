@@ -37,7 +37,7 @@ def push(
         show_hub.pushed(hub.Pushed(upload), quiet=quiet, as_json=json)
         return
     shown = not quiet and not json and sys.stderr.isatty()
-    show_hub.pushed(hub.push(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
+    show_hub.pushed(hub.send(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
 
 
 COMMANDS = (push,)

@@ -15,13 +15,14 @@ from moerge.comparison.similarity import Similarity, measure, summarise, work_by
 from moerge.comparison.verdict import Verdict, advise, judge
 from moerge.errors import InputError
 from moerge.files import check_unchanged, write_whole
+from moerge.formatting import Displayed
 from moerge.progress import Progress, reporter
 from moerge.recipe import Recipe, load_recipe
 from moerge.tensors.threads import default_threads
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Displayed):
     """How alike a recipe's experts are, and what that means for merging them.
 
     `models` are locations by name, the base first where there is one. `separate` are the roles that the recipe keeps separate.
