@@ -17,10 +17,10 @@ reporting demonstration hub doctor
 learning tuning evaluation extraction inspection comparison inference gather refresh
 merging
 clients
-execution
 planning
 recipe
 routers projectors
+execution
 operations
 methods
 statistics

@@ -27,7 +27,9 @@ from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
 from moerge.formatting import Displayed
 from moerge.planning.checks import expected_of, respelled
+from moerge.planning.heads import settle_head
 from moerge.progress import Advance, Progress, reporter
+from moerge.runtime.loading import check_runnable
 from moerge.tensors.codec import all_finite
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.tensors.tensor import Tensor
@@ -74,6 +76,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems = _structure(checkpoint, family, manifest)
     compared = Compared()
     if not problems and checkpoint.model_type not in BY_SEQUENCE and not is_adapter(checkpoint):
+        check_runnable(checkpoint.folder)
         compared = compare_with_transformers(checkpoint.folder, checkpoint.config)
         problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
@@ -85,8 +88,8 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems += [found[name] for name in checkpoint.tensors if name in found]
     if manifest:
         problems += damaged_files(checkpoint.folder, manifest)
-    tensors, nbytes = len(checkpoint.tensors), checkpoint.nbytes
-    return Verification(checkpoint, tuple(problems), tensors, nbytes, manifest is not None, compared.notes)
+    tensors, nbytes, notes = len(checkpoint.tensors), checkpoint.nbytes, (*checkpoint.warnings, *compared.notes)
+    return Verification(checkpoint, tuple(problems), tensors, nbytes, manifest is not None, notes)
 
 
 def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
@@ -95,11 +98,13 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
     if fused:
         return [f"tensor {fused!r} holds all experts of a layer, as transformers has them in memory: save it with transformers 5"]
     problems = []
-    for tensor in _expected(checkpoint, family):
-        if tensor.name not in stored:
+    read = settle_head(checkpoint, family)
+    for tensor in _expected(read, family):
+        found = read.tensors.get(tensor.name)
+        if found is None:
             problems.append(f"tensor {tensor.name!r} is missing")
-        elif stored[tensor.name].shape != tensor.shape:
-            problems.append(f"tensor {tensor.name!r} has shape {list(stored[tensor.name].shape)}, expected {list(tensor.shape)}")
+        elif found.shape != tensor.shape:
+            problems.append(f"tensor {tensor.name!r} has shape {list(found.shape)}, expected {list(tensor.shape)}")
     if family and family.untabled and family.nested and not any(map(family.is_untabled, stored)):
         problems.append(f"no tensor of what a {family.model_type} has beside its language model is there")
     if manifest:

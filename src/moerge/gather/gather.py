@@ -30,8 +30,8 @@ from moerge.gather.running import (
 )
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Merge
-from moerge.planning.build import build_plan
-from moerge.planning.models import locate_models
+from moerge.planning.build import build_plan, located
+from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.plan import Plan
 from moerge.progress import SILENT, Progress, reporter
 from moerge.recipe import Recipe, load_recipe
@@ -274,13 +274,14 @@ class _Gathering:
     def _model(self) -> Checkpoint:
         known = {model.name: model for model in self.plan.models}
         found, recipe = known[self.expert], self.plan.recipe
+        if isinstance(found, MergedCheckpoint):
+            raise InputError(f"{found.name} is a recipe, and statistics need a model that runs: merge it into a folder first")
         base = known.get("base") if isinstance(found, AdaptedCheckpoint) else None
         if found.complete and (base is None or base.complete):
             return found
         experts = {name: expert for name, expert in recipe.experts.items() if name == self.expert}
         alone = recipe.model_copy(update={"experts": experts, "base": recipe.base if self.expert == "base" or base else None})
-        commits = {name: model.revision for name, model in known.items()}
-        return next(m for m in locate_models(alone, weights=True, commits=commits) if m.name == self.expert)
+        return next(model for model in located(alone, weights=True, commits=self.plan.commits) if model.name == self.expert)
 
     def _loaded(self, model: Checkpoint) -> Loaded:
         """The model in memory; where it is an adapter, its base with the tensors that the adapter changes."""

@@ -20,11 +20,11 @@ from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, b
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
-from moerge.execution.fitting import fit_outputs
-from moerge.execution.integers import unlike_integers
 from moerge.files import check_target, check_unchanged, target_of
 from moerge.formatting import Displayed, as_time
 from moerge.merging.card import model_card
+from moerge.merging.fitting import fit_outputs
+from moerge.merging.integers import unlike_integers
 from moerge.merging.manifest import build_manifest
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
@@ -135,7 +135,7 @@ def _complete(plan: Plan) -> Plan:
     """The plan with all inputs on this machine; a download may take hours."""
     if plan.complete:
         return plan
-    complete = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
+    complete = build_plan(plan.recipe, weights=True, commits=plan.commits)
     return replace(complete, client_warnings=plan.client_warnings, client_notes=plan.client_notes)
 
 

@@ -14,9 +14,9 @@ from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
 from moerge.formatting import Displayed, as_count, as_size
+from moerge.operations.estimate import whole_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
 from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
-from moerge.planning.estimate import whole_memory
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
@@ -83,6 +83,11 @@ class Plan(Displayed):
         """Whether all inputs are on this machine; Hub models that are not will be downloaded before merging."""
         return all(model.complete for model in self.models)
 
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The Hub commits that were looked at, by model."""
+        return {name: commit for model in self.models for name, commit in model.commits.items()}
+
     @cached_property
     def parameters(self) -> int:
         """Parameters of the result."""
@@ -105,12 +110,15 @@ class Plan(Displayed):
 
     def memory_bytes(self, threads: int) -> int:
         """An upper estimate of the working memory in bytes: blocks for each thread, whole tensors, and Python itself."""
+        return max(_INTERPRETER_BYTES + self.merging_bytes(threads), self.fitting_bytes(threads))
+
+    def merging_bytes(self, threads: int) -> int:
+        """Of these, what merging takes."""
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
         merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
-        merging += sum(model.working_bytes for model in self.models)
-        return max(_INTERPRETER_BYTES + merging, self.fitting_bytes(threads))
+        return merging + sum(model.working_bytes for model in self.models)
 
     @cached_property
     def operations(self) -> tuple[dict[str, Any], ...]:
@@ -184,7 +192,7 @@ class Plan(Displayed):
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that decides the result: operations, hyperparameters, and the inputs' sizes and times."""
-        inputs = [(model.name, model.location, model.revision, model.stamps) for model in self.models]
+        inputs = [model.identity for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
         statistics = [(used.model, *file.stamp) for used in self.statistics for file in used.statistics.files]
