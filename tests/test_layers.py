@@ -17,10 +17,10 @@ reporting demonstration hub doctor
 learning tuning evaluation extraction inspection comparison inference gather refresh
 merging
 clients
-execution
 planning
 recipe
 routers projectors
+execution
 operations
 methods
 statistics
@@ -32,7 +32,7 @@ architecture
 modeling
 tensors
 distillation
-progress files registry quiet
+progress files registry quiet formatting
 errors
 """
 """From top to bottom. Packages of one floor do not import each other."""

@@ -137,12 +137,6 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
         raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
 
 
-def in_words(nbytes: float) -> str:
-    """A number of bytes to three digits, such as 1.23 MB."""
-    power = next((power for power in (4, 3, 2, 1) if nbytes >= 999.5 * 1000 ** (power - 1)), 0)
-    return f"{nbytes / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
 def target_of(out: str | Path) -> Path:
     """The absolute path of a folder to be written, also from one with `~`.
 

@@ -84,6 +84,21 @@ class Checkpoint:
         """Name, size and time of each of them that is on this machine."""
         return tuple(file.stamp for file in self.files if file.state)
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What its tensors depend on, as far as that is known without reading them."""
+        return (self.name, self.location, self.revision, self.stamps)
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The models in files that it is made of."""
+        return (self,)
+
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The Hub commit that it stems from, by its name."""
+        return {self.name: self.revision}
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data."""

@@ -16,7 +16,7 @@ from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.reader import Checkpoint
 from moerge.distillation import TargetFiles, target_bytes
 from moerge.errors import InputError, MachineError
-from moerge.files import in_words
+from moerge.formatting import as_size
 from moerge.runtime.loading import load
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import skeleton_of
@@ -69,7 +69,7 @@ def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
     """MachineError where the disk is too full."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if nbytes > free:
-        raise MachineError(f"no space for {what} in {folder}: {in_words(nbytes)} are needed, {in_words(free)} free; {remedy}")
+        raise MachineError(f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}")
 
 
 @torch.no_grad()
