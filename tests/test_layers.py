@@ -34,7 +34,7 @@ architecture
 modeling
 tensors
 distillation
-progress files registry quiet
+progress files registry quiet formatting
 errors
 """
 """From top to bottom. Packages of one floor do not import each other."""
