@@ -355,7 +355,7 @@ def fuzz(folder: Path, cases: int, start: int = 0, kinds: Sequence[str] = tuple(
         if is_fault(end) and not ends[end]:
             print(f"{kind}:{seed}  {end}\n    {what[:300]}", flush=True)
         ends[end] += 1
-        if number % 1000 == 999:
+        if number % 500 == 499:
             print(f"  {number + 1} cases, {time.monotonic() - begun:.0f} s", flush=True)
         if time.monotonic() - begun > seconds:
             break

@@ -63,6 +63,26 @@ class AdaptedCheckpoint(Checkpoint):
         """Where its files lie."""
         return (self.adapter.folder, *self.base.folders)
 
+    @property
+    def _is_own(self) -> bool:
+        """Whether the base is this expert's alone, instead of the recipe's."""
+        return self.base.name == self.name
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What its tensors depend on; a base of the recipe counts for itself."""
+        return (*super().identity, *(self.base.identity if self._is_own else ()))
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The adapter, and a base of its own."""
+        return (*(self.base.origins if self._is_own else ()), self)
+
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The adapter's Hub commit, and that of a base of its own."""
+        return {**self.base.commits, f"{self.name}+adapter": self.revision} if self._is_own else super().commits
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data in the adapter."""
@@ -125,7 +145,7 @@ def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, An
     return changed(base.config, family_of(base.config), {"vocab_size": rows.pop()}) if len(rows) == 1 else base.config
 
 
-def _ties(base: Checkpoint) -> bool:
+def ties_head(base: Checkpoint) -> bool:
     """Whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
     tied = canonical(base.config, family_of(base.config)).get("tie_word_embeddings")
     return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
@@ -150,7 +170,7 @@ class _Application:
         self.recent = RecentFactors()
         self.family = family_of(base.config)
         self.names = Names(base.tensors)
-        self.tied = _ties(base)
+        self.tied = ties_head(base)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the adapted model, in the base's order."""

@@ -96,7 +96,8 @@ def _yaml(value: Any) -> str:
 
 def _metadata(plan: Plan, cards: Sequence[SourceCard]) -> dict[str, Any]:
     """The Hub's keys; what is not known is left out. Local sources have no name that others could look up."""
-    on_hub = list(dict.fromkeys(model.location.partition("@")[0] for model in plan.models if model.revision))
+    origins = [origin for model in plan.models for origin in model.origins if origin.revision]
+    on_hub = list(dict.fromkeys(origin.location.partition("@")[0] for origin in origins))
     known = {
         "base_model": on_hub,
         "base_model_relation": "merge" if on_hub else "",

@@ -22,11 +22,11 @@ from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
 from moerge.planning.assemble.token_routed import assemble_token_routed
 from moerge.planning.checks import check_configs, check_models, merge_candidates, named_alike, respelled
 from moerge.planning.heads import settle_head, untie_alike
-from moerge.planning.models import locate_models
+from moerge.planning.models import Commits, locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.precision import main_dtype
 from moerge.planning.statistics import Binder
-from moerge.planning.vocab.checks import listed
+from moerge.planning.vocab.checks import listed, tokens_without_rows
 from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import FLOATS, DType
@@ -54,8 +54,9 @@ def build_plan(
     named, stacked = recipe.config is not None, bool(recipe.slices)
     warnings = check_configs(models, family, source=source, named=named, stacked=stacked)
     vocabulary = one_vocabulary(models, family, recipe, source)
-    warnings += vocabulary.warnings
     alike = vocabulary.models
+    tokenizer = next(model for model in alike if model.name == vocabulary.source)
+    warnings += (*vocabulary.warnings, *tokens_without_rows(tokenizer, family))
     candidates = check_alone(alike, family, recipe) if stacked else merge_candidates(alike, family, recipe, source)
     by_name = {model.name: model for model in models}
     binder = Binder(recipe, by_name) if bind else None
@@ -78,7 +79,11 @@ def build_plan(
 
 def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> tuple[Checkpoint, ...]:
     """The recipe's models, with names that are alike and heads as tied as they are stored; arguments as in `build_plan`."""
-    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
+
+    def build(inner: Recipe, inner_commits: Commits) -> Plan:
+        return build_plan(inner, weights=weights, commits=inner_commits)
+
+    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {}, build=build)))
     models = named_alike(models, recipe.config or models[0].name)
     return tuple(settle_head(model, stored_family(model.config, model.tensors)) for model in models)
 

@@ -13,9 +13,10 @@ from typing import Any
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
+from moerge.formatting import Displayed, as_count, as_size
+from moerge.operations.estimate import whole_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
 from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
-from moerge.planning.estimate import whole_memory
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
@@ -36,8 +37,8 @@ _OPERATIONS_PER_SECOND, _OPERATIONS_PER_SECOND_ON_A_DEVICE = 2e11, 2e13
 without instructions for it a sixth."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Displayed):
     """Outputs in order, with the config and files that go beside them.
 
     `models` holds the base first, where there is one; `experts` names the MoE's experts in the order of their indices, and
@@ -59,6 +60,18 @@ class Plan:
     client_warnings: tuple[str, ...] = ()
     client_notes: tuple[str, ...] = ()
 
+    def headline(self) -> str:
+        """Kind, parameters and bytes of the result."""
+        kind = f"MoE of {len(self.experts)} experts" if self.experts else "dense model"
+        return f"{kind}, {as_count(self.parameters)} parameters, {as_size(self.output_bytes)}, {len(self.warnings)} warnings"
+
+    def figures(self) -> Mapping[str, Any]:
+        """The operations: tensors and bytes of each."""
+        return {
+            f"{row['action']} {row['hyperparameters']}".strip(): f"{row['tensors']} tensors, {as_size(row['bytes'])}"
+            for row in self.operations
+        }
+
     @property
     def sources(self) -> tuple[SourceFile, ...]:
         """All files that tensors are read from."""
@@ -69,6 +82,11 @@ class Plan:
     def complete(self) -> bool:
         """Whether all inputs are on this machine; Hub models that are not will be downloaded before merging."""
         return all(model.complete for model in self.models)
+
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The Hub commits that were looked at, by model."""
+        return {name: commit for model in self.models for name, commit in model.commits.items()}
 
     @cached_property
     def parameters(self) -> int:
@@ -92,12 +110,15 @@ class Plan:
 
     def memory_bytes(self, threads: int) -> int:
         """An upper estimate of the working memory in bytes: blocks for each thread, whole tensors, and Python itself."""
+        return max(_INTERPRETER_BYTES + self.merging_bytes(threads), self.fitting_bytes(threads))
+
+    def merging_bytes(self, threads: int) -> int:
+        """Of these, what merging takes."""
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
         merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
-        merging += sum(model.working_bytes for model in self.models)
-        return max(_INTERPRETER_BYTES + merging, self.fitting_bytes(threads))
+        return merging + sum(model.working_bytes for model in self.models)
 
     @cached_property
     def operations(self) -> tuple[dict[str, Any], ...]:
@@ -171,7 +192,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that decides the result: operations, hyperparameters, and the inputs' sizes and times."""
-        inputs = [(model.name, model.location, model.revision, model.stamps) for model in self.models]
+        inputs = [model.identity for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
         statistics = [(used.model, *file.stamp) for used in self.statistics for file in used.statistics.files]

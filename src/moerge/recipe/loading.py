@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
-from moerge.recipe.document import Document, Key, plain_copy, read_document
+from moerge.recipe.document import Document, Key, plain_copy
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
+from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
 from moerge.recipe.schema import DROP, UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
 from moerge.recipe.whole_models import misfit
 from moerge.routers.base import Router, router, routers
@@ -37,13 +39,17 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | 
     elif isinstance(recipe, Mapping):
         document, folder = Document(plain_copy(recipe)), Path()
     else:
-        path = as_path(recipe, "a recipe")
-        document, folder = read_document(path), path.parent
+        return read_file_recipe(as_path(recipe, "a recipe"), (), partial(_read, seed))
+    return _read(seed, document, folder, ())
+
+
+def _read(seed: int | None, document: Document, folder: Path, trail: Trail) -> Recipe:
     if is_mergekit(document.data):
         return read_mergekit(document, seed=seed)
     if seed is not None:
         _set_seed(document.data, seed)
-    return _build(document, folder)
+    sections, recipes = take_recipes(document, folder, trail, partial(_read, seed))
+    return _build(document, folder, sections, recipes)
 
 
 def _set_seed(data: dict[str, Any], seed: int) -> None:
@@ -61,16 +67,16 @@ def _set_seed(data: dict[str, Any], seed: int) -> None:
             settings["seed"] = seed
 
 
-def _build(document: Document, folder: Path) -> Recipe:
+def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipes: Mapping[str, Recipe]) -> Recipe:
     data = document.data
     for key in data:
         if key not in _SECTIONS:
             raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
-    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")}
+    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
     method, overrides, seed = _merge_section(document)
     if data.get("moe") is not None:
         fields["moe"] = _moe_section(document)
-    whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder}
+    whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder, "recipes": dict(recipes)}
     recipe = document.build(Recipe, {**whole, "source": document.source, "written": data})
     if isinstance(method, Coefficients):
         recipe = recipe.model_copy(update={"learned": read_rule(method, folder, tuple(recipe.experts))})

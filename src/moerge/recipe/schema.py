@@ -34,9 +34,10 @@ class _Strict(BaseModel):
 
 
 class Expert(_Strict):
-    """A fine-tuned model: a folder or Hub id, and its weight in methods that weigh."""
+    """A fine-tuned model: a folder or Hub id, perhaps with an adapter on it, and its weight in methods that weigh."""
 
     model: str = Field(min_length=1)
+    adapter: str | None = Field(default=None, min_length=1)
     weight: Finite = 1.0
 
 
@@ -119,8 +120,9 @@ class Recipe(_Strict):
 
     `seed` is that of `merge`, for whatever is drawn outside of methods and routers.
 
-    A file of another program's gives `settings`, which decide instead of `method` and `overrides`; `slices`, of which a dense
-    model is stacked; and, in `notes` and `warnings`, what its reader should know.
+    Models that are recipes themselves stand in `recipes` by name. A file of another program's gives `settings`, which decide
+    instead of `method` and `overrides`; `slices`, of which a dense model is stacked; and, in `notes` and `warnings`, what its
+    reader should know.
     """
 
     base: str | None = Field(default=None, min_length=1)
@@ -145,6 +147,7 @@ class Recipe(_Strict):
     learned: InstanceOf[Rule] | None = None
     settings: InstanceOf[Rule] | None = None
     slices: tuple[Slice, ...] = ()
+    recipes: dict[str, InstanceOf[Recipe]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moerge.architecture import Family
+from moerge.architecture.config import canonical
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.recipe.schema import UNION
-from moerge.tokenizer import Vocabulary, special_tokens
+from moerge.tokenizer import Vocabulary, special_tokens, token_ids
 
 _SHOWN = 3
 _SAVE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
@@ -83,6 +85,23 @@ def not_readable(names: Sequence[str], source: str) -> InputError:
         f"the tokenizers of the models differ, and that of {', '.join(names)} cannot be compared token by token: give it a "
         f"tokenizer.json ({_SAVE})"
     )
+
+
+def tokens_without_rows(model: Checkpoint, family: Family | None) -> list[str]:
+    """A warning if the tokenizer of `model` has tokens that the embedding, as its config has it, has no row for."""
+    rows = canonical(model.config, family).get("vocab_size")
+    try:
+        ids = token_ids(model.folder) or {}
+    except InputError:  # where it has to be read, it says so
+        return []
+    beyond = sorted((text for text, number in ids.items() if type(rows) is int and number >= rows), key=ids.__getitem__)
+    if not beyond:
+        return []
+    shown = listed(map(repr, beyond[:_SHOWN]), len(beyond))
+    return [
+        f"the tokenizer of {model.name} has tokens beyond the embedding's {rows:,} rows, {shown}: a text with one of them "
+        "ends with an index error"
+    ]
 
 
 def splitting_warnings(vocabularies: Mapping[str, Vocabulary], source: str) -> list[str]:
