@@ -183,12 +183,3 @@ def write_whole(path: Path, content: bytes) -> None:
             beside.write_bytes(content)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def make_durable(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from moerge.checkpoint.card import model_card
 from moerge.checkpoint.digest import file_digest
 from moerge.checkpoint.manifest import build_manifest, damaged_files, read_manifest, to_json
 from moerge.checkpoint.reader import open_folder
-from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, clear, interrupted
+from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.files import check_target, check_unchanged, target_of
@@ -106,7 +106,7 @@ def merge(
     if resume and (written := _manifest_of(target)):
         plan = _complete(plan)
         if _is_result(target, written, plan, max_shard_bytes):
-            clear(target)
+            workspace(target).clear()
             return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
     start = check_start(plan, target, resume=resume, force=force)
     plan = _complete(plan)
@@ -126,7 +126,7 @@ def merge(
             plan = replace(plan, warnings=(*plan.warnings, *remarks))
         merged = time.perf_counter()
         check_unchanged(plan.sources)
-        staging.publish(_with_manifest(plan, staging), replace=force)
+        staging.complete(_with_manifest(plan, staging), replace=force)
     return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite))
 
 
@@ -174,10 +174,11 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
     """How writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
     sources = [(model.name, folder) for model in plan.models for folder in model.folders]
-    if being_written(target):
-        raise InputError(busy(target))
+    work = workspace(target)
+    if work.in_use:
+        raise work.busy()
     check_target(target, sources, marks=(MANIFEST,), force=force)
-    left = interrupted(target)
+    left = work.interrupted
     if left and not (resume or force):
         raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
     _check_space(plan, target, staged=left and resume)

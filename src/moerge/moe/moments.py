@@ -15,7 +15,7 @@ import numpy as np
 
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.header import build_header, read_header
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import whole_file
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.header import build_header, read_header, read_metadata
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.workspace import machine_errors
 from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
 from moerge.files import SourceFile
 from moerge.statistics.facts import Facts, Kind, TextFacts, differing_settings, parse_facts
+from moerge.system import flush
 
 _FACTS = "moerge.statistics"
 _WINDOW = 1 << 20
@@ -157,7 +158,8 @@ class StatisticsWriter:
             self._file.seek(0)
             self._file.write(struct.pack("<Q", len(text)) + text)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file.fileno())
+            self._file.close()  # Windows renames no open file
             os.replace(self._aside, self.path)
         return facts
 

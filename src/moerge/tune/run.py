@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.manifest import read_manifest, to_json
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.staging import MANIFEST, machine_errors
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import check_unchanged, target_of
 from moerge.learn.watch import Watch
@@ -323,7 +324,7 @@ class _Job:
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
-        self.work.publish({MANIFEST: to_json(made)}, replace=force)
+        self.work.complete({MANIFEST: to_json(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 

@@ -29,7 +29,7 @@ def tune(
     from moerge.tune.launch import rank
     from moerge.tune.run import look
     from moerge.tune.run import tune as run_tune
-    from moerge.tune.work import interrupted
+    from moerge.tune.work import Work
 
     if dry_run:
         found = look(settings, seed=seed)
@@ -42,7 +42,7 @@ def tune(
     with Progress("tuning", quiet=quiet, unit="tokens") as progress:
         note, warn = (show_tuning.note if heard else _nothing for heard in (not quiet, rank() == 0))
         watch = Watch(progress.start, note, warn)
-        with resumable(lambda: interrupted(out)):
+        with resumable(lambda: Work(out).interrupted):
             result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
     if result is not None:
         show_tuning.tuned(result, quiet=quiet, as_json=json)
