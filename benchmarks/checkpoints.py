@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from moerge.architecture.config import canonical
+from moerge.architecture.families.llama import LLAMA
 from moerge.architecture.family import expected_tensors
-from moerge.architecture.llama import LLAMA
-from moerge.checkpoint.dtypes import BF16
 from moerge.checkpoint.header import build_header
-from moerge.methods.codec import encode
+from moerge.tensors.codec import encode
+from moerge.tensors.dtypes import BF16
 
 NAMES = ("base", "math", "code", "knowledge")
 VOCABULARY = 32000

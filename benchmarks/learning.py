@@ -136,11 +136,11 @@ def _ordinary(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
 def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     import torch
 
-    from moerge.learn.model import MergingModel
-    from moerge.learn.settings import Learning
-    from moerge.learn.slots import make_slots
+    from moerge.learning.model import MergingModel
+    from moerge.learning.slots import make_slots
     from moerge.planning.build import build_plan
     from moerge.recipe import load_recipe
+    from moerge.recipe.learning import Learning
 
     names = {f"expert{number}": str(folder / f"expert{number}") for number in range(experts)}
     merge = {"method": "task_arithmetic", "scale": 0.3}

@@ -24,7 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moerge.demo.runtime import import_models_extra, settled
+from moerge.demonstration.runtime import import_models_extra, settled
 
 EXPERTS = ("base", "math", "code", "knowledge")
 SHAPE = {

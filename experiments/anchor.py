@@ -20,9 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.demo.runtime import import_models_extra, load, settled
-from moerge.demo.text import Corpus, make_corpora
-from moerge.demo.train import TRAININGS, Training, _new_model, _steps, pack, train_model, train_tokenizer
+from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.text import Corpus, make_corpora
+from moerge.demonstration.train import TRAININGS, Training, _new_model, _steps, pack, train_model, train_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ def measure(corpora: Mapping[str, Corpus], folder: Path, seed: int) -> Iterator[
 
 def compare(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     """What `moerge compare` says of each role, and of all of them together."""
-    from moerge.analysis import compare as run
+    from moerge.comparison import compare as run
 
     found = run({"base": str(folder / "base"), "experts": {e: str(folder / _folder(case, e)) for e in EXPERTS}})
     figures = {verdict.role: verdict.to_json() for verdict in found.verdicts}

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moerge.demo.progress import counting
-from moerge.demo.text import DOMAINS, Corpus, write_corpora
-from moerge.demo.train import TRAININGS, WINDOW, total_steps, train_models
+from moerge.demonstration.progress import counting
+from moerge.demonstration.text import DOMAINS, Corpus, write_corpora
+from moerge.demonstration.train import TRAININGS, WINDOW, total_steps, train_models
 
 BATCH = 8
 """Sequences of a step."""

@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 import moerge
-from moerge.demo.progress import counting
-from moerge.demo.runtime import import_models_extra, settled
-from moerge.demo.text import DOMAINS, Corpus, make_corpora
-from moerge.demo.train import TRAININGS, WINDOW, Training, pack, train_model
+from moerge.demonstration.progress import counting
+from moerge.demonstration.runtime import import_models_extra, settled
+from moerge.demonstration.text import DOMAINS, Corpus, make_corpora
+from moerge.demonstration.train import TRAININGS, WINDOW, Training, pack, train_model
 from moerge.evaluation.likelihood import document_losses
-from moerge.inference.loading import load
-from moerge.tune.run import tune
+from moerge.runtime.loading import load
+from moerge.tuning.run import tune
 
 LLAMAS = ("base", "code", "knowledge")
 ODD = "math-neox"

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import moerge
-from moerge.demo.runtime import import_models_extra, load, settled
-from moerge.demo.text import Corpus, make_corpora
-from moerge.demo.train import pack
-from moerge.learn.run import learn
+from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.text import Corpus, make_corpora
+from moerge.demonstration.train import pack
+from moerge.learning.run import learn
 from moerge.recipe import load_recipe
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from rich.console import Console
 from routing_report import Results, show, write
 
 import moerge
-from moerge.calibration import overlap
-from moerge.demo.runtime import import_models_extra, load, settled
-from moerge.demo.text import DOMAINS, Corpus, make_corpora
-from moerge.demo.train import TRAININGS, pack
+from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.text import DOMAINS, Corpus, make_corpora
+from moerge.demonstration.train import TRAININGS, pack
+from moerge.texts import overlap
 
 if TYPE_CHECKING:
     import torch

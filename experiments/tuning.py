@@ -22,10 +22,10 @@ from rich.console import Console
 from tuning_report import BTX, Curve, Report, show, write
 
 import moerge
-from moerge.demo.runtime import import_models_extra
-from moerge.demo.text import DOMAINS, make_corpora
-from moerge.tune.metrics import read_metrics
-from moerge.tune.run import tune
+from moerge.demonstration.runtime import import_models_extra
+from moerge.demonstration.text import DOMAINS, make_corpora
+from moerge.tuning.metrics import read_metrics
+from moerge.tuning.run import tune
 
 EXPERTS = ("math", "code", "knowledge")
 POINTS = 10

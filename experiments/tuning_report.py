@@ -14,8 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moerge.analysis import figures
-from moerge.analysis.figures import chart, colour, new_figure
+from moerge import figures
+from moerge.figures import chart, colour, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import F32, DType
+from moerge.tensors.dtypes import F32, DType
 from tiny import write_json, write_safetensors
 
 PREFIX = "base_model.model."

@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from command import moerge
-from moerge.calibration import read_documents, texts
 from moerge.errors import InputError, MachineError
 from moerge.files import MOST_BYTES, read_file, unreadable
+from moerge.texts import documents as texts
+from moerge.texts import read_documents
 from tiny import make_models, write_recipe
 
 

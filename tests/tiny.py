@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from moerge.checkpoint.dtypes import DTYPES, DType
 from moerge.checkpoint.header import StoredTensor, build_header, read_header
+from moerge.tensors.dtypes import DTYPES, DType
 
 EXPERTS = ("math", "code", "knowledge")
 VOCABULARY = 64

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import DTYPES
-from moerge.checkpoint.tokenizer import token_ids
+from moerge.tensors.dtypes import DTYPES
+from moerge.tokenizer import token_ids
 from tiny import (
     decode,
     encode,

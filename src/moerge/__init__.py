@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moerge.errors import InputError, MachineError, MoergeError
     from moerge.inspection import inspect, verify
-    from moerge.memory import merge_state_dicts
-    from moerge.pipeline import MergeResult, merge, plan
+    from moerge.merging.pipeline import MergeResult, merge, plan
+    from moerge.merging.state_dicts import merge_state_dicts
     from moerge.planning.plan import Plan
     from moerge.recipe import Recipe, load_recipe
 
@@ -27,14 +27,14 @@ _HOMES = {
     "InputError": "moerge.errors",
     "MachineError": "moerge.errors",
     "MoergeError": "moerge.errors",
-    "MergeResult": "moerge.pipeline",
+    "MergeResult": "moerge.merging.pipeline",
     "Plan": "moerge.planning.plan",
     "Recipe": "moerge.recipe",
     "inspect": "moerge.inspection",
     "load_recipe": "moerge.recipe",
-    "merge": "moerge.pipeline",
-    "merge_state_dicts": "moerge.memory",
-    "plan": "moerge.pipeline",
+    "merge": "moerge.merging.pipeline",
+    "merge_state_dicts": "moerge.merging.state_dicts",
+    "plan": "moerge.merging.pipeline",
     "verify": "moerge.inspection",
 }
 

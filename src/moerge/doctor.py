@@ -15,7 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from moerge.pipeline import default_threads
+from moerge.tensors.threads import default_threads
 
 _CONTRIBUTORS = ("dev", "docs")
 """Extras that no user needs."""
@@ -159,7 +159,7 @@ def _hub_cache() -> Path:
 
 def _kernel_cache() -> Path | None:
     """The folder of Numba's compiled kernels; None where no folder can be written, so that each process compiles them again."""
-    from moerge.methods.codec import _encode_bf16
+    from moerge.tensors.codec import _encode_bf16
 
     path = _encode_bf16.stats.cache_path  # type: ignore[attr-defined]
     return Path(path) if path else None

@@ -15,10 +15,10 @@ from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import ADAPTER_CONFIG, INDEX, Checkpoint, open_folder
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
-from moerge.checkpoint.tokenizer import companion_files
 from moerge.errors import InputError, MachineError
 from moerge.inspection import verify
-from moerge.pipeline import Progress
+from moerge.progress import Progress
+from moerge.tokenizer import companion_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -15,19 +15,22 @@ import numpy as np
 from moerge.architecture import Expected, Family, family_of
 from moerge.architecture.config import canonical
 from moerge.architecture.heterogeneous import expected_heterogeneous, expert_prefix
+from moerge.architecture.needed import Compared, compare_with_transformers
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
+from moerge.architecture.stored import stored_family
 from moerge.checkpoint.adapter_config import describe_adapter
-from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
-from moerge.checkpoint.tensor import Tensor
-from moerge.checkpoint.tokenizer import companion_files, token_ids
 from moerge.errors import InputError
-from moerge.methods.codec import all_finite
-from moerge.pipeline import Progress, default_threads
+from moerge.execution.schedule import Job, run_jobs
 from moerge.planning.checks import expected_of, respelled
-from moerge.planning.schedule import Job, run_jobs
+from moerge.progress import Progress
+from moerge.tensors.codec import all_finite
+from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
+from moerge.tensors.tensor import Tensor
+from moerge.tensors.threads import default_threads
+from moerge.tokenizer import companion_files, token_ids
 
 _WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
 """The beginning of the role of a whole model's tensor."""
@@ -35,13 +38,14 @@ _WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found; no problems means intact."""
+    """What `verify` found; no problems means intact. `notes` are what may be of interest."""
 
     checkpoint: Checkpoint
     problems: tuple[str, ...]
     tensors: int
     nbytes: int
     against_manifest: bool
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""
@@ -49,6 +53,7 @@ class Verification:
             "checkpoint": str(self.checkpoint.folder),
             "intact": not self.problems,
             "problems": list(self.problems),
+            "notes": list(self.notes),
             "tensors": self.tensors,
             "bytes": self.nbytes,
             "compared_with_manifest": self.against_manifest,
@@ -58,12 +63,17 @@ class Verification:
 def verify(location: str | Path, *, threads: int | None = None, progress: Progress = lambda nbytes: None) -> Verification:
     """Check that every tensor is present, of the right shape, finite, and what the manifest says, where there is one.
 
+    Which tensors have to be there the family's table says and, where it is installed, transformers for the config's class.
     Raises InputError where not even the headers make sense.
     """
     checkpoint = respelled(locate(str(location)))
     manifest = read_manifest(checkpoint.folder)
-    family = family_of(checkpoint.config)
+    family = stored_family(checkpoint.config, checkpoint.tensors)
     problems = _structure(checkpoint, family, manifest)
+    compared = Compared()
+    if not problems and checkpoint.model_type not in BY_SEQUENCE and not is_adapter(checkpoint):
+        compared = compare_with_transformers(checkpoint.folder, checkpoint.config)
+        problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
     found: dict[str, str] = {}
     jobs = (_check(tensor, digests.get(tensor.name), found, progress) for tensor in checkpoint.tensors.values())
@@ -71,7 +81,8 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems += [found[name] for name in checkpoint.tensors if name in found]
     if manifest:
         problems += damaged_files(checkpoint.folder, manifest)
-    return Verification(checkpoint, tuple(problems), len(checkpoint.tensors), checkpoint.nbytes, manifest is not None)
+    tensors, nbytes = len(checkpoint.tensors), checkpoint.nbytes
+    return Verification(checkpoint, tuple(problems), tensors, nbytes, manifest is not None, compared.notes)
 
 
 def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
@@ -85,6 +96,8 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
             problems.append(f"tensor {tensor.name!r} is missing")
         elif stored[tensor.name].shape != tensor.shape:
             problems.append(f"tensor {tensor.name!r} has shape {list(stored[tensor.name].shape)}, expected {list(tensor.shape)}")
+    if family and family.untabled and family.nested and not any(map(family.is_untabled, stored)):
+        problems.append(f"no tensor of what a {family.model_type} has beside its language model is there")
     if manifest:
         problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
         problems += [f"tensor {name!r} is not in the manifest" for name in stored if name not in manifest["tensors"]]
@@ -181,7 +194,7 @@ class Role:
 def inspect(location: str | Path) -> Inspection:
     """Family, sizes, roles, tokenizer and origin of a checkpoint folder or Hub id, without reading a tensor."""
     checkpoint = respelled(locate(str(location), weights=False))
-    family = family_of(checkpoint.config)
+    family = stored_family(checkpoint.config, checkpoint.tensors)
     tensors = checkpoint.tensors.values()
     dtypes: Counter[str] = Counter()
     for tensor in tensors:

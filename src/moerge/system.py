@@ -11,18 +11,20 @@ import os
 import threading
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-try:
-    import msvcrt
-except ImportError:
-    msvcrt = None  # type: ignore[assignment]
 
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+fcntl, msvcrt = _module("fcntl"), _module("msvcrt")
+"""What Unix locks with, and what Windows does."""
 _BINARY = getattr(os, "O_BINARY", 0)
 """Without it, Windows translates line ends and stops at Ctrl-Z."""
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY}
@@ -62,7 +64,7 @@ class RandomAccess:
             return os.write(self.descriptor, view)
 
     def allocate(self, size: int) -> None:
-        """Make the file this long, empty, and take the space now, so that a full disk is known at once, where that is possible."""
+        """Make the file empty and this long. Where that is possible, take the space now, so that a full disk is known at once."""
         os.ftruncate(self.descriptor, 0)
         try:
             os.posix_fallocate(self.descriptor, 0, size)
@@ -95,7 +97,7 @@ def lock(file: IO[Any], *, shared: bool = False) -> bool:
         elif msvcrt is not None:
             place = file.tell()
             file.seek(_FAR)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             file.seek(place)
         else:
             _warn_of("locks", Path(str(file.name)).parent)
@@ -165,11 +167,6 @@ def umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def available_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int:

@@ -1,4 +1,4 @@
-"""What `moerge compare` measures, from whole models in float64, slow and obvious. Nothing here comes from moerge.analysis.
+"""What `moerge compare` measures, from whole models in float64, slow and obvious. Nothing here comes from moerge.comparison.
 
 Shapes: K experts, N parameters of all tensors of a region, one after the other.
 """

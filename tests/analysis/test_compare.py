@@ -13,8 +13,9 @@ import pytest
 import slow
 
 from adapters import low_rank, write_adapter
-from moerge.analysis import Comparison, compare, figures
-from moerge.analysis.compared import compared_plan, part_of
+from moerge import figures
+from moerge.comparison import Comparison, compare
+from moerge.comparison.compared import compared_plan, part_of
 from moerge.errors import InputError
 from moerge.recipe import load_recipe
 from tiny import EXPERTS, make_models, read_values, write_checkpoint, write_recipe

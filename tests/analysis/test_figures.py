@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moerge.analysis import figures
-from moerge.analysis.charts import charts
-from moerge.analysis.similarity import Expert, Pair, Region, Similarity
-from moerge.analysis.verdict import judge
+from moerge import figures
+from moerge.comparison.charts import charts
+from moerge.comparison.similarity import Expert, Pair, Region, Similarity
+from moerge.comparison.verdict import judge
 
 pytest.importorskip("matplotlib")
 

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerge.analysis import sums
-from moerge.analysis.similarity import Region, _expert, _pair
-from moerge.checkpoint.dtypes import F32
-from moerge.checkpoint.tensor import ArrayTensor
+from moerge.comparison import sums
+from moerge.comparison.similarity import Region, _expert, _pair
 from moerge.methods.average import Average
 from moerge.methods.ties import Ties
-from moerge.planning.operations import Merge, Source
+from moerge.operations.operations import Merge
+from moerge.tensors.dtypes import F32
+from moerge.tensors.source import Source
+from moerge.tensors.tensor import ArrayTensor
 from strategies import stacks, weights
 
 REGION = Region("model", None, "all")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moerge.analysis import Comparison, compare
-from moerge.analysis.verdict import CLOSE, FAR, UNRELATED
+from moerge.comparison import Comparison, compare
+from moerge.comparison.verdict import CLOSE, FAR, UNRELATED
 from tiny import llama_config, llama_tensors, write_checkpoint, write_recipe
 
 

@@ -143,9 +143,7 @@ def test_a_family_unknown_to_moerge_is_merged_by_name(tmp_path: Path) -> None:
     models = write_experts(tmp_path, transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
     result = moerge("merge", write_recipe(tmp_path, base=None, experts=("math", "code")), tmp_path / "out", "--quiet")
     assert result.code == 0
-    assert result.err == (
-        "warning: unknown model type 'bloom': merged by tensor name, without roles and without checking the config\n"
-    )
+    assert result.err.startswith("warning: unknown model type 'bloom': merged by tensor name, without roles")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(average(models)), atol=1e-5, rtol=0)
     found = moerge("inspect", tmp_path / "out", "--json").json
     assert found["family"] is None and all(role["role"].startswith("(no role) ") for role in found["roles"])

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from hf_models import FAMILIES, torch, transformers
+from moerge.architecture.decoder import Whole
+from moerge.architecture.decoder_interface import whole_of
+from moerge.architecture.decoder_transformers import ask_transformers
 from moerge.architecture.family import Expected
-from moerge.architecture.whole import Whole, whole_of
-from moerge.architecture.whole_by_transformers import ask_transformers
 from moerge.errors import InputError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

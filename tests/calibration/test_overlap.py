@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from moerge.calibration import check_disjoint, document_hash, overlap
 from moerge.errors import InputError
+from moerge.texts import check_disjoint, document_hash, overlap
 
 MANIFEST: dict[str, Any] = {
     "calibration": {"math": {"documents": [document_hash("one two"), document_hash("three")]}},

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from moerge.calibration import document_hash, overlap, read_documents, read_texts
 from moerge.errors import InputError
+from moerge.texts import document_hash, overlap, read_documents, read_texts
 
 
 def write(path: Path, content: str | list[Any]) -> Path:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from adapters import PREFIX, InMemory, low_rank, merged, with_magnitude, write_adapter
 from moerge.checkpoint.adapter import AdaptedCheckpoint, apply_adapter
 from moerge.checkpoint.adapter_config import AdapterConfig
-from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.lowrank import LowRankTensor, RecentFactors, add_product, read_float32
-from moerge.checkpoint.tensor import Tensor
+from moerge.tensors.dtypes import F32
+from moerge.tensors.tensor import Tensor
+from moerge.tensors.views.low_rank import LowRankTensor, RecentFactors, add_product, read_float32
 from tiny import (
     llama_config,
     llama_tensors,

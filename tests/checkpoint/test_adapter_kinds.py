@@ -14,8 +14,8 @@ import moerge
 from hf_models import FAMILIES, GROUPED, load, logits, random_model, save, torch, transformers
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.lowrank import read_float32
 from moerge.errors import InputError
+from moerge.tensors.views.low_rank import read_float32
 from tiny import VOCABULARY, read_values, write_tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'moerge[dev]')")

@@ -12,7 +12,7 @@ import pytest
 
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.lowrank import LowRankTensor, read_float32
+from moerge.tensors.views.low_rank import LowRankTensor, read_float32
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from test_hub import COMMIT
 
 from moerge.checkpoint import locate
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
 from tiny import make_models, write_recipe
 
 APACHE = {"license": "apache-2.0", "language": "en", "datasets": ["org/texts"]}

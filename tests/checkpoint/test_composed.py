@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerge.checkpoint import composed
-from moerge.checkpoint.composed import ComposedRows
-from moerge.checkpoint.dtypes import BF16, F16, F32, DType
 from moerge.checkpoint.header import read_header
-from moerge.checkpoint.tensor import ArrayTensor, Tensor
-from moerge.checkpoint.tokenizer import Pieces
-from moerge.checkpoint.tokenizer.pieces import COMPOSED, EXACT, LEFT
+from moerge.tensors.dtypes import BF16, F16, F32, DType
+from moerge.tensors.tensor import ArrayTensor, Tensor
+from moerge.tokenizer import Pieces, composed
+from moerge.tokenizer.composed import ComposedRows
+from moerge.tokenizer.pieces import COMPOSED, EXACT, LEFT
 from tiny import decode, encode, write_safetensors
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from moerge.checkpoint.header import read_header
 from moerge.checkpoint.staging import assign_shards
-from moerge.pipeline import merge, plan
+from moerge.merging.pipeline import merge, plan
 from tiny import make_models, read_tensors, write_recipe
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from command import moerge, refuses
 from moerge import MachineError
-from moerge.checkpoint.dtypes import DTYPES
 from moerge.checkpoint.header import build_header, read_header
 from moerge.errors import SourceChangedError
+from moerge.tensors.dtypes import DTYPES
 from tiny import make_models, write_recipe
 
 

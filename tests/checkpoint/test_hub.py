@@ -13,7 +13,7 @@ from hub_server import COMMIT, Hub, serving
 
 from command import Result, start
 from moerge.checkpoint.header import read_header
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
 from tiny import make_models, write_recipe
 
 ON_HUB = {"base": "org/base", "experts": {"math": "org/math@main", "code": "org/code"}}
@@ -175,7 +175,7 @@ def test_a_folder_comes_before_the_hub(world: World, tmp_path: Path) -> None:
 def test_the_commit_of_the_plan_is_what_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`main` may move between a plan and its merge."""
     from moerge.checkpoint import locate
-    from moerge.pipeline import plan
+    from moerge.merging.pipeline import plan
 
     models = make_models(tmp_path, base=False, experts=("math", "code"))
     asked = []

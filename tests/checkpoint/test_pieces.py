@@ -25,10 +25,10 @@ from tokenizers_of_all_kinds import (
 
 import moerge as api
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tokenizer import Pieces, map_vocabulary, read_vocabulary
-from moerge.checkpoint.tokenizer.pieces import COMPOSED, EXACT, LEFT
-from moerge.checkpoint.tokenizer.splitting import Splitter
-from moerge.checkpoint.tokenizer.surfaces import read_tokens
+from moerge.tokenizer import Pieces, map_vocabulary, read_vocabulary
+from moerge.tokenizer.pieces import COMPOSED, EXACT, LEFT
+from moerge.tokenizer.splitting import Splitter
+from moerge.tokenizer.surfaces import read_tokens
 from tiny import write_json
 
 pytest.importorskip("tokenizers", reason="composing needs tokenizers")

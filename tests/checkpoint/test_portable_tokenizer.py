@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moerge.checkpoint.tokenizer.portable import portable_tokenizer
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
+from moerge.tokenizer.portable import portable_tokenizer
 from tiny import make_models, write_json, write_recipe
 
 NEW = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>", "<b>"], "model_max_length": 9}

@@ -10,8 +10,8 @@ import pytest
 
 from adapters import low_rank, write_adapter
 from command import moerge, refuses
-from moerge.checkpoint.dtypes import DTYPES
 from moerge.checkpoint.header import build_header
+from moerge.tensors.dtypes import DTYPES
 from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 UP = "model.layers.0.mlp.up_proj"

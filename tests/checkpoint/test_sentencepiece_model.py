@@ -8,8 +8,8 @@ import pytest
 from tokenizers_of_all_kinds import BPE, NORMAL, UNIGRAM, USER_DEFINED, WORDS, pieces_of_text, sentencepiece
 
 import moerge as api
-from moerge.checkpoint.tokenizer import read_vocabulary
-from moerge.checkpoint.tokenizer.sentencepiece_model import read_sentencepiece
+from moerge.tokenizer import read_vocabulary
+from moerge.tokenizer.sentencepiece_model import read_sentencepiece
 
 
 def test_what_is_in_the_file(tmp_path: Path) -> None:

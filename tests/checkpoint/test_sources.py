@@ -11,13 +11,13 @@ import pytest
 
 import moerge as library
 from command import moerge
-from moerge.analysis.comparison import compare
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import Staging, staging_folder
+from moerge.comparison.compare import compare
 from moerge.errors import SourceChangedError
 from moerge.extraction import extract
 from moerge.files import FileState, SourceFile
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 TIES = {"merge": {"method": "ties", "scope": "model"}}
@@ -79,7 +79,7 @@ def test_the_last_moment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     recipe = write_recipe(tmp_path)
     merge(recipe, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr("moerge.pipeline.fit_outputs", lambda *rest: (replace(source), ())[1])
+    monkeypatch.setattr("moerge.merging.pipeline.fit_outputs", lambda *rest: (replace(source), ())[1])
     with pytest.raises(SourceChangedError, match=r"code/model\.safetensors"):
         merge(write_recipe(tmp_path, "other.yaml", **TIES), out, force=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -96,7 +96,7 @@ def test_a_plan_that_is_out_of_date(tmp_path: Path) -> None:
 
 def test_a_removed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_models(tmp_path)["math"] / "model.safetensors"
-    monkeypatch.setattr("moerge.pipeline.fit_outputs", lambda *rest: (source.unlink(), ())[1])
+    monkeypatch.setattr("moerge.merging.pipeline.fit_outputs", lambda *rest: (source.unlink(), ())[1])
     with pytest.raises(SourceChangedError, match="removed"):
         merge(write_recipe(tmp_path), tmp_path / "out")
 

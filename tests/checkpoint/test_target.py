@@ -15,7 +15,7 @@ import pytest
 from command import moerge, refuses
 from moerge.checkpoint.header import read_header
 from moerge.checkpoint.staging import staging_folder
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
 from tiny import (
     edit_config,
     encode,

@@ -12,7 +12,7 @@ import pytest
 
 import moerge as api
 from command import refuses
-from moerge.checkpoint.tokenizer import Vocabulary, read_vocabulary, token_ids
+from moerge.tokenizer import Vocabulary, read_vocabulary, token_ids
 from tiny import llama_config, llama_tensors, write_checkpoint, write_json, write_recipe
 from vocabularies import EMBEDDING, HEAD, WIDTH
 

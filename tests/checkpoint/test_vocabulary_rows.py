@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerge.checkpoint.dtypes import BF16, F16, F32, DType
-from moerge.checkpoint.rows import MEAN, ZERO, ExactRows, Holder, RowsTensor, pick_rows
+from moerge.tensors.dtypes import BF16, F16, F32, DType
+from moerge.tensors.views.rows import MEAN, ZERO, ExactRows, Holder, RowsTensor, pick_rows
 from tiny import decode, encode
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tokenizer.spelling import byte_characters
+from moerge.tokenizer.spelling import byte_characters
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from command import moerge
-from moerge.analysis import figures
+from moerge import figures
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 TABLES = ["compare.json", "verdict.csv", "pairs.csv", "experts.csv"]

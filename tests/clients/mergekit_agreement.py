@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import adapters
 import moerge
 import tiny
-from moerge.checkpoint.dtypes import BF16
+from moerge.tensors.dtypes import BF16
 
 VERSION = "0.1.5"
 EXPERTS = ("math", "code", "knowledge")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from moerge.demo.text import Corpus, make_corpora
-from moerge.demo.train import train_models
+from moerge.demonstration.text import Corpus, make_corpora
+from moerge.demonstration.train import train_models
 
 SCALE = 0.08
 

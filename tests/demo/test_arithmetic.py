@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerge.demo import arithmetic
+from moerge.demonstration import arithmetic
 
 EQUALITY = re.compile(r"[\d =+*/-]*=[\d =+*/-]*")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moerge.demo.evaluate import perplexities
-from moerge.demo.runtime import load
-from moerge.demo.text import Corpus
-from moerge.demo.train import END, WINDOW
+from moerge.demonstration.evaluate import perplexities
+from moerge.demonstration.runtime import load
+from moerge.demonstration.text import Corpus
+from moerge.demonstration.train import END, WINDOW
 
 
 def test_is_the_exponential_of_the_mean_loss_of_every_token(trained: dict[str, Path], corpora: dict[str, Corpus]) -> None:

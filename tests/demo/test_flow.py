@@ -15,8 +15,8 @@ from rich.console import Console
 
 from command import moerge, start
 from moerge import load_recipe
-from moerge.demo import DemoResult, run
-from moerge.demo.recipes import NAMES, recipe
+from moerge.demonstration import DemoResult, run
+from moerge.demonstration.recipes import NAMES, recipe
 from moerge.errors import InputError, MachineError
 
 EXPERTS = ("math", "code", "knowledge")
@@ -67,7 +67,7 @@ def test_force_replaces_the_demo_and_nothing_else(demo: tuple[DemoResult, str], 
     with pytest.raises(InputError, match="already holds a demo"):
         run(out)
     (out / "notes.txt").write_text("mine")
-    from moerge.demo.flow import _clear
+    from moerge.demonstration.flow import _clear
 
     _clear(out)
     assert sorted(path.name for path in out.iterdir()) == [".moerge-demo", "notes.txt"]

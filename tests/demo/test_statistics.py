@@ -10,8 +10,8 @@ import pytest
 
 import tiny
 from command import moerge
-from moerge.demo.evaluate import perplexities
-from moerge.demo.text import Corpus
+from moerge.demonstration.evaluate import perplexities
+from moerge.demonstration.text import Corpus
 
 EXPERTS = ("math", "code", "knowledge")
 

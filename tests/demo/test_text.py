@@ -10,9 +10,9 @@ from random import Random
 
 import pytest
 
-from moerge.demo import stdlib
-from moerge.demo.text import DOMAINS, Corpus, make_corpora, write_corpora
-from moerge.demo.world import make_world
+from moerge.demonstration import stdlib
+from moerge.demonstration.text import DOMAINS, Corpus, make_corpora, write_corpora
+from moerge.demonstration.world import make_world
 from moerge.errors import MachineError
 
 
@@ -83,5 +83,7 @@ def test_files_hold_the_documents(corpora: dict[str, Corpus], tmp_path: Path) ->
 def test_making_text_needs_no_torch() -> None:
     import subprocess
 
-    code = "import sys, moerge.demo; from moerge.demo.text import make_corpora; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, moerge.demonstration; from moerge.demonstration.text import make_corpora; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from moerge.demo.evaluate import perplexities
-from moerge.demo.text import Corpus
-from moerge.demo.train import END, TRAININGS, pack, total_steps, train_experts, train_models
+from moerge.demonstration.evaluate import perplexities
+from moerge.demonstration.text import Corpus
+from moerge.demonstration.train import END, TRAININGS, pack, total_steps, train_experts, train_models
 
 EXPERTS = ("math", "code", "knowledge")
 

@@ -10,7 +10,7 @@ import pytest
 
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
-from moerge.inference.loading import Loaded, load
+from moerge.runtime.loading import Loaded, load
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 pytest.importorskip("lm_eval", reason="needs moerge[eval]")

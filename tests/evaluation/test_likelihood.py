@@ -11,7 +11,7 @@ import pytest
 
 from moerge.errors import InputError
 from moerge.evaluation.likelihood import Loss, beginning, context_length, document_losses
-from moerge.inference.loading import Loaded, load
+from moerge.runtime.loading import Loaded, load
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 

@@ -13,7 +13,7 @@ import pytest
 import moerge as package
 from command import moerge
 from moerge.errors import InputError
-from moerge.inference import loading
+from moerge.runtime import loading
 from tiny import edit_config, make_models, write_json
 
 CUT = 3000

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from command import moerge as command
-from moerge.analysis import figures
-from moerge.inference.routes import Oracle, Routes, TextRoute
+from moerge import figures
+from moerge.inference.figure import write_routes
+from moerge.inference.result import Oracle, Routes, TextRoute
 from tiny import EXPERTS, write_recipe
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
@@ -128,8 +129,8 @@ def assert_oracle(found: Any, loss_DE: dict[str, list[list[float]]], first_DE: d
 
 @pytest.mark.parametrize("kind", ["perplexity", "random"])
 def test_the_oracle_of_a_sequence_routed_model_is_the_best_fixed_routing(kind: str, folder: Path, tmp_path: Path) -> None:
-    from moerge.inference.loading import load
     from moerge.inference.routes import route
+    from moerge.runtime.loading import load
 
     loaded = load(folder / "routed")
     first_DE, loss_DE = {}, {}
@@ -267,7 +268,7 @@ def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
     oracle = Oracle((0.5, 0.5), (1.0, 2.0), 0.5)
     texts = tuple(TextRoute(name, 7, (0.25, 0.75), (0.0, 1.0), 0.5, None, oracle) for name in ("poems", "prose"))
     routes = Routes("model", "token", ("first expert", "second expert"), texts)
-    routes.write(tmp_path)
+    write_routes(routes, tmp_path)
     before = (tmp_path / "route.svg").read_bytes()
     assert (tmp_path / "route.png").read_bytes().startswith(b"\x89PNG")
     for word in (
@@ -280,10 +281,10 @@ def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
         assert before.count(word) == times, word
     for colour in (figures.colour(0), figures.colour(1)):
         assert colour.lower().encode() in before
-    routes.write(tmp_path)
+    write_routes(routes, tmp_path)
     assert (tmp_path / "route.svg").read_bytes() == before
     plain = replace(routes, texts=tuple(replace(text, oracle=None) for text in texts))
-    plain.write(tmp_path)
+    write_routes(plain, tmp_path)
     without = (tmp_path / "route.svg").read_bytes()
     assert b"thin bars" not in without
     assert before.count(b"clip-path=") - without.count(b"clip-path=") == 4  # a thin bar for each text and expert
@@ -293,7 +294,7 @@ def test_layers_have_a_figure_and_a_table_of_their_own(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs moerge[figures]")
     alpha_LE = ((0.25, 0.75), (0.5, 0.5), (1.0, 0.0))
     texts = tuple(TextRoute(name, 7, (0.5, 0.5), (0.0, 1.0), 0.5, None, None, alpha_LE) for name in ("a", "b", "c", "d"))
-    Routes("model", "token", ("first expert", "second expert"), texts).write(tmp_path)
+    write_routes(Routes("model", "token", ("first expert", "second expert"), texts), tmp_path)
     rows = list(csv.DictReader((tmp_path / "route-layers.csv").read_text().splitlines()))
     assert len(rows) == 4 * 3 * 2
     assert rows[3] == {"text": "a", "documents": "7", "layer": "1", "expert": "second expert", "alpha": "0.500000"}
@@ -306,7 +307,7 @@ def test_layers_have_a_figure_and_a_table_of_their_own(tmp_path: Path) -> None:
 
 def test_without_matplotlib_there_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "available", lambda: False)
-    Routes("model", "token", ("a",), (TextRoute("x", 1, (1.0,), (1.0,), 0.0, None),)).write(tmp_path)
+    write_routes(Routes("model", "token", ("a",), (TextRoute("x", 1, (1.0,), (1.0,), 0.0, None),)), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["route.csv", "route.json"]
 
 
@@ -344,7 +345,7 @@ def test_bad_calls(folder: Path, tmp_path: Path) -> None:
 def test_the_manifest_of_a_checkpoint_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from moerge.inference.loading import Loaded
+    from moerge.runtime.loading import Loaded
 
     calls = []
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from moerge.learn.model import MergingModel, Slot
-from moerge.learn.slots import make_slots
+from moerge.learning.model import MergingModel, Slot
+from moerge.learning.slots import make_slots
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
 from moerge.recipe import Recipe, load_recipe

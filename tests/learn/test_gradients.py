@@ -10,8 +10,8 @@ import torch
 from learn_models import dense_plan, make_recipe, slots_of, straightforward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from moerge.learn.losses import Target, departure, entropy, hidden_distance, soft_cross_entropy
-from moerge.learn.model import MergingModel
+from moerge.distillation import Target, departure, entropy, hidden_distance, soft_cross_entropy
+from moerge.learning.model import MergingModel
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

@@ -13,11 +13,11 @@ import yaml
 from learn_models import make_recipe, slots_of
 
 from command import moerge, start
-from moerge.learn.coefficients import Coefficients, read_coefficients
-from moerge.learn.run import with_coefficients
-from moerge.memory import merge_state_dicts
-from moerge.pipeline import merge as run_merge
+from moerge.learning.run import with_coefficients
+from moerge.merging.pipeline import merge as run_merge
+from moerge.merging.state_dicts import merge_state_dicts
 from moerge.planning.build import build_plan
+from moerge.recipe.coefficients import Coefficients, read_coefficients
 from tiny import make_models, read_tensors, read_values
 
 LEARN = {"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0}

@@ -13,10 +13,10 @@ from learn_models import dense_plan, make_recipe, slots_of
 from threadpoolctl import threadpool_limits
 from transformers import AutoModelForCausalLM
 
-from moerge.learn.flow import Learned, learn_coefficients
-from moerge.learn.model import MergingModel
-from moerge.learn.run import with_coefficients
-from moerge.pipeline import merge
+from moerge.learning.flow import Learned, learn_coefficients
+from moerge.learning.model import MergingModel
+from moerge.learning.run import with_coefficients
+from moerge.merging.pipeline import merge
 from moerge.planning.build import build_plan
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint
 

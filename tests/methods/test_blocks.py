@@ -13,9 +13,9 @@ from one_tensor import assert_same_bits
 
 import moerge
 import reference
-from moerge.checkpoint.digest import CHUNK
-from moerge.methods.random import stream_key
-from moerge.planning.reading import BLOCK
+from moerge.tensors.digest import CHUNK
+from moerge.tensors.random import stream_key
+from moerge.tensors.streams import BLOCK
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {},

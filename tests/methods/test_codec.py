@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moerge.checkpoint.dtypes import BF16, DTYPES, F16, F32, DType
-from moerge.methods.codec import all_finite, decode, encode
+from moerge.tensors.codec import all_finite, decode, encode
+from moerge.tensors.dtypes import BF16, DTYPES, F16, F32, DType
 
 ALL_16 = np.arange(1 << 16, dtype=np.uint16)
 TORCH_TYPES = {BF16.name: torch.bfloat16, F16.name: torch.float16}

@@ -14,7 +14,7 @@ from one_tensor import assert_same_bits, merge_tensor
 import moerge
 import reference
 import strategies
-from moerge.methods.random import drop, stream_key
+from moerge.tensors.random import drop, stream_key
 
 OPTIONS = st.fixed_dictionaries(
     {"rescale": st.booleans(), "elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])}

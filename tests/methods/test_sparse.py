@@ -17,12 +17,13 @@ import moerge
 import reference
 import strategies
 from moerge import InputError
-from moerge.checkpoint.dtypes import F32
-from moerge.checkpoint.tensor import ArrayTensor
-from moerge.learn.directions import Directions
+from moerge.learning.directions import Directions
 from moerge.methods import merge_method
-from moerge.methods.random import stream_key
-from moerge.planning.operations import Merge, Source
+from moerge.operations.operations import Merge
+from moerge.tensors.dtypes import F32
+from moerge.tensors.random import stream_key
+from moerge.tensors.source import Source
+from moerge.tensors.tensor import ArrayTensor
 
 SUMS = st.fixed_dictionaries({"elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])})
 ONE = {"scale": 1, "aggregate": "sum", "elect": "none"}

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
-from moerge.inference.one_expert import load_one_expert
 from moerge.modeling import (
     HETEROGENEOUS_AUTO_MAP,
     MoergeHeterogeneousForCausalLM,
@@ -23,6 +22,7 @@ from moerge.modeling import (
     code_files,
     register,
 )
+from moerge.runtime.single_expert import load_one_expert
 
 GROUPS = [
     FOUR,

@@ -12,9 +12,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import moerge
 import tiny
-from moerge.moe import fitting
-from moerge.moe.crew import Crew, one_thread_each
-from moerge.moe.running import RunningMoE
+from moerge.execution import fitting
+from moerge.runtime.forced_routing import RunningMoE
+from moerge.runtime.replicas import Crew
+from moerge.tensors.threads import one_thread_each
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 

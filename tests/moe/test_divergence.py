@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moerge.checkpoint.dtypes import F32
-from moerge.checkpoint.tensor import ArrayTensor
-from moerge.moe.divergence import Heads, least_divergence, log_softmax
-from moerge.moe.projector_out import COVERED, held_out, predicted
-from moerge.moe.tables import Table
+from moerge.projectors.divergence import Heads, least_divergence
+from moerge.projectors.proj_out import COVERED, held_out, predicted
+from moerge.tensors.dtypes import F32
+from moerge.tensors.linalg import log_softmax
+from moerge.tensors.tables import Table
+from moerge.tensors.tensor import ArrayTensor
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -64,7 +65,7 @@ def test_it_stays_where_it_is_best() -> None:
 def test_threads_change_nothing() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from moerge.moe.crew import one_thread_each
+    from moerge.tensors.threads import one_thread_each
 
     heads, unseen = problem(900, seed=1), problem(300, seed=2)
     with one_thread_each(), ThreadPoolExecutor(3) as pool:

@@ -11,10 +11,10 @@ import pytest
 import moerge
 import tiny
 from command import moerge as command
-from moerge.moe.divergence import STEPS
-from moerge.moe.expert_states import STATES
-from moerge.moe.projector_in import ProjectorInFit
-from moerge.moe.projector_out import ProjectorOutFit
+from moerge.projectors.divergence import STEPS
+from moerge.projectors.proj_in import ProjectorInFit
+from moerge.projectors.proj_out import ProjectorOutFit
+from moerge.projectors.states import STATES
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

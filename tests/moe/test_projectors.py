@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerge.checkpoint.dtypes import BF16, F32, DType
-from moerge.checkpoint.tensor import ArrayTensor
+from moerge.architecture.heterogeneous import FACTOR, expected_projectors, projector_config
 from moerge.errors import InputError
-from moerge.moe.context import FitContext
-from moerge.moe.crew import one_thread_each
-from moerge.moe.least_squares import NormalEquations
-from moerge.moe.projector_fit import PENALTY
-from moerge.moe.projectors import FACTOR, ExpertTables, expected_projectors, projector_config, projector_outputs
-from moerge.moe.token_features import HEIGHT, Units, token_units
-from moerge.moe.token_weights import SMOOTHING, smoothed
-from moerge.planning.operations import Draw, Output, fittings
+from moerge.operations.fitter import FitContext
+from moerge.operations.operations import Draw, Output, fittings
+from moerge.projectors.fit import PENALTY
+from moerge.projectors.least_squares import NormalEquations
+from moerge.projectors.outputs import ExpertTables, projector_outputs
+from moerge.projectors.token_weights import SMOOTHING, smoothed
+from moerge.projectors.units import HEIGHT, Units, token_units
+from moerge.tensors.dtypes import BF16, F32, DType
+from moerge.tensors.tensor import ArrayTensor
+from moerge.tensors.threads import one_thread_each
 from tiny import encode, llama_config, write_checkpoint
 
 TOKENS = 90

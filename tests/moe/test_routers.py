@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 import moerge
 import tiny
 from moerge.errors import InputError
-from moerge.moe.moments import Moments, load_moments, read_facts, save_moments
-from moerge.moe.projection import leading_directions
-from moerge.moe.regression import logit_scale, ridge
-from moerge.moe.ridge import RidgeRouter
-from moerge.moe.router import router, routers
 from moerge.recipe import load_recipe
+from moerge.routers.base import router, routers
+from moerge.routers.moments import Moments, load_moments, read_facts, save_moments
+from moerge.routers.projection import leading_directions
+from moerge.routers.regression import logit_scale, ridge
+from moerge.routers.ridge import RidgeRouter
 
 LAYERS, HIDDEN, EXPERTS = 2, 7, 3
 MEAN = {"kind": "projection", "sign": "mean"}

@@ -12,16 +12,16 @@ import pytest
 
 import moerge
 import tiny
-from moerge.calibration import overlap
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.staging import staging_folder
 from moerge.errors import InputError
-from moerge.moe.calibrated import collect
-from moerge.moe.crew import Crew
-from moerge.moe.perplexity import PerplexityRouter
-from moerge.moe.regression import logit_scale, ridge
-from moerge.moe.ridge import RidgeRouter
-from moerge.moe.running import RunningMoE
+from moerge.routers.calibrated import collect
+from moerge.routers.perplexity import PerplexityRouter
+from moerge.routers.regression import logit_scale, ridge
+from moerge.routers.ridge import RidgeRouter
+from moerge.runtime.forced_routing import RunningMoE
+from moerge.runtime.replicas import Crew
+from moerge.texts import overlap
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

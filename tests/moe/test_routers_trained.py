@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import moerge
-from moerge.calibration import overlap, read_documents
 from moerge.checkpoint.manifest import read_manifest
+from moerge.texts import overlap, read_documents
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -23,7 +23,7 @@ HELD_OUT = 12
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's base and experts, trained for a tenth of the time, and their text."""
-    from moerge.demo.train import train_experts
+    from moerge.demonstration.train import train_experts
 
     folder = tmp_path_factory.mktemp("demo")
     train_experts(folder, seed=0, scale=0.1)

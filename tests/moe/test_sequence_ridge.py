@@ -14,11 +14,11 @@ import moerge
 import tiny
 from command import moerge as command
 from command import refuses
-from moerge.checkpoint.dtypes import F32
-from moerge.checkpoint.tensor import ArrayTensor
-from moerge.moe.sequence import sequence_router
-from moerge.moe.sequence_ridge import PENALTIES, SHARPNESS, Samples, cut_windows, mean_embeddings, window_length
-from moerge.moe.tables import Table
+from moerge.routers.sequence import sequence_router
+from moerge.routers.sequence_ridge import PENALTIES, SHARPNESS, Samples, cut_windows, mean_embeddings, window_length
+from moerge.tensors.dtypes import F32
+from moerge.tensors.tables import Table
+from moerge.tensors.tensor import ArrayTensor
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

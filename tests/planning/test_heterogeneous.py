@@ -16,9 +16,9 @@ from command import moerge
 from hf_models import FAMILIES, SIZES, transformers
 from moerge.checkpoint import header
 from moerge.checkpoint.staging import staging_folder
-from moerge.checkpoint.tokenizer import token_ids
-from moerge.pipeline import merge, plan
-from moerge.planning.reading import WINDOW
+from moerge.merging.pipeline import merge, plan
+from moerge.tensors.streams import WINDOW
+from moerge.tokenizer import token_ids
 from tiny import read_tensors, read_values, write_checkpoint, write_json
 from whole_models import MIXED, built, make_mixed, make_model, write_bpe, write_whole
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import moerge as api
 import reference
 from command import moerge, refuses
-from moerge.checkpoint.dtypes import DTYPES
-from moerge.checkpoint.tokenizer import read_vocabulary
 from moerge.methods.method import merge_methods
+from moerge.tensors.dtypes import DTYPES
+from moerge.tokenizer import read_vocabulary
 from tiny import decode, edit_config, encode, read_tensors, read_values, write_json, write_recipe
 from vocabularies import EMBEDDING, HEAD, SPECIAL, differing, padded, row, value, write_model
 

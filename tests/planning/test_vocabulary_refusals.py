@@ -11,8 +11,9 @@ import moerge as api
 from command import refuses
 from moerge.checkpoint.reader import open_folder
 from moerge.methods.method import merge_method
-from moerge.planning.alignment import Alignment
-from moerge.planning.operations import Merge, Source
+from moerge.operations.operations import Merge
+from moerge.planning.vocab.alignment import Alignment
+from moerge.tensors.source import Source
 from tiny import edit_config, read_values, write_json, write_recipe, write_tokenizer
 from vocabularies import EMBEDDING, HEAD, SPECIAL, differing, padded, row, value, write_model
 

@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 import moerge
 import tiny
 from moerge import InputError
-from moerge.checkpoint.digest import CHUNK, TensorDigest, chunk_digest, tensor_digest
-from moerge.checkpoint.dtypes import F32
-from moerge.checkpoint.tensor import ArrayTensor
+from moerge.execution import regions as whole
+from moerge.execution.executor import Execution
+from moerge.execution.regions import Budget
 from moerge.methods import Block, MergeMethod, TaskVectorMethod, merge_method
 from moerge.methods.method import Unit
-from moerge.planning import whole
-from moerge.planning.execute import Execution
-from moerge.planning.operations import Merge, Output, Source
-from moerge.planning.reading import BLOCK, WINDOW
-from moerge.planning.whole import Budget, region_bytes
+from moerge.operations.operations import Merge, Output
+from moerge.planning.estimate import region_bytes
+from moerge.tensors.digest import CHUNK, TensorDigest, chunk_digest, tensor_digest
+from moerge.tensors.dtypes import F32
+from moerge.tensors.source import Source
+from moerge.tensors.streams import BLOCK, WINDOW
+from moerge.tensors.tensor import ArrayTensor
 
 LOG: list[tuple[int, tuple[int, ...]]] = []
 
@@ -99,7 +101,7 @@ def numbers(*shape: int) -> np.ndarray:
 def test_the_digest_of_a_stream_does_not_depend_on_its_pieces(lengths: list[int]) -> None:
     data_N = np.arange(sum(lengths), dtype=np.uint16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moerge.checkpoint.digest.CHUNK", 16)
+        patch.setattr("moerge.tensors.digest.CHUNK", 16)
         stream, start = TensorDigest(), 0
         for length in lengths:
             stream.update(data_N[start : start + length])

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moerge.analysis import compare
 from moerge.checkpoint.manifest import read_manifest, to_json, weights_digest
-from moerge.demo.result import DemoResult, Row
+from moerge.comparison import compare
+from moerge.demonstration.result import DemoResult, Row
 from moerge.evaluation.result import Difference, Evaluation, Measure, Score
 from moerge.inference.routes import Oracle, Routes, TextRoute
-from moerge.learn.coefficients import Coefficients
-from moerge.pipeline import merge
+from moerge.merging.pipeline import merge
+from moerge.recipe.coefficients import Coefficients
 from tiny import make_models, write_recipe
 
 WRITTEN = 1_795_000_000

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from browser import Browser, Page
 
-from moerge.report import report
+from moerge.reporting import report
 
 OPEN = "document.querySelectorAll('details').forEach(part => part.open = true)"
 COLUMN = "[...document.querySelector('table.sortable').tBodies[0].rows].map(row => row.cells[{0}].textContent)"

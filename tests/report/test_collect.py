@@ -13,8 +13,8 @@ from results import digest, sequence_routes, token_routes, write
 
 from command import moerge
 from moerge.errors import InputError
-from moerge.report import report
-from moerge.report.find import plain
+from moerge.reporting import report
+from moerge.reporting.find import plain
 
 
 def test_one_of_everything(results: Path) -> None:
@@ -105,7 +105,7 @@ def test_links_hidden_folders_and_large_files_are_left_out(results: Path, monkey
     (results / "also-linked").symlink_to(results / "route")
     shutil.copytree(results / "route", results / ".hidden")
     large = (results / "compare" / "compare.json").stat().st_size
-    monkeypatch.setattr("moerge.report.find.MOST_BYTES", large - 1)
+    monkeypatch.setattr("moerge.reporting.find.MOST_BYTES", large - 1)
     found = report(results).found
     assert found.warnings == (
         f"compare/compare.json has {large:,} bytes, more than any result has: it was left out",
@@ -188,7 +188,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"moerge: {empty} holds nothing to report on (route.json is damaged and was left"
     )
     assert "is not a folder: name one with a checkpoint" in moerge("report", tmp_path / "missing").err
-    monkeypatch.setattr("moerge.report.find.MOST_FOLDERS", 1)
+    monkeypatch.setattr("moerge.reporting.find.MOST_FOLDERS", 1)
     (empty / "below").mkdir()
     with pytest.raises(InputError, match=r"there are more than 1 folders below .*: name a smaller one"):
         report(empty)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moerge.report import report
+from moerge.reporting import report
 
 GOLDEN = Path(__file__).parent / "golden.json"
 

@@ -15,7 +15,7 @@ import pytest
 from results import sequence_routes, write
 
 from command import moerge
-from moerge.report import report
+from moerge.reporting import report
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -219,7 +219,7 @@ def test_the_command(results: Path) -> None:
 
 
 def test_without_jinja2(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moerge.report.flow.find_spec", lambda name: None)
+    monkeypatch.setattr("moerge.reporting.flow.find_spec", lambda name: None)
     result = moerge("report", results)
     assert (result.code, result.err) == (2, "moerge: a report needs jinja2: pip install 'moerge[report]'\n")
     assert not (results / "report.html").exists()

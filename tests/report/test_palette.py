@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from moerge.report import palette
+from moerge.reporting import palette
 
 SIMULATIONS = {
     "normal": np.eye(3),

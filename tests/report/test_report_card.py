@@ -13,8 +13,8 @@ from results import evaluation, write
 
 from command import moerge
 from moerge.errors import InputError
-from moerge.report import report
-from moerge.report.card import BEGIN, END
+from moerge.reporting import report
+from moerge.reporting.card import BEGIN, END
 
 
 def card(results: Path, name: str = "dense") -> Path:

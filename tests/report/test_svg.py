@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from moerge.report.svg import Bar, Dot, Line, Scale, dots, lines, stacked_bars, stacked_columns
+from moerge.reporting.svg import Bar, Dot, Line, Scale, dots, lines, stacked_bars, stacked_columns
 
 numbers = st.floats(-1e9, 1e9)
 

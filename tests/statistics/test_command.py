@@ -13,9 +13,9 @@ import texts
 
 import tiny
 from command import moerge, refuses
-from moerge.calibration import overlap
 from moerge.checkpoint.manifest import read_manifest
 from moerge.statistics import files
+from moerge.texts import overlap
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -226,7 +226,7 @@ def test_interrupting_it_leaves_nothing(models: Path, monkeypatch: pytest.Monkey
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moerge.statistics.gather.check_finite", interrupt)
+    monkeypatch.setattr("moerge.gather.gather.check_finite", interrupt)
     result = moerge("stats", recipe, models / "stats", "--quiet")
     assert (result.code, result.err) == (130, "moerge: interrupted\n")
     assert [path.name for path in (models / "stats").iterdir()] == ["math.safetensors"]
@@ -236,7 +236,7 @@ def test_a_full_gpu_is_the_machines_fault(models: Path, monkeypatch: pytest.Monk
     def full(*arguments: Any, **options: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moerge.statistics.gather.fisher_sums", full)
+    monkeypatch.setattr("moerge.gather.gather.fisher_sums", full)
     result = moerge("stats", one_expert(models), models / "stats", "--quiet")
     assert (result.code, result.err) == (
         1,

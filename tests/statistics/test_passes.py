@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerge.statistics.passes import free_memory, passes_within
+from moerge.gather.passes import free_memory, passes_within
 
 SIZES = {"fisher:a": 10, "gram:a": 30, "gram:b": 50, "fisher:b": 20, "gram:c": 40}
 
@@ -47,6 +47,6 @@ def test_free_memory_is_that_of_the_machine() -> None:
 
 
 def test_without_meminfo_it_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moerge.statistics.passes.Path", lambda path: SimpleNamespace(read_text=lambda: "MemTotal: 1 kB\n"))
+    monkeypatch.setattr("moerge.gather.passes.Path", lambda path: SimpleNamespace(read_text=lambda: "MemTotal: 1 kB\n"))
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.__getitem__)
     assert free_memory(SimpleNamespace(type="cpu")) == 40960

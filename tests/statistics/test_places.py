@@ -13,9 +13,9 @@ import tiny
 from adapters import low_rank, write_adapter
 from command import moerge
 from moerge.checkpoint.reader import open_folder
+from moerge.gather.places import places_of
+from moerge.gather.running import Sequences, fisher_sums, layout_of
 from moerge.statistics.facts import Settings
-from moerge.statistics.places import places_of
-from moerge.statistics.running import Sequences, fisher_sums, layout_of
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

@@ -10,10 +10,10 @@ import pytest
 import texts
 
 import tiny
+from moerge.gather.gather import Options, gather
+from moerge.gather.places import places_of
+from moerge.gather.running import Sequences, _drawn, fisher_sums, gram_sums, layout_of, tokenised
 from moerge.statistics import Statistics
-from moerge.statistics.gather import Options, gather
-from moerge.statistics.places import places_of
-from moerge.statistics.running import Sequences, _drawn, fisher_sums, gram_sums, layout_of, tokenised
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -244,8 +244,8 @@ def test_gpt2_stores_inputs_first(tmp_path: Path) -> None:
 
 
 def tiny_tensor(name: str, parameter: Any) -> Any:
-    from moerge.checkpoint.dtypes import F32
-    from moerge.checkpoint.tensor import ArrayTensor
+    from moerge.tensors.dtypes import F32
+    from moerge.tensors.tensor import ArrayTensor
 
     array = parameter.detach().numpy()
     return ArrayTensor(name, F32, array.shape, array.reshape(-1))

@@ -12,11 +12,11 @@ import pytest
 from tune_models import make_moe, write_tuning
 
 from command import moerge
-from moerge.calibration.overlap import document_hash
 from moerge.checkpoint.manifest import read_manifest
-from moerge.learn.watch import Watch
-from moerge.tune import manifest as tuned
-from moerge.tune.run import tune
+from moerge.progress import Watch
+from moerge.texts.overlap import document_hash
+from moerge.tuning import manifest as tuned
+from moerge.tuning.run import tune
 
 
 @pytest.fixture(scope="module", params=["native", "routed"])
@@ -43,7 +43,7 @@ def test_it_verifies_against_its_own_manifest(folder: Path) -> None:
 
 
 def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
-    for file in (folder / "out").iterdir():
+    for file in filter(Path.is_file, (folder / "out").iterdir()):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
     weights[-5] ^= 1

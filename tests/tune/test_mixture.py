@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moerge.errors import InputError
-from moerge.methods.random import stream_key
-from moerge.tune.mixture import Mixture
-from moerge.tune.settings import Source
-from moerge.tune.tokens import documents_of, tokenise
+from moerge.tensors.random import stream_key
+from moerge.tuning.mixture import Mixture
+from moerge.tuning.settings import Source
+from moerge.tuning.tokens import documents_of, tokenise
 
 TABLE_5 = {
     "wiki1": 1.11,
@@ -76,13 +76,13 @@ def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch: pytest.
     expected = np.random.Generator(np.random.Philox(key=int(stream_key(1, "tune", "draws")))).random(1000)
     edges = np.cumsum(Mixture(TABLE_5, 1, seed=1).shares)
     assert whole.tolist() == [int((edges[:-1] <= u).sum()) for u in expected]
-    monkeypatch.setattr("moerge.tune.mixture._BLOCK", 7)
+    monkeypatch.setattr("moerge.tuning.mixture._BLOCK", 7)
     assert Mixture(TABLE_5, 1000, seed=1).drawn_N.tolist() == whole.tolist()
 
 
 def test_memory_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight bytes a sequence, and at most five more meanwhile."""
-    monkeypatch.setattr("moerge.tune.mixture._BLOCK", 1 << 12)
+    monkeypatch.setattr("moerge.tuning.mixture._BLOCK", 1 << 12)
     mixture = Mixture({"a": 1000.0, "b": 1.0}, 1_000_000, seed=0)
     tracemalloc.start()
     try:

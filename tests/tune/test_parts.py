@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moerge.modeling import MoergeConfig, MoergeForCausalLM, MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM
-from moerge.tune.parts import Schedule, parts_of
+from moerge.tuning.parts import Schedule, parts_of
 
 SIZES = {
     "vocab_size": 32,

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from tune_models import make_moe, rows, write_tuning
 
 from command import moerge, start
-from moerge.learn.watch import Watch
-from moerge.tune.run import tune
+from moerge.progress import Watch
+from moerge.tuning.run import tune
 
 TUNINGS = ("native", "routed")
 
@@ -117,7 +117,7 @@ def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
     code = [
         "import sys",
         "from moerge.cli import main",
-        "from moerge.tune.run import tune",
+        "from moerge.tuning.run import tune",
         "from test_processes import interrupted",
         *(f"tune({str(folder / name) + '.yaml'!r}, {str(folder / name) + '-two'!r})" for name in whole),
         *(f"interrupted({str(folder / name) + '.yaml'!r}, {str(folder / name) + '-two'!r})" for name in shared),

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from moerge.errors import InputError
-from moerge.tune.launch import check_launch
-from moerge.tune.settings import Request, load_tuning
+from moerge.tuning.launch import check_launch
+from moerge.tuning.settings import Request, load_tuning
 
 GOOD: dict[str, Any] = {"model": "moe", "data": {"math": "math.jsonl"}, "steps": 10}
 

@@ -11,8 +11,8 @@ import torch
 from tune_models import moved, rows, run, stop_after, write_tuning
 
 from command import moerge
-from moerge.tune.parts import Schedule
-from moerge.tune.run import tune
+from moerge.tuning.parts import Schedule
+from moerge.tuning.run import tune
 from tiny import read_tensors
 
 PREFIX = "model.layers.{}.block_sparse_moe.experts.{}."
@@ -91,7 +91,7 @@ def test_a_schedule_of_slices() -> None:
 def test_the_skeletons_slices_are_the_experts(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from moerge.tune.parts import parts_of
+    from moerge.tuning.parts import parts_of
 
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder / "moe", dtype=torch.float32)

@@ -16,11 +16,11 @@ from tune_models import refused, rows, run, stop_after, write_texts, write_tunin
 
 from command import moerge
 from hf_models import CASES, random_model, save
-from moerge.learn.targets import TargetFiles
-from moerge.tune.losses import forward_kl
-from moerge.tune.mixture import Mixture
-from moerge.tune.run import tune
-from moerge.tune.teachers import in_rows
+from moerge.distillation import TargetFiles
+from moerge.tuning.losses import forward_kl
+from moerge.tuning.mixture import Mixture
+from moerge.tuning.run import tune
+from moerge.tuning.teachers import in_rows
 from tiny import edit_config, make_models
 
 
@@ -133,7 +133,7 @@ def test_a_teacher_that_cannot_teach_is_found_before_any_runs(
     def runs(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a teacher ran")
 
-    monkeypatch.setattr("moerge.tune.teachers.load", runs)
+    monkeypatch.setattr("moerge.tuning.teachers.load", runs)
     bad = tmp_path / "bad"
     shutil.copytree(folder / "code", bad)
     damage(bad)

@@ -17,10 +17,10 @@ from adapters import low_rank, write_adapter
 from command import moerge
 from moerge.modeling import register
 from moerge.modeling.lowrank_moerge import AdaptedLinear, computing
-from moerge.tune.adapters import add_adapters, targets_of
-from moerge.tune.parts import make_schedule, parts_of
-from moerge.tune.run import tune
-from moerge.tune.settings import load_tuning
+from moerge.tuning.adapters import add_adapters, targets_of
+from moerge.tuning.parts import make_schedule, parts_of
+from moerge.tuning.run import tune
+from moerge.tuning.settings import load_tuning
 from tiny import make_models, read_tensors, read_values, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -17,10 +17,10 @@ from tune_models import moved, rows, run, stop_after, write_texts, write_tuning
 
 from command import moerge
 from moerge.errors import InputError
-from moerge.learn.watch import Watch
 from moerge.modeling import register
-from moerge.tune.models import load_sharded
-from moerge.tune.run import tune
+from moerge.progress import Watch
+from moerge.tuning.models import load_sharded
+from moerge.tuning.run import tune
 from tiny import read_values
 
 
@@ -44,13 +44,13 @@ def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> 
 
 
 def _umask() -> int:
-    from moerge.extraction.writer import umask
+    from moerge.files import umask
 
     return umask()
 
 
 def test_the_first_loss_is_the_untouched_models(folder: Path) -> None:
-    from moerge.tune.mixture import Mixture
+    from moerge.tuning.mixture import Mixture
 
     run(folder, "first", steps=1, save_every=1)
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "moe")
@@ -123,7 +123,7 @@ def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("moerge.tune.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         tune(path, folder / "published")
     assert not (folder / "published").exists()
     result = tune(path, folder / "published", resume=True)
@@ -140,11 +140,11 @@ def test_it_is_said_how_to_continue_where_there_is_something(folder: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("moerge.tune.run.locate_models", killed)
+        patch.setattr("moerge.tuning.run.locate_models", killed)
         stopped = moerge("tune", path, folder / "stopped")
         assert (stopped.code, stopped.err) == (130, "moerge: interrupted\n")
         patch.undo()
-        patch.setattr("moerge.tune.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         stopped = moerge("tune", path, folder / "stopped", "--quiet")
         assert stopped.code == 130
         assert stopped.err.endswith("\nmoerge: interrupted; continue with the same command and --resume\n")

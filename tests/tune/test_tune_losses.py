@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moerge.learn.losses import Target, hidden_distance
-from moerge.tune import losses
+from moerge.distillation import Target, hidden_distance
+from moerge.tuning import losses
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

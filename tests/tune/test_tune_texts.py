@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tune_models import refused, write_texts, write_tuning
 
-from moerge.tune.run import look
+from moerge.tuning.run import look
 
 
 @pytest.mark.parametrize(

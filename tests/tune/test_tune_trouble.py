@@ -12,8 +12,8 @@ from tune_models import make_moe, moved, refused, rows, run, write_tuning
 
 from command import moerge
 from moerge.errors import MachineError
-from moerge.learn.watch import Watch
-from moerge.tune.run import tune
+from moerge.progress import Watch
+from moerge.tuning.run import tune
 from tiny import make_models, read_tensors, read_values, write_checkpoint
 
 
@@ -112,7 +112,7 @@ def test_names_that_cannot_be_written(folder: Path) -> None:
 
 def test_a_disk_that_is_full_is_said_in_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch says where the disk ends within a tensor."""
-    from moerge.tune import trainer
+    from moerge.tuning import trainer
 
     def fails(*arguments: Any) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:868] . unexpected pos 53696 vs 53584")

@@ -11,9 +11,9 @@ import yaml
 
 import moerge as package
 from command import moerge
-from moerge.learn.watch import Watch
-from moerge.tune.metrics import read_metrics
-from moerge.tune.run import tune
+from moerge.progress import Watch
+from moerge.tuning.metrics import read_metrics
+from moerge.tuning.run import tune
 from tiny import EXPERTS, make_models, read_tensors, write_recipe
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch": 4, "length": 16, "steps": 6, "device": "cpu"}

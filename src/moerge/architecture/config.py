@@ -37,10 +37,11 @@ def canonical(config: Mapping[str, Any], family: Family | None) -> dict[str, Any
     """The config in one form, whoever wrote it: other families' names for keys, the family's defaults and what its code
     derives filled in, rope as `rope_theta` and `rope_scaling`, a nested language model's config among its own keys.
     """
-    own = dict(config)
-    if family is not None:
-        inner = own.pop(family.nested, None)
+    own, nested = dict(config), nested_key(config, family)
+    if nested:
+        inner = own.pop(nested, None)
         own = {**(inner if isinstance(inner, Mapping) else {}), **own}
+    if family is not None:
         own = {**family.defaults, **{family.keys.get(key, key): value for key, value in own.items()}}
     flatten_rope(own)
     if own.get("num_key_value_heads") is None:
@@ -51,6 +52,32 @@ def canonical(config: Mapping[str, Any], family: Family | None) -> dict[str, Any
     if family is not None:
         family.derive(own)
     return own
+
+
+_LANGUAGE_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
+"""Where configs of several models have the language model's, in families that moerge does not know."""
+
+
+def nested_key(config: Mapping[str, Any], family: Family | None) -> str:
+    """The key of the language model's config in a config of several models, "" where there is none."""
+    if family is not None:
+        return family.nested
+    return next((key for key in _LANGUAGE_PARTS if isinstance(config.get(key), Mapping)), "")
+
+
+def changed(config: Mapping[str, Any], family: Family | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values, in the language model's part too if it has a key there; None removes a key."""
+    key = nested_key(config, family)
+    inner = config.get(key)
+    below = {name: value for name, value in changes.items() if _has(inner, name)}
+    own = {name: value for name, value in changes.items() if name in config or name not in below}
+    whole = {name: value for name, value in {**config, **own}.items() if name not in own or value is not None}
+    return {**whole, key: changed(inner, None, below)} if below and isinstance(inner, Mapping) else whole
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a config has a key, or the language model's part of it does."""
+    return isinstance(config, Mapping) and (name in config or _has(config.get(nested_key(config, None)), name))
 
 
 def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
@@ -72,10 +99,19 @@ def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) ->
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Keys on which canonical configs disagree, those that do not matter left out: {key: {model: value}}."""
-    configs = {name: {**config, "rope_scaling": comparable_scaling(config)} for name, config in configs.items()}
+    configs = {name: _spread({**config, "rope_scaling": comparable_scaling(config)}) for name, config in configs.items()}
     keys = sorted({key for config in configs.values() for key in config} - _HARMLESS)
     values = {key: {name: config.get(key) for name, config in configs.items()} for key in keys}
     return {key: by_model for key, by_model in values.items() if _differ([_telling(value) for value in by_model.values()])}
+
+
+def _spread(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what other models in it, such as a vision tower, have as keys of its own: `vision_config.depth`."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inside = isinstance(value, Mapping) and key.endswith("_config")
+        found |= {f"{key}.{inner}": own for inner, own in value.items() if inner not in _HARMLESS} if inside else {key: value}
+    return found
 
 
 def _telling(value: Any) -> Any:

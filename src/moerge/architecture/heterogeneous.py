@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from moerge.architecture.decoder import Whole
+from moerge.architecture.decoder_interface import whole_of
 from moerge.architecture.family import Expected
 from moerge.architecture.registry import family_of
 from moerge.architecture.sequence import GATE
-from moerge.architecture.whole import Whole, whole_of
 from moerge.errors import InputError
 
 EMBEDDING, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
@@ -72,7 +74,7 @@ def expected_heterogeneous(config: Mapping[str, Any]) -> list[Expected]:
 
 
 def _projectors(config: Mapping[str, Any], widths: Mapping[int, int], experts: int) -> list[Expected]:
-    from moerge.moe.projectors import expected_projectors
+    from moerge.architecture.heterogeneous import expected_projectors
 
     settings = config.get("projectors")
     if not isinstance(settings, Mapping) or type(settings.get("width")) is not int:
@@ -96,3 +98,55 @@ def _known(config: Mapping[str, Any], where: str) -> Whole | None:
         if family_of(config) is None:  # only transformers knows it, and perhaps a newer one
             return None
         raise ValueError(error) from None
+
+
+Kind = Literal["fitted", "random"]
+
+
+FACTOR = 4
+"""How many times as wide as the shared width the MLPs are."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of a projector; `inputs` is how many inputs its layer has."""
+
+    tensor: Expected
+    side: Literal["in", "out"]
+    layer: Literal["linear", "up", "down"]
+    inputs: int
+
+    @property
+    def what(self) -> str:
+        """How the plan calls it."""
+        return f"projector_{self.side}.{self.layer}"
+
+
+def projector_config(kind: Kind, width: int) -> dict[str, Any]:
+    """`projectors` of config.json, given the shared width."""
+    return {"linear": kind == "fitted", "width": FACTOR * width}
+
+
+def expected_projectors(projectors: Mapping[str, Any], widths: Sequence[tuple[int, int]], width: int) -> list[Expected]:
+    """Every tensor of the projectors, given `projectors` of config.json and the widths of each expert's embedding and head."""
+    return [part.tensor for part in _parts(projectors, widths, width)]
+
+
+def _parts(projectors: Mapping[str, Any], widths: Sequence[tuple[int, int]], width: int) -> Iterator[_Part]:
+    for expert, (inner, outer) in enumerate(widths):
+        yield from _projector("in", expert, width, inner, projectors)
+        yield from _projector("out", expert, outer, width, projectors)
+
+
+def _projector(
+    side: Literal["in", "out"], expert: int, inputs: int, outputs: int, projectors: Mapping[str, Any]
+) -> Iterator[_Part]:
+    hidden = projectors["width"]
+    layers: dict[Literal["linear", "up", "down"], tuple[int, int]] = {"up": (hidden, inputs), "down": (outputs, hidden)}
+    if projectors["linear"]:
+        layers = {"linear": (outputs, inputs), **layers}
+    for layer, shape in layers.items():
+        role, dense = f"projector_{side}.{expert}.{layer}", f"projector_{side}.{layer}"
+        name = f"model.projectors_{side}.{expert}.{layer}"
+        yield _Part(Expected(role, f"{name}.weight", shape, expert, dense), side, layer, shape[1])
+        yield _Part(Expected(f"{role}.bias", f"{name}.bias", shape[:1], expert, f"{dense}.bias"), side, layer, shape[1])

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from moerge.architecture import family_of
-from moerge.architecture.config import canonical
+from moerge.architecture.config import canonical, changed
 from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
-from moerge.checkpoint.lowrank import LowRankTensor, RecentFactors
+from moerge.checkpoint.locate import VOCABULARY_FILES
 from moerge.checkpoint.module_names import Names
 from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
-from moerge.checkpoint.rows import RowsTensor
-from moerge.checkpoint.tensor import Tensor
-from moerge.checkpoint.tokenizer import VOCABULARY_FILES
 from moerge.errors import InputError
 from moerge.files import FileState, SourceFile
+from moerge.tensors.tensor import Tensor
+from moerge.tensors.views.low_rank import LowRankTensor, RecentFactors
+from moerge.tensors.views.rows import RowsTensor
 
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -122,19 +122,12 @@ def holds_vocabulary(name: str) -> bool:
 def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """The base's config, with the vocabulary of the adapter where that comes with an embedding of another size."""
     rows = {tensors[name].shape[0] for name, tensor in base.tensors.items() if tensors[name].shape != tensor.shape}
-    if len(rows) != 1:
-        return base.config
-    size, inner = {"vocab_size": rows.pop()}, base.config.get("text_config")
-    if not isinstance(inner, Mapping):
-        return {**base.config, **size}
-    return {**base.config, **(size if "vocab_size" in base.config else {}), "text_config": {**inner, **size}}
+    return changed(base.config, family_of(base.config), {"vocab_size": rows.pop()}) if len(rows) == 1 else base.config
 
 
 def _ties(base: Checkpoint) -> bool:
     """Whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
-    inner = base.config.get("text_config")
-    known = canonical({**(inner if isinstance(inner, Mapping) else {}), **base.config}, family_of(base.config))
-    tied = known.get("tie_word_embeddings")
+    tied = canonical(base.config, family_of(base.config)).get("tie_word_embeddings")
     return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
 
 

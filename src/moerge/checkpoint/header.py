@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import DTYPES, DType
-from moerge.checkpoint.tensor import Sized
 from moerge.errors import InputError, MachineError
 from moerge.files import FileState, SourceFile, open_file, unreadable
 from moerge.system import RandomAccess
+from moerge.tensors.dtypes import DTYPES, DType
+from moerge.tensors.tensor import Sized
 
 MAX_HEADER_BYTES = 100_000_000
 _TOO_LARGE, _MOST_DIMENSIONS = 1 << 63, 64

@@ -24,6 +24,9 @@ from moerge.checkpoint.reader import (
 from moerge.errors import InputError, MachineError, MoergeError
 from moerge.files import SourceFile
 
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+"""Files that hold a vocabulary."""
+
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "README.md")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 

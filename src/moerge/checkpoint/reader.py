@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.header import StoredTensor, read_header
-from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
 from moerge.files import LONGEST_NAME, SourceFile, read_file
+from moerge.tensors.tensor import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

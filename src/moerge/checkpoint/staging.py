@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moerge.checkpoint.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import INDEX, WEIGHTS
 from moerge.checkpoint.workspace import Workspace, machine_errors
 from moerge.errors import InputError, SourceChangedError
-from moerge.planning.operations import Output
 from moerge.system import RandomAccess
+from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
+from moerge.tensors.spec import TensorSpec
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "moerge.json"
@@ -46,9 +46,9 @@ def workspace(target: Path) -> Workspace:
     return Workspace(target, "partial", lock=JOURNAL, marker=_CHECKPOINT)
 
 
-def assign_shards(outputs: Sequence[Output], limit: int) -> dict[str, list[Output]]:
+def assign_shards(outputs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
     """Outputs by shard file name, each shard at most `limit` bytes unless one tensor alone is larger."""
-    groups: list[list[Output]] = [[]]
+    groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for output in outputs:
         if groups[-1] and filled + output.nbytes > limit:
@@ -75,7 +75,7 @@ class _Place:
 class Staging(Workspace):
     """A checkpoint being written; a context manager that closes its files, and a Store for the executor."""
 
-    def __init__(self, target: Path, shards: Mapping[str, Sequence[Output]], fingerprint: str, start: Start = "new") -> None:
+    def __init__(self, target: Path, shards: Mapping[str, Sequence[TensorSpec]], fingerprint: str, start: Start = "new") -> None:
         super().__init__(target, "partial", lock=JOURNAL, marker=_CHECKPOINT)
         self.folder = self.root / _CHECKPOINT
         self._shards, self._fingerprint = shards, fingerprint
@@ -123,7 +123,7 @@ class Staging(Workspace):
 
     def _read_journal(self) -> None:
         self._journal.seek(0)
-        entries = []
+        entries: list[dict[str, Any]] = []
         for line in self._journal:
             entry = _parsed(line, {"fingerprint"} if not entries else {"tensor", "digest", "inputs", "nonfinite"})
             if entry is None:
@@ -143,7 +143,7 @@ class Staging(Workspace):
         if self._journal.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _open_shard(self, shard: str, outputs: Sequence[Output]) -> None:
+    def _open_shard(self, shard: str, outputs: Sequence[TensorSpec]) -> None:
         # wider elements first keeps every tensor aligned, as the safetensors library does
         ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
         header, offsets = build_header([(o.name, o.dtype, o.shape) for o in ordered], {"format": "pt"})
@@ -155,26 +155,28 @@ class Staging(Workspace):
         file.write(header, 0)
         self._places |= {name: _Place(file, offset) for name, offset in offsets.items()}
 
-    def write(self, output: Output, start: int, data: np.ndarray) -> None:
+    def write(self, output: TensorSpec, start: int, data: np.ndarray) -> None:
         """Elements `start` and following of an output, in its storage type."""
         place = self._places[output.name]
         with machine_errors(self.root):
             place.file.write(data.view(np.uint8).data, place.offset + start * output.dtype.itemsize)
 
-    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
+    def done(self, output: TensorSpec, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
         """Journal a complete output."""
         entry = {"tensor": output.name, "digest": digest, "inputs": inputs, "nonfinite": nonfinite}
         with machine_errors(self.root), self._journal_lock:
             self._entries[output.name] = entry
             self._append(entry)
 
-    def finished(self, output: Output) -> bool:
+    def finished(self, output: TensorSpec) -> bool:
         """Whether the journal has this output and its bytes are still what the journal says."""
         entry = self._entries.get(output.name)
         if entry is None:
             return False
         place = self._places[output.name]
-        read = (place.read(start, min(CHUNK, output.size - start), output.dtype.itemsize) for start in range(0, output.size, CHUNK))
+        read = (
+            place.read(start, min(CHUNK, output.size - start), output.dtype.itemsize) for start in range(0, output.size, CHUNK)
+        )
         return tensor_digest(chunk_digest(chunk) for chunk in read) == str(entry["digest"])
 
     def add(self, files: Mapping[str, bytes]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from moerge import system
-from moerge.errors import InputError, MachineError, SourceChangedError
+from moerge.errors import InputError, MachineError
 
 REPLACED = "replaced"
 
@@ -34,7 +34,7 @@ class Workspace:
     def in_use(self) -> bool:
         """Tell that another process works here right now."""
         try:
-            with open(self._lock_path, "r+b", buffering=0) as file:
+            with open(self._lock_path, "rb", buffering=0) as file:
                 return not system.lock(file, shared=True)
         except OSError:
             return False

@@ -9,7 +9,7 @@ from moerge.cli.console import Table, as_count, as_size, as_time, print_json, pr
 from moerge.cli.show_adapters import adapter_rows
 from moerge.errors import one_line
 from moerge.inspection import Inspection, Verification
-from moerge.pipeline import MergeResult
+from moerge.merging.pipeline import MergeResult
 from moerge.planning.plan import Plan
 
 
@@ -84,6 +84,8 @@ def verification(found: Verification, *, quiet: bool, as_json: bool) -> None:
     if not found.problems and not quiet:
         basis = "and equal to the manifest" if found.against_manifest else "(no manifest to compare with)"
         say(f"{found.tensors} tensors, {as_size(found.nbytes)}: all present, finite {basis}")
+        for note in found.notes:
+            say(note)
 
 
 def inspection(found: Inspection, *, as_json: bool) -> None:

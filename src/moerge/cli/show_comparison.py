@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moerge.analysis.comparison import Comparison
-from moerge.analysis.figures import available, short
-from moerge.analysis.verdict import Verdict
 from moerge.cli.console import Table, as_count, as_percent, print_json, print_warnings, say, show_table
+from moerge.comparison.compare import Comparison
+from moerge.comparison.verdict import Verdict
+from moerge.figures import available, short
 
 _COLOURS = {"merge": "green", "merge with care": "yellow", "keep separate": "red"}
 

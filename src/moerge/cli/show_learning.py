@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moerge.cli import show
 from moerge.cli.console import Table, print_json, say, show_table
-from moerge.learn.run import LearnResult
+from moerge.learning.run import LearnResult
 
 
 def note(text: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moerge.checkpoint.source_cards import CARD
 from moerge.cli.console import print_json, print_warnings, say
-from moerge.report import Report
-from moerge.report.card import Update
+from moerge.reporting import Report
+from moerge.reporting.card import Update
 
 
 def reported(made: Report, path: Path, cards: Sequence[Update], *, quiet: bool, as_json: bool) -> None:

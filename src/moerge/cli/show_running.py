@@ -5,7 +5,7 @@ from __future__ import annotations
 from moerge.cli.console import Table, as_percent, print_json, print_warnings, say, show_table
 from moerge.errors import printable
 from moerge.inference.generation import Generation
-from moerge.inference.routes import Routes
+from moerge.inference.result import Routes
 
 
 def generation(found: Generation, *, as_json: bool) -> None:

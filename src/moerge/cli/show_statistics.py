@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moerge.cli.console import as_count, as_size, as_time, print_json, say
-from moerge.statistics.gather import Forecast, Outcome
+from moerge.gather.gather import Forecast, Outcome
 
 
 def forecast(found: Forecast, *, quiet: bool) -> None:

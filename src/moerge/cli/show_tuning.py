@@ -8,8 +8,8 @@ from moerge.cli.console import Table, as_count, as_size, as_time, print_json, sa
 from moerge.cli.show_learning import note
 
 if TYPE_CHECKING:
-    from moerge.tune.outlook import Outlook
-    from moerge.tune.result import TuneResult
+    from moerge.tuning.outlook import Outlook
+    from moerge.tuning.result import TuneResult
 
 __all__ = ["note", "outlook", "tuned"]
 

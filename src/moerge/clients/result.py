@@ -12,7 +12,7 @@ from typing import Any
 from moerge.architecture import family_of
 from moerge.architecture.config import canonical
 from moerge.checkpoint.reader import read_json
-from moerge.checkpoint.tokenizer import companion_files
+from moerge.tokenizer import companion_files
 
 _SENTENCEPIECE = "tokenizer.model"
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}

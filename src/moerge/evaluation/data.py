@@ -18,11 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.digest import file_digest
 from moerge.errors import InputError
 from moerge.evaluation.answers import aliases
 from moerge.evaluation.benchmarks import Benchmark
 from moerge.files import open_file, unreadable
+from moerge.tensors.digest import file_digest
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
-from moerge.inference.loading import Loaded
+from moerge.runtime.loading import Loaded
 
 if TYPE_CHECKING:
     import torch

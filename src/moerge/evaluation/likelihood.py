@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import Loaded
+from moerge.runtime.loading import Loaded
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from moerge.evaluation.likelihood import context_length, document_losses
 from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Kind, Score
 from moerge.evaluation.texts import HeldOut
-from moerge.inference.loading import Loaded
+from moerge.runtime.loading import Loaded
 
 Row = Mapping[str, Any]
 Advance = Callable[[int], None]

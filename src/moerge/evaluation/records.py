@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.digest import file_digest
 from moerge.errors import MachineError
 from moerge.files import read_file, write_whole
+from moerge.tensors.digest import file_digest
 
 
 class Records:

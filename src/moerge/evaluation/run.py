@@ -22,7 +22,7 @@ from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Evaluation, Measure
 from moerge.evaluation.store import Store
 from moerge.evaluation.texts import check_held_out, read_texts
-from moerge.inference.loading import Loaded, load
+from moerge.runtime.loading import Loaded, load
 
 GIVEN = 256
 """Characters at the beginning of each document that are not predicted, if one of the checkpoints routes sequences."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from moerge.calibration import check_disjoint, read_documents
 from moerge.errors import InputError
 from moerge.evaluation.likelihood import beginning
 from moerge.evaluation.records import Records
-from moerge.inference.loading import Loaded
+from moerge.runtime.loading import Loaded
+from moerge.texts import check_disjoint, read_documents
 
 
 @dataclass(frozen=True)

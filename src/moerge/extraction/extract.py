@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from moerge.checkpoint.adapter import holds_vocabulary
-from moerge.checkpoint.dtypes import FLOATS
-from moerge.checkpoint.lowrank import add_product
 from moerge.checkpoint.reader import ADAPTER_CONFIG
 from moerge.errors import InputError
 from moerge.extraction.card import adapter_card, adapter_config
@@ -23,14 +21,16 @@ from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
 from moerge.extraction.writer import AdapterWriter, Shape
 from moerge.files import check_unchanged
-from moerge.linear_algebra import Map, leading_svd
-from moerge.moe.crew import one_thread_each
-from moerge.pipeline import Progress, default_threads
 from moerge.planning.build import build_plan
-from moerge.planning.operations import Source
 from moerge.planning.plan import Plan
-from moerge.planning.reading import WINDOW, Stream, read_values
+from moerge.progress import Progress
 from moerge.recipe import load_recipe
+from moerge.tensors.dtypes import FLOATS
+from moerge.tensors.linalg import Map, leading_svd
+from moerge.tensors.source import Source
+from moerge.tensors.streams import WINDOW, Stream, read_values
+from moerge.tensors.threads import default_threads, one_thread_each
+from moerge.tensors.views.low_rank import add_product
 
 DEFAULT_RANK = 16
 _PREFIX = "base_model.model."

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from moerge.checkpoint.adapter import holds_vocabulary, stores_inputs_first
 from moerge.errors import InputError, suggest
-from moerge.planning.operations import Merge, Output, Source
+from moerge.operations.operations import Merge, Output
 from moerge.planning.plan import Plan
 from moerge.recipe.rules import matches
+from moerge.tensors.source import Source
 
 _PROJECTION = re.compile(r"layers\.\d+\.(attention|cross_attention|ffn)\.[a-z_0-9]*[a-z_][a-z_0-9]*")
 _EXPERT = re.compile(r"\.ffn\.\d+\.|\.experts\b")

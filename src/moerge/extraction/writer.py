@@ -11,12 +11,12 @@ from types import TracebackType
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import DType
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import ADAPTER_WEIGHTS
 from moerge.checkpoint.workspace import Workspace
 from moerge.errors import InputError, MachineError
-from moerge.methods.codec import all_finite, decode, encode
+from moerge.tensors.codec import all_finite, decode, encode
+from moerge.tensors.dtypes import DType
 
 Shape = tuple[int, ...]
 _KIND = "partial-"

@@ -6,16 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.analysis import figures
-from moerge.analysis.figures import chart, new_figure
+from moerge import figures
+from moerge.checkpoint.manifest import to_json
+from moerge.errors import InputError
+from moerge.figures import chart, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moerge.inference.routes import Routes
+    from moerge.inference.result import Routes
 
 _ACROSS = 3
 """Panels beside each other."""
+
+
+def write_routes(routes: Routes, folder: Path) -> None:
+    """Write `route.json` and `route.csv`, of token-routed models also `route-layers.csv`, and figures of both as SVG and PNG
+    where matplotlib is installed. The folder is made if need be; InputError if that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "route.json").write_bytes(to_json(routes.to_json()))
+        (folder / "route.csv").write_text(routes.to_csv(), encoding="utf-8")
+        if any(text.alpha_LE for text in routes.texts):
+            (folder / "route-layers.csv").write_text(routes.layers_csv(), encoding="utf-8")
+        if figures.available():
+            write(routes, folder)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def write(routes: Routes, folder: Path) -> tuple[Path, ...]:

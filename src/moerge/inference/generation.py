@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.inference.loading import Loaded, explained, load
+from moerge.runtime.loading import Loaded, explained, load
 
 LEAST_TEMPERATURE = 1e-3
 """Below it logits overflow, and the likeliest token is what is meant."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moerge.errors import InputError
-from moerge.inference.loading import Loaded
-from moerge.moe.running import RunningMoE
+from moerge.runtime.forced_routing import RunningMoE
+from moerge.runtime.loading import Loaded
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moerge.methods.jit import kernel
 from moerge.methods.magnitude import magnitudes_at
 from moerge.methods.method import Block, Measurement, MergeMethod, Statistic
+from moerge.tensors.kernels import kernel
 
 _QUARTERS = (1, 2, 3)
 

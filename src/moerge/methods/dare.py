@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from moerge.methods.method import Block
-from moerge.methods.random import drop
 from moerge.methods.sparse import ElectiveMethod
 from moerge.methods.values import each
+from moerge.tensors.random import drop
 
 
 class Dare(ElectiveMethod):

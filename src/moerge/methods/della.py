@@ -8,12 +8,12 @@ import numpy as np
 from pydantic import ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from moerge.methods.jit import kernel
 from moerge.methods.method import Block, Finite, Unit
-from moerge.methods.random import drop_each
 from moerge.methods.ranking import magnitude_order
 from moerge.methods.sparse import ElectiveMethod
 from moerge.methods.values import Density, Share, Values, each, pairs
+from moerge.tensors.kernels import kernel
+from moerge.tensors.random import drop_each
 
 
 class Della(ElectiveMethod):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from moerge.methods.jit import STRIP, kernel
 from moerge.methods.method import Block
 from moerge.methods.statistical import StatisticsMethod
-from moerge.statistics.tensors import Scaled
+from moerge.tensors.kernels import STRIP, kernel
+from moerge.tensors.views.scaled import Scaled
 
 if TYPE_CHECKING:
-    from moerge.checkpoint.tensor import Tensor
     from moerge.statistics.files import Statistics
+    from moerge.tensors.tensor import Tensor
 
 
 class Fisher(StatisticsMethod):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moerge.methods.jit import STRIP, kernel
+from moerge.tensors.kernels import STRIP, kernel
 
 
 @kernel

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from moerge.methods.jit import STRIP, kernel
 from moerge.methods.method import Measurement, Statistic
+from moerge.tensors.kernels import STRIP, kernel
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _LOW_BITS = np.uint32(16)

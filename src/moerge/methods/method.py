@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
-from moerge.methods.jit import kernel
 from moerge.methods.values import ByExpert, InOrder
 from moerge.registry import Registry
+from moerge.tensors.kernels import kernel
 
 _ROUNDING = 1e-6
 """Of weights, relative to their size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moerge.methods.jit import kernel
+from moerge.tensors.kernels import kernel
 
 LANES = 16
 """Running sums side by side, so that the order of additions is fixed and loops still vectorise."""

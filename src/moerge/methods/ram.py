@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from moerge.methods.formulas import weighted_sum
-from moerge.methods.jit import STRIP, kernel
 from moerge.methods.method import Block, Finite, Measurement, Scope, Statistic, TaskVectorMethod
+from moerge.tensors.kernels import STRIP, kernel
 
 _NotNegative = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moerge.methods.jit import kernel
+from moerge.tensors.kernels import kernel
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _DIGIT_BITS, _DIGITS = np.uint32(11), 3

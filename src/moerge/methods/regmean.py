@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from moerge.methods.jit import kernel
 from moerge.methods.method import Block, Unit
 from moerge.methods.statistical import StatisticsMethod
-from moerge.statistics.tensors import Scaled
+from moerge.tensors.kernels import kernel
+from moerge.tensors.views.scaled import Scaled
 
 if TYPE_CHECKING:
-    from moerge.checkpoint.tensor import Tensor
     from moerge.statistics.files import Statistics
+    from moerge.tensors.tensor import Tensor
 
 _ALPHA = 1 - 1e-5
 """Gram matrices are sums in float32: directions that text hardly excites are rounding errors, which more would amplify."""

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moerge.methods.formulas import keep_elected
-from moerge.methods.jit import STRIP, kernel
 from moerge.methods.magnitude import magnitudes_at
 from moerge.methods.method import Block, Finite, Measurement, Statistic, TaskVectorMethod
 from moerge.methods.products import LANES
 from moerge.methods.values import Proportion
+from moerge.tensors.kernels import STRIP, kernel
 
 
 class Sce(TaskVectorMethod):

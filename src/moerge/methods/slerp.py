@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from moerge.methods.formulas import weighted_sum
-from moerge.methods.jit import kernel
 from moerge.methods.method import Block, Measurement, MergeMethod, Statistic
+from moerge.tensors.kernels import kernel
 
 _LANES = 16
 

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 
 from moerge.methods.formulas import elected_sum, keep_elected, weighted_sum
-from moerge.methods.jit import kernel
 from moerge.methods.magnitude import kept_count
 from moerge.methods.method import Block, TaskVectorMethod
 from moerge.methods.values import Density, each
+from moerge.tensors.kernels import kernel
 
 RowScope = Literal["row", "tensor", "model"]
 

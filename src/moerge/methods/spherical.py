@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from moerge.methods.formulas import weigh_chunks, weighted_sum
-from moerge.methods.jit import kernel
 from moerge.methods.method import Block, Measurement, MergeMethod, Statistic
 from moerge.methods.products import LANES, add_products
+from moerge.tensors.kernels import kernel
 
 _NOTHING = 1e-6
 """Of a sum of directions or of a sine: below it, directions cancel or lie on a line, and what is left of them is rounding."""

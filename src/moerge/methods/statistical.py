@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field
 from moerge.methods.method import MergeMethod
 
 if TYPE_CHECKING:
-    from moerge.checkpoint.tensor import Tensor
     from moerge.statistics.files import Statistics
+    from moerge.tensors.tensor import Tensor
 
 
 def _as_tuple(value: Any) -> Any:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moerge.architecture import family_of
-from moerge.calibration import Texts
-from moerge.checkpoint.dtypes import DTYPES, FLOATS, DType
+from moerge.architecture import Family
+from moerge.architecture.stored import stored_family
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tokenizer import VOCABULARY_FILES
-from moerge.checkpoint.tokenizer.portable import portable_tokenizer
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
-from moerge.planning.assembly import Assembled, Assembly
-from moerge.planning.checks import check_configs, check_models, merge_candidates, respelled
-from moerge.planning.dense import assemble_dense, check_alone
-from moerge.planning.heterogeneous import assemble_heterogeneous, settle, stay_whole
+from moerge.operations.operations import Fitting, fittings
+from moerge.planning.assemble.common import Assembled, Assembly
+from moerge.planning.assemble.dense import assemble_dense, check_alone
+from moerge.planning.assemble.experts import tokenizer_source
+from moerge.planning.assemble.heterogeneous import assemble_heterogeneous, settle, stay_whole
+from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
+from moerge.planning.assemble.token_routed import assemble_token_routed
+from moerge.planning.checks import check_configs, check_models, merge_candidates, named_alike, respelled
+from moerge.planning.heads import settle_head, untie_alike
 from moerge.planning.models import locate_models
-from moerge.planning.operations import Fitting, fittings
 from moerge.planning.plan import Plan
-from moerge.planning.sequence_routed import assemble_sequence_routed
-from moerge.planning.token_routed import assemble_token_routed
-from moerge.planning.vocabulary import OneVocabulary, one_vocabulary
-from moerge.planning.whole_experts import tokenizer_source
+from moerge.planning.precision import main_dtype
+from moerge.planning.statistics import Binder
+from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
-from moerge.statistics.binding import Binder
+from moerge.tensors.dtypes import FLOATS, DType
+from moerge.texts import Texts
+from moerge.tokenizer import VOCABULARY_FILES
+from moerge.tokenizer.portable import portable_tokenizer
 
 
 def build_plan(
@@ -44,22 +46,27 @@ def build_plan(
     if stay_whole(recipe, models):
         return _plan_whole_models(recipe, models)
     check_models(models)
-    family = family_of(models[0].config)
     source = recipe.config or models[0].name
+    family = family_as_stored(models, source)
+    models, untied = untie_alike(models, family)
     named, stacked = recipe.config is not None, bool(recipe.slices)
     warnings = check_configs(models, family, source=source, named=named, stacked=stacked)
     vocabulary = one_vocabulary(models, family, recipe, source)
     warnings += vocabulary.warnings
     alike = vocabulary.models
-    candidates, more = ([], check_alone(alike, family, recipe)) if stacked else merge_candidates(alike, family)
+    candidates = check_alone(alike, family, recipe) if stacked else merge_candidates(alike, family, recipe, source)
     by_name = {model.name: model for model in models}
     binder = Binder(recipe, by_name) if bind else None
     dtype = _dtype(recipe, by_name[source])
-    named_alike = {model.name: model for model in alike}
-    made = _assemble(Assembly(recipe, named_alike, family, dtype, candidates, source, binder, vocabulary.alignment))
+    by_alike = {model.name: model for model in alike}
+    alignment, owners = vocabulary.alignment, candidates.owners
+    assembly = Assembly(recipe, by_alike, family, dtype, candidates.tensors, source, binder, alignment, owners)
+    made = _assemble(assembly)
+    made = replace(made, notes=(*made.notes, *untied, *assembly.precision.notes(made.outputs)))
     if recipe.learned:
-        recipe.learned.check({tensor.name: tensor.shape for tensor in (candidates or made.outputs)})
-    planned = _planned(recipe, models, made, vocabulary, config_from=f"config from {source}, ", warnings=(*warnings, *more))
+        recipe.learned.check({tensor.name: tensor.shape for tensor in (candidates.tensors or made.outputs)})
+    remarks = (*warnings, *candidates.warnings)
+    planned = _planned(recipe, models, made, vocabulary, config_from=f"config from {source}, ", warnings=remarks)
     if binder is None:
         return planned
     used = tuple(binder.used.values())
@@ -67,8 +74,16 @@ def build_plan(
 
 
 def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> tuple[Checkpoint, ...]:
-    """The recipe's models, with their tensors under the names that their families' tables have; arguments as in `build_plan`."""
-    return tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
+    """The recipe's models, with names that are alike and heads as tied as they are stored; arguments as in `build_plan`."""
+    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
+    models = named_alike(models, recipe.config or models[0].name)
+    return tuple(settle_head(model, stored_family(model.config, model.tensors)) for model in models)
+
+
+def family_as_stored(models: Sequence[Checkpoint], source: str) -> Family | None:
+    """The family of the config's model, with the names and the head that it has."""
+    leader = next(model for model in models if model.name == source)
+    return stored_family(leader.config, leader.tensors)
 
 
 def _plan_whole_models(recipe: Recipe, models: tuple[Checkpoint, ...]) -> Plan:
@@ -126,9 +141,10 @@ def _planned(
 
 def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[Fitting]) -> tuple[Texts, ...]:
     """The text of each expert that something is fitted to: where fitters want more and fewer documents, the more."""
+    request = recipe.text_request(experts)
     found: dict[str, Texts] = {}
     for fitting in needed:
-        for texts in fitting.fitter.inputs(recipe, experts):
+        for texts in fitting.fitter.inputs(request):
             if texts.expert not in found or len(found[texts.expert].hashes) < len(texts.hashes):
                 found[texts.expert] = texts
     return tuple(found.values())
@@ -188,8 +204,4 @@ def _dtype(recipe: Recipe, model: Checkpoint) -> DType:
     """The recipe's dtype, else the float type that most bytes of the config's model are stored in."""
     if recipe.dtype:
         return FLOATS[recipe.dtype]
-    counts = Counter({dtype.name: 0 for dtype in FLOATS.values()})
-    for tensor in model.stored.values():
-        if tensor.dtype.is_float:
-            counts[tensor.dtype.name] += tensor.nbytes
-    return DTYPES[counts.most_common(1)[0][0]]
+    return main_dtype(model)

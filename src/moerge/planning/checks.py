@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moerge.architecture import family_of
 from moerge.architecture.config import STRUCTURAL, canonical, differences
 from moerge.architecture.family import Expected, Family, expected_tensors
+from moerge.architecture.stored import stored_family, unwrapped
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
+from moerge.planning.parts import Parts
+from moerge.recipe.schema import Recipe
+from moerge.tensors.tensor import Tensor
 
 _ANY_DEPTH = {"num_hidden_layers": None, "layer_types": None, "moe_layers": None}
 
@@ -20,19 +24,57 @@ KEEP_WHOLE = "a 'moe' section with 'format: moerge' keeps them whole and routes 
 
 
 def respelled(model: Checkpoint) -> Checkpoint:
-    """The model with its tensors under the names that its family's table has for them.
+    """The model with its tensors under the names that its family's table has for them, and without what wrappers put into them.
 
     Raises InputError if it has a tensor under two names.
     """
-    family = family_of(model.config)
-    if family is None or not family.spellings:
+    plain = unwrapped(model.tensors)
+    family = stored_family(model.config, plain.values())
+    names = {stored: spelled(name, family) for stored, name in plain.items()}
+    if all(name == stored for stored, name in names.items()):
         return model
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.tensors.items():
-        other = tensors.setdefault(family.spelled(name), tensor)
-        if other is not tensor:
-            raise InputError(f"{model.name}: tensors {other.name!r} and {name!r} are the same: remove one of them")
-    return replace(model, tensors=tensors)
+    for stored, name in names.items():
+        other = tensors.setdefault(name, model.tensors[stored])
+        if other is not model.tensors[stored]:
+            raise InputError(f"{model.name}: tensors {other.name!r} and {stored!r} are the same: remove one of them")
+    wrapped = next((stored for stored, name in plain.items() if stored != name), None)
+    said = f"{model.name}: {wrapped!r} and others have a prefix that torch.compile or another wrapper leaves: read without it"
+    return replace(model, tensors=tensors, warnings=(*model.warnings, said) if wrapped else model.warnings)
+
+
+_LAYER_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
+
+
+def spelled(name: str, family: Family | None) -> str:
+    """A tensor's name as its family's table has it, and as transformers has had it since it has no TensorFlow names."""
+    name = _LAYER_NORM.sub(lambda match: "LayerNorm.weight" if match[1] == "gamma" else "LayerNorm.bias", name)
+    return name if family is None else family.spelled(name)
+
+
+def named_alike(models: Sequence[Checkpoint], source: str) -> tuple[Checkpoint, ...]:
+    """The models with names that begin as those of `source`, where only that differs: `model.` is lost or added in some saves."""
+    leader = next(model for model in models if model.name == source)
+    return tuple(_prefixed(model, leader) if model.model_type == leader.model_type else model for model in models)
+
+
+def _prefixed(model: Checkpoint, leader: Checkpoint) -> Checkpoint:
+    if _most(leader, model.tensors):
+        return model
+    starts = sorted({name.partition(".")[0] + "." for name in (*leader.tensors, *model.tensors)})
+    for said, rename in (("lack", str.__add__), ("have", lambda start, name: name.removeprefix(start))):
+        for start in starts:
+            names = {name: new if (new := rename(start, name)) in leader.tensors else name for name in model.tensors}
+            if _most(leader, names.values()) and len(set(names.values())) == len(names):
+                warning = f"{model.name}: its tensors {said} the prefix {start!r}, unlike {leader.name}'s: read with its names"
+                tensors = {names[name]: tensor for name, tensor in model.tensors.items()}
+                return replace(model, tensors=tensors, warnings=(*model.warnings, warning))
+    return model
+
+
+def _most(leader: Checkpoint, names: Collection[str]) -> bool:
+    """Whether more than half of the names are the leader's."""
+    return sum(name in leader.tensors for name in names) * 2 > len(names)
 
 
 def check_models(models: Sequence[Checkpoint]) -> None:
@@ -117,60 +159,55 @@ def expected_of(family: Family, config: Mapping[str, Any], where: str) -> list[E
         raise InputError(f"{where}: config.json: {error}") from None
 
 
-def merge_candidates(models: Sequence[Checkpoint], family: Family | None) -> tuple[list[Expected], list[str]]:
-    """The tensors that all models have, in the model's order, and warnings.
+@dataclass(frozen=True)
+class Candidates:
+    """The tensors of a merge, in the model's order. `owners` are the models that some of them are taken from as they are."""
 
-    Raises InputError naming a tensor that is missing somewhere, that some have and others lack, or whose shape is wrong.
+    tensors: Sequence[Expected] = ()
+    owners: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def merge_candidates(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, source: str) -> Candidates:
+    """The tensors that the models have in common, and those that are one model's (see `Parts`).
+
+    `source` names the model whose config is used. Raises InputError naming a tensor that is missing, that some have and others
+    must not lack, or whose shape is wrong.
     """
-    stored = {model.name: _relevant(model, family) for model in models}
-    names = stored[models[0].name]
-    apart = [name for name in names if family is not None and family.is_untabled(name) and not _shared(name, stored)]
-    stored = {model: {name: tensor for name, tensor in found.items() if name not in apart} for model, found in stored.items()}
-    _check_same_names(models, stored)
+    stored = {model.name: relevant(model, family) for model in models}
+    leader = next(model for model in models if model.name == source)
+    expected = expected_of(family, leader.config, source) if family else []
+    roles = {tensor.name: tensor.role for tensor in expected}
+    layers = canonical(leader.config, family).get("num_hidden_layers")
+    parts = Parts(recipe, source, layers if type(layers) is int else None, stored, roles)
+    first = models[0].name
+    for name in sorted({name for tensors in stored.values() for name in tensors}):
+        parts.decide(name, roles.get(name, ""), beside=family is not None and family.is_untabled(name))
+    warnings = parts.warnings()
+    shared = {
+        model: {name: tensor for name, tensor in tensors.items() if name not in parts.owners and name not in parts.dropped}
+        for model, tensors in stored.items()
+    }
+    check_present(models, shared, [tensor for tensor in expected if tensor.name not in parts.owners])
+    extra = [Expected("", name, tensor.shape) for name, tensor in shared[first].items() if name not in roles]
+    found = [*(tensor for tensor in expected if tensor.name not in parts.owners), *extra]
+    check_shapes(models, shared, found)
+    strange = [tensor.name for tensor in extra if family is not None and not family.is_untabled(tensor.name)]
     if family is None:
-        found = [Expected("", name, tensor.shape) for name, tensor in names.items()]
-        check_shapes(models, stored, found)
         kind = models[0].model_type
-        return found, [f"unknown model type {kind!r}: merged by tensor name, without roles and without checking the config"]
-    expected = expected_of(family, models[0].config, models[0].name)
-    check_present(models, stored, expected)
-    known = {tensor.name for tensor in expected}
-    extra = [name for name in names if name not in known and name not in apart]
-    strange = [name for name in extra if not family.is_untabled(name)]
-    found = expected + [Expected("", name, names[name].shape) for name in extra]
-    check_shapes(models, stored, found)
-    warnings = []
-    if strange:
+        how = "merged by tensor name, without roles; configs are compared key by key"
+        warnings.insert(0, f"unknown model type {kind!r}: {how}")
+    elif strange:
         shown = ", ".join(strange[:3])
         warnings.append(f"{len(strange)} tensors that {family.model_type} does not use are merged by name: {shown}")
-    if apart:
-        first = models[0].name
-        warnings.append(f"{len(apart)} tensors beside the language model that not all models share are {first}'s: {apart[0]}")
-    return found + [Expected("", name, names[name].shape) for name in apart], warnings
+    taken = {name: stored[owner][name] for name, owner in parts.owners.items()}
+    own = [Expected(roles.get(name, ""), name, tensor.shape) for name, tensor in taken.items()]
+    return Candidates([*found, *own], parts.owners, warnings)
 
 
-def _shared(name: str, stored: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    return len({tensors[name].shape if name in tensors else None for tensors in stored.values()}) == 1
-
-
-def _relevant(model: Checkpoint, family: Family | None) -> dict[str, Tensor]:
-    """Tensors that the model reads: no buffers, and no stored head where it is tied to the embedding."""
-    if family is None:
-        return dict(model.tensors)
-    absent = {rule.name for rule in family.tensors if rule.role == "head" and not rule.applies(canonical(model.config, family))}
-    return {name: t for name, t in model.tensors.items() if name not in absent and not family.is_buffer(name)}
-
-
-def _check_same_names(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-    everything = {name for tensors in stored.values() for name in tensors}
-    for name in sorted(everything):
-        having = [model.name for model in models if name in stored[model.name]]
-        if len(having) < len(models):
-            lacking = [model.name for model in models if name not in stored[model.name]]
-            raise InputError(
-                f"tensor {name!r} is in {', '.join(having)} but not in {', '.join(lacking)}: "
-                "merging would drop it, so repair or leave out the odd model"
-            )
+def relevant(model: Checkpoint, family: Family | None) -> dict[str, Tensor]:
+    """Tensors that the model reads: no buffers."""
+    return {name: tensor for name, tensor in model.tensors.items() if family is None or not family.is_buffer(name)}
 
 
 def check_present(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:

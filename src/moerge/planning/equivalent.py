@@ -11,7 +11,7 @@ from typing import Any
 
 from moerge.errors import InputError
 from moerge.methods.average import Average
-from moerge.planning.operations import Copy, Merge, Output
+from moerge.operations.operations import Copy, Merge, Output
 from moerge.planning.plan import Plan
 from moerge.recipe.mergekit import is_mergekit
 from moerge.recipe.rules import matches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from moerge.errors import InputError, suggest
 from moerge.recipe.rules import Choice, Place
@@ -25,8 +26,18 @@ class MethodChooser:
             if choice is not None:
                 self._unused.pop(rule.pattern, None)
                 weights = {name: expert.weight for name, expert in self._recipe.experts.items()}
-                return Choice(choice.method, {**weights, **choice.weights})
+                return replace(choice, weights={**weights, **choice.weights})
         raise AssertionError(f"no rule for {place.name}: the last one should know every tensor")
+
+    def dtype(self, place: Place) -> str | None:
+        """The element type that an override gives a tensor, merged or copied; None where none does."""
+        for rule in self._recipe.rules:
+            choice = rule.choose(place) if rule.pattern else None
+            if choice is not None:
+                if choice.dtype is not None:
+                    self._unused.pop(rule.pattern, None)
+                return choice.dtype
+        return None
 
     def check_all_used(self) -> None:
         """InputError if an override matched no tensor that is merged: most likely a slip."""

@@ -11,18 +11,17 @@ from functools import cached_property
 from typing import Any
 
 from moerge.architecture.heterogeneous import expert_number
-from moerge.calibration import Texts
-from moerge.checkpoint.digest import file_digest
-from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
-from moerge.moe.fitter import Fitter
-from moerge.moe.router import MODULE, MoESize
-from moerge.planning.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
-from moerge.planning.reading import BLOCK, WINDOW
-from moerge.planning.whole import whole_memory
+from moerge.operations.fitter import MODULE, Fitter, MoESize
+from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
+from moerge.planning.estimate import whole_memory
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
+from moerge.tensors.digest import file_digest
+from moerge.tensors.dtypes import F32
+from moerge.tensors.streams import BLOCK, WINDOW
+from moerge.texts import Texts
 
 _INTERPRETER_BYTES = 150_000_000
 _TORCH_BYTES, _TORCH_SECONDS = 500_000_000, 5.0

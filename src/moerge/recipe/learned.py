@@ -8,10 +8,10 @@ from math import prod
 from pathlib import Path
 
 from moerge.errors import InputError
-from moerge.learn.coefficients import FILE, Coefficients, chunk_count, chunk_size, read_coefficients, to_json
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.methods.coefficients import Weighed
 from moerge.methods.method import MergeMethod, TaskVectorMethod, merge_method
+from moerge.recipe.coefficients import FILE, Coefficients, chunk_count, chunk_size, read_coefficients, to_json
 from moerge.recipe.document import Document
 from moerge.recipe.rules import Choice, Place, Rule
 

@@ -13,15 +13,15 @@ from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
-from moerge.moe.router import Router, router, routers
-from moerge.moe.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 from moerge.recipe.document import Document, Key, read_document
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
-from moerge.recipe.schema import UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
+from moerge.recipe.schema import DROP, UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
 from moerge.recipe.whole_models import misfit
+from moerge.routers.base import Router, router, routers
+from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "learn")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "parts", "learn")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
@@ -94,13 +94,15 @@ def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...
         if not isinstance(match, str) or not match:
             raise document.error(path, " needs a 'match': a role such as 'attention' or a tensor name with '*'")
         weights = document.mapping((*path, "weights"), own.pop("weights", None))
+        dtype = own.pop("dtype", None)
         merged = own if "method" in own else {**section, **own}
         method_here = _method(document, path, merged, seed)
         if isinstance(method_here, Coefficients):
             raise document.error(
                 (*path, "method"), ": learned coefficients say themselves which tensors they are for: make them the main method"
             )
-        fields = {"match": match, "method": method_here, "weights": weights, "line": document.line((*path, "match"))}
+        fields = {"match": match, "method": method_here, "weights": weights, "dtype": dtype}
+        fields["line"] = document.line((*path, "match"))
         overrides.append(document.build(Override, fields, path))
     return method, tuple(overrides), seed
 
@@ -114,7 +116,7 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
         raise document.error((*path, "method"), f": {error}") from None
     unknown = next((key for key in parameters if key not in kind.model_fields), None)
     if unknown:
-        own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights"]
+        own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights", "dtype"]
         raise document.error((*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}")
     if "seed" in kind.model_fields:
         parameters.setdefault("seed", seed)
@@ -167,6 +169,11 @@ def _check(recipe: Recipe, document: Document) -> None:
         named = getattr(recipe, key)
         if named is not None and named not in choices:
             raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, choices)}")
+    for part, owner in recipe.parts.items():
+        if owner not in (*names, DROP):
+            raise document.error(("parts", part), f": {owner!r} is not a model of this recipe, {suggest(owner, [*names, DROP])}")
+    if DROP in recipe.experts and recipe.parts:
+        raise document.error(("experts", DROP), f": '{DROP}' in 'parts' leaves a part out; call this expert something else")
     if UNION in recipe.experts and recipe.tokenizer == UNION:
         raise document.error(
             ("experts", UNION), f": 'tokenizer: {UNION}' means the tokens of all models; call this expert something else"

@@ -30,10 +30,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a tensor is merged. An expert that `weights` does not name has its own weight from the recipe."""
+    """How a tensor is merged. An expert that `weights` does not name has its own weight from the recipe.
+
+    `dtype` is its element type in the result, where that is not left to the recipe and the models.
+    """
 
     method: MergeMethod
     weights: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
 
 
 class Rule:

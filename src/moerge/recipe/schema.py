@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
-from moerge.learn.settings import Learning
 from moerge.methods.method import Finite, MergeMethod
-from moerge.moe.router import Router
-from moerge.moe.sequence import FORMAT
+from moerge.recipe.learning import Learning
 from moerge.recipe.rules import Choice, Matching, Rule
+from moerge.routers.base import Router
+from moerge.routers.sequence import FORMAT
+from moerge.texts import TextRequest
 
 UNION = "union"
 """The value of `tokenizer` that asks for the tokens of all models."""
+
+DROP = "drop"
+"""The value in `parts` that leaves a part out."""
+
+Float = Literal["float32", "float16", "bfloat16"]
+"""Element types that a recipe may ask for."""
 
 WHOLE_MODEL_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
 """Keys of `moe` that are for experts that stay whole models."""
@@ -72,12 +80,14 @@ class MoE(_Strict):
 class Override(_Strict):
     """Another method for the tensors that `match`: a role (`attention`, `layers.0-3.ffn.down`) or a tensor name with `*`.
 
-    `weights` replace the weights of the experts that it names. `line` is where the recipe's file has it.
+    `weights` replace the weights of the experts that it names, `dtype` the element type. `line` is where the recipe's file has
+    it.
     """
 
     match: str
     method: InstanceOf[MergeMethod]
     weights: dict[str, Finite] = Field(default_factory=dict)
+    dtype: Float | None = None
     line: int | None = None
 
 
@@ -104,6 +114,8 @@ class Slice(_Strict):
 class Recipe(_Strict):
     """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it.
 
+    `parts` are models by what is theirs alone: a part such as `vision`, or tensors by name; `drop` leaves it out.
+
     `seed` is that of `merge`, for whatever is drawn outside of methods and routers.
 
     A file of another program's gives `settings`, which decide instead of `method` and `overrides`; `slices`, of which a dense
@@ -117,10 +129,11 @@ class Recipe(_Strict):
     method: InstanceOf[MergeMethod]
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Float | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
     config: str | None = None
+    parts: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
     seed: int = 0
     folder: Path = Path()
     source: str = "recipe"
@@ -144,6 +157,10 @@ class Recipe(_Strict):
         """The MoE's experts in the order of their indices."""
         return (*(("base",) if self.includes_base else ()), *self.experts)
 
+    def text_request(self, experts: Sequence[str]) -> TextRequest:
+        """The calibration text of these experts, for fitters to read."""
+        return TextRequest(self.source, self.folder, self.calibration, tuple(experts), self.base is not None)
+
     @property
     def methods(self) -> tuple[MergeMethod, ...]:
         """The main method and those of the overrides."""
@@ -155,5 +172,7 @@ class Recipe(_Strict):
         """What decides about each tensor, in the order it is asked."""
         if self.settings is not None:
             return (self.settings,)
-        overrides = (Matching(override.match, Choice(override.method, override.weights)) for override in self.overrides)
+        overrides = (
+            Matching(override.match, Choice(override.method, override.weights, override.dtype)) for override in self.overrides
+        )
         return (*overrides, self.learned or Matching("", Choice(self.method)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from moerge.moe.sequence import SequenceRouter
 from moerge.recipe.document import Key
 from moerge.recipe.schema import UNION, Recipe
+from moerge.routers.sequence import SequenceRouter
 
 METHODS = ("average", "linear")
 """How a shared embedding and head can be made of the experts'."""

@@ -14,14 +14,14 @@ from types import TracebackType
 
 import numpy as np
 
-from moerge.checkpoint.dtypes import F32
 from moerge.checkpoint.header import build_header, read_header, read_metadata
 from moerge.checkpoint.workspace import machine_errors
-from moerge.checkpoint.tensor import Tensor
 from moerge.errors import InputError
 from moerge.files import SourceFile
 from moerge.statistics.facts import Facts, Kind, TextFacts, differing_settings, parse_facts
 from moerge.system import flush
+from moerge.tensors.dtypes import F32
+from moerge.tensors.tensor import Tensor
 
 _FACTS = "moerge.statistics"
 _WINDOW = 1 << 20

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moerge.moe.context import FitContext
-from moerge.moe.router import FittedRouter
+from moerge.operations.fitter import FitContext
+from moerge.routers.base import FittedRouter
 
 
 class OrthogonalRouter(FittedRouter):

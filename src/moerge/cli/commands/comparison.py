@@ -24,10 +24,10 @@ def compare(
     json: AsJson = False,
 ) -> None:
     """Show how alike a recipe's experts are, per layer and role, and which roles can be merged."""
-    from moerge.analysis import compare as run_compare
-    from moerge.analysis.figures import check_folder
     from moerge.cli import show_comparison
     from moerge.cli.progress import Progress
+    from moerge.comparison import compare as run_compare
+    from moerge.figures import check_folder
 
     if out is not None:
         check_folder(out, "--out")

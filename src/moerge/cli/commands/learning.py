@@ -27,8 +27,8 @@ def learn(
     """Learn merging coefficients from unlabelled text (Expert Merging), and merge with them into OUT."""
     from moerge.cli import show_learning
     from moerge.cli.progress import Progress
-    from moerge.learn.run import learn as run_learn
-    from moerge.learn.watch import Watch
+    from moerge.learning.run import learn as run_learn
+    from moerge.progress import Watch
     from moerge.recipe import load_recipe
 
     with Progress("learning", quiet=quiet, unit="texts") as learning, Progress("merging", quiet=quiet) as merging:

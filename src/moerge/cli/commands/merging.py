@@ -13,7 +13,7 @@ from moerge.cli.interruption import resumable
 from moerge.cli.options import AsJson, CheckpointName, For, Quiet, RecipeFile, Seed, Threads
 
 if TYPE_CHECKING:
-    from moerge.moe.fitter import Unit
+    from moerge.operations.fitter import Unit
 
 
 def plan(
@@ -26,8 +26,8 @@ def plan(
 ) -> None:
     """Print what a recipe amounts to; no tensor is read."""
     from moerge.cli import show
-    from moerge.pipeline import default_threads
-    from moerge.pipeline import plan as make_plan
+    from moerge.merging.pipeline import plan as make_plan
+    from moerge.tensors.threads import default_threads
 
     planned = make_plan(recipe, seed=seed, clients=clients)
     if as_recipe:
@@ -54,7 +54,7 @@ def merge(
     from moerge.cli import show
     from moerge.cli.console import parse_size
     from moerge.cli.progress import Progress
-    from moerge.pipeline import merge as run_merge
+    from moerge.merging.pipeline import merge as run_merge
     from moerge.recipe import load_recipe
 
     options: dict[str, Any] = {

@@ -28,8 +28,8 @@ def report(
 ) -> None:
     """Put what was merged, compared, routed, learned and measured on one HTML page that needs no network."""
     from moerge.cli import show_reporting
-    from moerge.report import report as make_report
-    from moerge.report.flow import NAME
+    from moerge.reporting import report as make_report
+    from moerge.reporting.flow import NAME
 
     made = make_report(folder, title=title)
     cards = made.card_updates() if update_card else ()

@@ -47,6 +47,7 @@ def route(
 ) -> None:
     """Show how a MoE routes texts: the share of each expert, accuracy against domain and oracle, entropy, and balance."""
     from moerge.cli import show_running
+    from moerge.inference.figure import write_routes
     from moerge.inference.routes import parse_texts
     from moerge.inference.routes import route as run_route
 
@@ -60,7 +61,7 @@ def route(
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
-        found.write(out)
+        write_routes(found, out)
     show_running.routes(found, as_json=json)
 
 

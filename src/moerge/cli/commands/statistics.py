@@ -50,8 +50,8 @@ def stats(
 ) -> None:
     """Run each expert over its own text and write what 'method: fisher' and 'method: regmean' need."""
     from moerge.cli import show_statistics
+    from moerge.gather.gather import Options, add_folders, gather, parse_part
     from moerge.recipe import load_recipe
-    from moerge.statistics.gather import Options, add_folders, gather, parse_part
 
     loaded = load_recipe(recipe)
     chosen: dict[str, Any] = {"kind": kind, "experts": tuple(expert), "part": parse_part(part), "texts": texts, "tokens": tokens}

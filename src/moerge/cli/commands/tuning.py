@@ -25,11 +25,11 @@ def tune(
     from moerge.cli import show_tuning
     from moerge.cli.progress import Progress
     from moerge.errors import InputError
-    from moerge.learn.watch import Watch
-    from moerge.tune.launch import rank
-    from moerge.tune.run import look
-    from moerge.tune.run import tune as run_tune
-    from moerge.tune.work import Work
+    from moerge.progress import Watch
+    from moerge.tuning.launch import rank
+    from moerge.tuning.run import look
+    from moerge.tuning.run import tune as run_tune
+    from moerge.tuning.work import Work
 
     if dry_run:
         found = look(settings, seed=seed)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from moerge.methods.passthrough import Passthrough
-from moerge.moe.router import Router, router
 from moerge.recipe.document import Document, Key, short
 from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed
 from moerge.recipe.mergekit.models import Reference, fresh_name, read_reference
 from moerge.recipe.schema import Recipe
+from moerge.routers.base import Router, router
 
 _KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture", "random_seed")
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")

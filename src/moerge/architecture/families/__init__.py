@@ -1,0 +1,1 @@
+"""Tables of the supported families, one file per line of models."""

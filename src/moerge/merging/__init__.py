@@ -1,0 +1,1 @@
+"""Merges from recipe to checkpoint: the pipeline, its manifest and model card."""

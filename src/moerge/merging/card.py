@@ -1,0 +1,171 @@
+"""The model card: a README.md that says how a checkpoint came about and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from moerge.architecture.sequence import HETEROGENEOUS
+from moerge.checkpoint.source_cards import SourceCard, all_of, licence_metadata, source_card
+from moerge.methods.method import MergeMethod
+from moerge.operations.operations import Merge
+from moerge.planning.plan import Plan
+from moerge.recipe.schema import MoE
+
+_USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```"""
+
+_BY_SEQUENCE_USE = """The architecture is moerge's own, for transformers 5.5 or newer, and its code lies beside the weights:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+
+Where moerge is installed, its own code can be used instead:
+
+```python
+import moerge.modeling
+from transformers import AutoModelForCausalLM
+
+moerge.modeling.register()
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```"""
+
+
+_ADAPTERS = " Experts are LoRA adapters on one copy of the base."
+_NO_LICENCE = "The sources' licences differ or are not known, so this card claims none: each source's own terms hold."
+
+
+def model_card(plan: Plan) -> str:
+    """Markdown with the Hub's metadata block in front."""
+    by_sequence = plan.recipe.moe is not None and plan.recipe.moe.by_sequence
+    cards = [source_card(model) for model in plan.models]
+    kind = "sequence-routed mixture of experts" if by_sequence else "mixture of experts" if plan.experts else "dense model"
+    parts = [
+        "---\n" + _yaml(_metadata(plan, cards)) + "---",
+        f"# A {kind} merged from {len(plan.recipe.experts)} experts",
+        f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, "
+        f"`{plan.config['dtype']}`, architecture `{_architecture(plan)}`.",
+        "## How",
+        "\n\n".join(_methods(plan)),
+        *(_moe(plan) if plan.experts else ()),
+        "## Sources",
+        _sources(plan, cards),
+        *([] if licence_metadata(cards) else [_NO_LICENCE]),
+        "## Recipe",
+        "```yaml\n" + _yaml(plan.recipe.written) + "```",
+        *(["## Tokens", "\n".join(f"- {note}" for note in tokens)] if (tokens := plan.vocabulary.get("notes")) else ()),
+        *(["## Warnings", "\n".join(f"- {warning}" for warning in plan.warnings)] if plan.warnings else ()),
+        "## Use",
+        _BY_SEQUENCE_USE if by_sequence else _USE,
+        "`moerge verify path/to/this/folder` checks every tensor against the manifest `moerge.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def _metadata(plan: Plan, cards: Sequence[SourceCard]) -> dict[str, Any]:
+    """The Hub's keys; what is not known is left out. Local sources have no name that others could look up."""
+    on_hub = list(dict.fromkeys(model.location.partition("@")[0] for model in plan.models if model.revision))
+    known = {
+        "base_model": on_hub,
+        "base_model_relation": "merge" if on_hub else "",
+        "library_name": "transformers",
+        **licence_metadata(cards),
+        "language": all_of(cards, lambda card: card.languages),
+        "datasets": all_of(cards, lambda card: card.datasets),
+        "tags": ["merge", "moerge", *(["moe"] if plan.experts else [])],
+    }
+    return {key: value for key, value in known.items() if value}
+
+
+def _architecture(plan: Plan) -> str:
+    return str((plan.config.get("architectures") or [plan.config.get("model_type")])[0])
+
+
+def _methods(plan: Plan) -> list[str]:
+    """Each method with its settings; those of another program's file may be others for every tensor."""
+    if plan.recipe.moe and plan.recipe.moe.embedding == "separate":
+        return ["Nothing is merged."]
+    if plan.recipe.settings is None:
+        return [_method(method) for method in dict.fromkeys(plan.recipe.methods)]
+    merges = [output.operation for output in plan.outputs if isinstance(output.operation, Merge)]
+    found: dict[str, dict[MergeMethod, None]] = {}
+    for merge in merges:
+        found.setdefault(merge.method.name, {})[merge.method] = None
+    one = "Tensors are copied from the models that the recipe names for them."
+    vary = " The settings of the first tensor; others have others, see the recipe."
+    return [_method(next(iter(used))) + (vary if len(used) > 1 else "") for used in found.values()] or [one]
+
+
+def _method(method: MergeMethod) -> str:
+    formula = " ".join((type(method).__doc__ or "").split("\n\n")[0].split())
+    parameters = ", ".join(f"{key} = {value}" for key, value in method.model_dump().items())
+    return f"**{method.name}**{f' ({parameters})' if parameters else ''}: {formula}"
+
+
+def _moe(plan: Plan) -> list[str]:
+    assert plan.recipe.moe is not None
+    moe = plan.recipe.moe
+    order = ", ".join(f"{index} {name}" for index, name in enumerate(plan.experts))
+    if plan.config["model_type"] == HETEROGENEOUS:
+        return [_whole_models(plan, moe, order), *_calibration(plan)]
+    if moe.by_sequence:
+        options = ", ".join(f"{key} {value}" for key, value in plan.config["routing"].items() if key != "kind")
+        return [
+            f"Kept separate for each expert: {', '.join(moe.separate)}; everything else is merged as above (MergeME, section "
+            f"3.1.3).{_ADAPTERS if moe.adapters == 'keep' else ''} Experts by index: {order}. Each sequence is routed as a "
+            f"whole, by its prompt: {moe.router.kind}"
+            f"{f' ({options})' if options else ''}{', untrained' if moe.router.needs_training else ''}, mixed by {moe.mix}.",
+            *_calibration(plan),
+        ]
+    router = "untrained: fine-tune it before use" if moe.router.needs_training else "computed, not trained"
+    return [
+        "Feed-forward layers are kept separate, everything else is merged as above (Branch-Train-Mix; MergeME, section 3.1.1). "
+        f"Experts by index: {order}. Each token goes to {moe.top_k} of {len(plan.experts)}. Router: {moe.router.kind}, {router}.",
+        *_calibration(plan),
+    ]
+
+
+def _whole_models(plan: Plan, moe: MoE, order: str) -> str:
+    """What became of experts that stay whole models."""
+    types = ", ".join(dict.fromkeys(config["model_type"] for config in plan.config["expert_configs"]))
+    routing = plan.config["routing"]
+    reads = "the whole sequence" if routing["on"] == "sequence" else f"the prompt, or the first {routing['prefix_tokens']} tokens"
+    shared = (
+        "each has its own embedding and head on the tokens of one tokenizer, and their probabilities are mixed"
+        if moe.embedding == "separate"
+        else f"projectors ({moe.projectors}) lead from a shared embedding into each and back to a shared head, which are merged "
+        "as above"
+    )
+    return (
+        f"The experts are whole models ({types}), copied: {shared} (MergeME, section 3.2). Experts by index: {order}. Each "
+        f"sequence is routed as a whole, by {reads}: {moe.router.kind}{', untrained' if moe.router.needs_training else ''}."
+    )
+
+
+def _calibration(plan: Plan) -> list[str]:
+    if not plan.calibration:
+        return []
+    described = ", ".join(f"{texts.expert} {len(texts.hashes)} from `{texts.location}`" for texts in plan.calibration)
+    return [f"Calibration texts: {described}. Do not evaluate on them; the manifest has their hashes."]
+
+
+def _sources(plan: Plan, cards: Sequence[SourceCard]) -> str:
+    rows = ["| name | model | revision | weight | licence |", "|---|---|---|---|---|"]
+    for model, card in zip(plan.models, cards, strict=True):
+        expert = plan.recipe.experts.get(model.name)
+        weight = "base" if expert is None else f"{expert.weight:g}" if plan.recipe.settings is None else "see the recipe"
+        rows.append(f"| {model.name} | `{model.location}` | {model.revision or 'local'} | {weight} | {card.shown} |")
+    return "\n".join(rows)

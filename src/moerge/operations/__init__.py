@@ -1,0 +1,1 @@
+"""The operations that a plan consists of, and fitters, which compute tensors from the rest of the merged model."""

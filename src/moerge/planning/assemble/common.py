@@ -1,0 +1,155 @@
+"""What the assemblers of all kinds of result share: from a recipe's models to operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from moerge.architecture import Expected, Family
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.methods.average import Average
+from moerge.methods.method import MergeMethod, cancel
+from moerge.methods.passthrough import Passthrough
+from moerge.methods.statistical import StatisticsMethod
+from moerge.operations.operations import Copy, Merge, Operation, Output
+from moerge.planning.match import MethodChooser
+from moerge.planning.precision import Precision
+from moerge.planning.statistics import Binder
+from moerge.planning.vocab.alignment import Alignment
+from moerge.recipe.rules import Place
+from moerge.recipe.schema import Recipe
+from moerge.tensors.dtypes import FLOATS, DType
+from moerge.tensors.source import Source
+from moerge.tensors.views.joined import joined
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The result's config.json and tensors; `experts` are its experts' names by index, none in a dense model.
+
+    `warnings` are what its user should know, `notes` what may be of interest.
+    """
+
+    config: Mapping[str, Any]
+    outputs: Sequence[Output]
+    experts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The models by name, `candidates` that they have in common, and what the result's tensors are made of.
+
+    `source` names the model whose config is used. Without a `binder` methods do not get the statistics that they need. The
+    models have the same vocabulary, and `owners` what is one model's; where that took an `alignment`, it knows their own rows.
+    """
+
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]
+    family: Family | None
+    dtype: DType
+    candidates: Sequence[Expected]
+    source: str
+    binder: Binder | None = None
+    alignment: Alignment | None = None
+    owners: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def chooser(self) -> MethodChooser:
+        """The recipe's rules."""
+        return MethodChooser(self.recipe)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Which tensors the models store wider than the rest."""
+        models = self.models if self.alignment is None else self.alignment.models
+        return Precision(tuple(models.values()), self.dtype)
+
+    def output(self, tensor: Expected, operation: Operation) -> Output:
+        """A tensor of the result. What is copied into another element type than its own is rounded to it."""
+        dtype = self._dtype(tensor, operation)
+        if isinstance(operation, Copy):
+            stored = operation.source.tensor.dtype
+            if not stored.is_float:
+                dtype = stored
+            elif stored is not dtype:
+                operation = Merge(Average(), (operation.source,), (1.0,))
+        return Output(tensor.name, tensor.role, dtype, tensor.shape, operation)
+
+    def _dtype(self, tensor: Expected, operation: Operation) -> DType:
+        """What an override says, else the recipe's, else the wider type that all models store it in, else that of the result."""
+        roles = dict.fromkeys((tensor.role, tensor.dense_role))
+        asked = next(filter(None, (self.chooser.dtype(Place(role, tensor.name)) for role in roles)), self.recipe.dtype)
+        return FLOATS[asked] if asked else self.precision.kept(operation) or self.dtype
+
+    def copied(self, model: str, name: str) -> Operation:
+        """A model's tensor."""
+        return Copy(self._source(model, name))
+
+    def joined(self, tensor: Expected, models: Sequence[str], names: Sequence[str]) -> Operation:
+        """The tensors of these names, of the first model, then of the next, one after the other as one tensor."""
+        return Copy(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
+
+    def merged(
+        self,
+        tensor: Expected,
+        members: tuple[str, ...],
+        *,
+        place: Place | None = None,
+        base: str = "base",
+    ) -> Operation:
+        """A merge over `members`; the base has no task vector, so methods that work on those leave it out.
+
+        `place` says where the tensor comes from, if not from the one of its own name in every model.
+        """
+        place = place or Place(tensor.role, tensor.name)
+        if tensor.name in self.owners:
+            return self._taken(tensor, place)
+        names = {model: place.inputs.get(model, tensor.name) for model in (*members, base, self.source)}
+        first = members[0] if place.inputs and self.source not in place.inputs else self.source
+        if not self._source(first, names[first]).tensor.dtype.is_float:
+            return self.copied(first, names[first])
+        choice = self.chooser.choose(place)
+        method = choice.method
+        if isinstance(method, Passthrough):
+            return self.copied(method.model, names.get(method.model, tensor.name))
+        base_source = None
+        if method.uses_task_vectors:
+            members, base_source = tuple(name for name in members if name != base), self._own(base, names[base])
+            if not members:
+                return self.copied(base, names[base])
+        self._check_count(method, members)
+        method = method.for_experts(members)
+        weights = tuple(choice.weights.get(name, 1.0) for name in members)
+        if method.divides_by_weights and cancel(weights):
+            raise InputError(f"{self.recipe.source}: tensor {tensor.name!r}: the weights sum to zero: they cannot be normalised")
+        merge = Merge(method, tuple(self._own(name, names[name]) for name in members), weights, base_source)
+        merge = self.binder.bind(merge) if self.binder and isinstance(method, StatisticsMethod) else merge
+        has_tokens = self.alignment is not None and tensor.name in self.alignment.names
+        return self.alignment.aligned(merge, tensor.name) if self.alignment and has_tokens else merge
+
+    def _own(self, model: str, name: str) -> Source:
+        """A model's tensor with the rows that it has itself."""
+        models = self.models if self.alignment is None else self.alignment.models
+        return Source(model, models[model].tensors[name])
+
+    def _source(self, model: str, name: str) -> Source:
+        return Source(model, self.models[model].tensors[name])
+
+    def _taken(self, tensor: Expected, place: Place) -> Operation:
+        """A tensor that is one model's: the one that an override passes through, where it has it."""
+        method = self.chooser.choose(place).method
+        named = method.model if isinstance(method, Passthrough) else ""
+        has_it = named in self.models and tensor.name in self.models[named].tensors
+        return self.copied(named if has_it else self.owners[tensor.name], tensor.name)
+
+    def _check_count(self, method: MergeMethod, members: Sequence[str]) -> None:
+        if method.exact_experts not in (None, len(members)):
+            models = f"{method.exact_experts} model{'s' if method.exact_experts != 1 else ''}"
+            raise InputError(
+                f"{self.recipe.source}: {method.name} merges exactly {models}, not {len(members)} ({', '.join(members)})"
+            )

@@ -1,0 +1,156 @@
+"""A dense model: every tensor merged, of all layers in turn or of slices of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moerge.architecture import Expected, Family
+from moerge.architecture.config import canonical, portable
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.planning.assemble.common import Assembled, Assembly
+from moerge.planning.checks import Candidates, expected_of
+from moerge.recipe.rules import Place
+from moerge.recipe.schema import Recipe, Slice
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Keys of config.json with an entry for each layer."""
+
+
+def assemble_dense(assembly: Assembly) -> Assembled:
+    """All tensors of the experts, merged; InputError for an override that means none of them."""
+    if assembly.recipe.slices:
+        return _stacked(assembly)
+    experts = tuple(assembly.recipe.experts)
+    last = max((_layer(tensor) or 0 for tensor in assembly.candidates), default=0)
+    outputs = []
+    for tensor in assembly.candidates:
+        layer = _layer(tensor)
+        inputs = dict.fromkeys(assembly.models, tensor.name)
+        place = Place(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, place=place)))
+    assembly.chooser.check_all_used()
+    config = assembly.models[assembly.source].config
+    return Assembled(portable(config, family=assembly.family, dtype=str(assembly.dtype.torch_name)), outputs)
+
+
+def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe) -> Candidates:
+    """What models that are taken apart into slices have beside their tables, and whose it is: the first slice's first model's.
+
+    Each is checked by itself: their numbers of layers may differ.
+
+    Raises InputError for a family that moerge does not know, a missing tensor, and layers that a model does not have.
+    """
+    if family is None:
+        kind = models[0].model_type
+        raise InputError(f"{recipe.source}: slices need a family that moerge knows, and it does not know {kind!r}")
+    warnings, beside = [], {}
+    for model in models:
+        expected = {tensor.name: tensor for tensor in expected_of(family, model.config, model.name)}
+        for name, tensor in expected.items():
+            stored = model.tensors.get(name)
+            if stored is None or stored.shape != tensor.shape:
+                found = "is missing" if stored is None else f"has shape {list(stored.shape)}, expected {list(tensor.shape)}"
+                raise InputError(f"{model.name}: tensor {name!r} {found} in {model.folder}: fetch or copy the checkpoint again")
+        extra = [name for name in model.tensors if name not in expected and not family.is_buffer(name)]
+        strange = [name for name in extra if not family.is_untabled(name)]
+        if strange:
+            warnings.append(
+                f"{model.name}: {len(strange)} tensors that {family.model_type} does not use are left out: {strange[0]}"
+            )
+        beside[model.name] = {name: model.tensors[name] for name in extra if family.is_untabled(name)}
+    by_name = {model.name: canonical(model.config, family)["num_hidden_layers"] for model in models}
+    for number, part in enumerate(recipe.slices):
+        for span in part.sources:
+            if span.stop > by_name[span.model]:
+                raise InputError(
+                    f"{recipe.source}: slice {number + 1} takes the layers {span.start} to {span.stop - 1} of {span.model}, "
+                    f"which has {by_name[span.model]} (counted from 0)"
+                )
+    first = tuple(span.model for span in recipe.slices[0].sources)
+    own = beside[first[0]]
+    alike = {name for name in own if all(name in beside[m] and beside[m][name].shape == own[name].shape for m in first)}
+    owners = {name: first[0] for name in own if name not in alike}
+    if owners:
+        text = f"{len(owners)} tensors beside the layers that not all models of the first slice share are {first[0]}'s: "
+        warnings.append(text + next(iter(owners)))
+    return Candidates([Expected("", name, tensor.shape) for name, tensor in own.items()], owners, warnings)
+
+
+def _stacked(assembly: Assembly) -> Assembled:
+    """The slices on top of one another; what comes before the layers is merged as the first slice, what follows as the last."""
+    family, slices = assembly.family, assembly.recipe.slices
+    assert family is not None
+    config = _stacked_config(assembly.models[assembly.source].config, family, slices)
+    names = {m: {t.role: t.name for t in expected_of(family, c.config, m)} for m, c in assembly.models.items()}
+    outputs = []
+    rows = [_Row(number, offset) for number, part in enumerate(slices) for offset in range(part.layers)]
+    places = [*_rows(expected_of(family, config, "the result"), rows), *((tensor, _Row(0)) for tensor in assembly.candidates)]
+    for tensor, row in places:
+        part = slices[row.slice_index]
+        inputs = {span.model: _input(names[span.model], tensor, span.start, row.offset) for span in part.sources}
+        place = Place(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
+        members = tuple(span.model for span in part.sources)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, place=place, base=part.base or "base")))
+    assembly.chooser.check_all_used()
+    return Assembled(portable(config, family=family, dtype=str(assembly.dtype.torch_name)), outputs)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer of the result: its slice and its place in there; no place for tensors outside of layers."""
+
+    slice_index: int
+    offset: int | None = None
+
+    def depth(self, layers: int) -> float:
+        return 0.0 if self.offset is None else _depth(self.offset, layers)
+
+
+def _rows(tensors: Sequence[Expected], rows: Sequence[_Row]) -> Iterator[tuple[Expected, _Row]]:
+    above = _Row(0)
+    for tensor in tensors:
+        layer = _layer(tensor)
+        if layer is None:
+            yield tensor, above
+        else:
+            above = _Row(rows[-1].slice_index)
+            yield tensor, rows[layer]
+
+
+def _stacked_config(config: Mapping[str, Any], family: Family, slices: Sequence[Slice]) -> dict[str, Any]:
+    """`config` with as many layers as the slices have, and its lists by layer rearranged like them."""
+    nested = config.get(family.nested)
+    language = dict(nested if isinstance(nested, Mapping) else config)
+    own_name = next((name for name, key in family.keys.items() if key == "num_hidden_layers" and name in language), None)
+    language[own_name or "num_hidden_layers"] = sum(part.layers for part in slices)
+    spans, known = [part.sources[0] for part in slices], canonical(config, family)
+    for listed in _LAYER_LISTS:
+        kinds = language.get(listed, known.get(listed))  # derived from other keys, they would not fit the new layers
+        if isinstance(kinds, list) and kinds and (listed in language or len(set(kinds)) > 1):
+            language[listed] = [kinds[min(i, len(kinds) - 1)] for span in spans for i in range(span.start, span.stop)]
+    return {**config, family.nested: language} if isinstance(nested, Mapping) else language
+
+
+def _input(names: Mapping[str, str], tensor: Expected, start: int, offset: int | None) -> str:
+    """What a model calls the tensor that a slice takes; of what has no role its own name."""
+    if offset is None:
+        return names.get(tensor.role, tensor.name)
+    return names[re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)]
+
+
+def _layer(tensor: Expected) -> int | None:
+    """The number of the layer that a tensor belongs to; guessed from its name in a family without roles."""
+    if tensor.role:
+        return int(tensor.role.split(".")[1]) if tensor.role.startswith("layers.") else None
+    found = _LAYER.search(tensor.name)
+    return int(found[1]) if found else None
+
+
+def _depth(layer: int, layers: int) -> float:
+    """mergekit's t: 0 for the first layer, 1 for the last, and 1 for an only one."""
+    return layer / (layers - 1) if layers > 1 else 1.0

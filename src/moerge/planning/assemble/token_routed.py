@@ -1,0 +1,57 @@
+"""A native token-routed MoE: feed-forward tensors copied, one module an expert, the rest merged (BTX; MergeME, section 3.1.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moerge.architecture import Expected, moe_format
+from moerge.architecture.config import canonical, portable
+from moerge.errors import InputError
+from moerge.operations.operations import Draw, Operation
+from moerge.planning.assemble.common import Assembled, Assembly
+from moerge.planning.checks import expected_of
+
+
+def assemble_token_routed(assembly: Assembly) -> Assembled:
+    """The MoE in the recipe's format; InputError where the format has no place for what the experts have."""
+    moe = assembly.recipe.moe
+    assert moe is not None
+    config = canonical(assembly.models[assembly.source].config, assembly.family)
+    chosen = moe_format(moe.format, config)
+    unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
+    if unknown:
+        raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}")
+    experts = assembly.recipe.expert_names
+    converted = chosen.convert(config, len(experts), moe.top_k)
+    dense = {tensor.role: tensor for tensor in assembly.candidates}
+    outputs = []
+    for tensor in expected_of(chosen.family, converted, chosen.name):
+        operation: Operation
+        if tensor.role.endswith(".router"):
+            operation = moe.router.operation(tensor)
+        elif _among(chosen.zeros, tensor):
+            operation = Draw(seed=0, bound=0.0)
+        elif _among(chosen.drawn, tensor):
+            operation = Draw.of_linear(tensor.shape[-1])
+        elif tensor.parts or tensor.expert is not None:
+            operation = _kept(assembly, tensor, dense, experts)
+        else:
+            operation = assembly.merged(dense[tensor.role], experts)
+        outputs.append(assembly.output(tensor, operation))
+    assembly.chooser.check_all_used()
+    made = portable(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
+    caution = chosen.caution(config)
+    return Assembled(made, outputs, experts, (caution,) if caution else ())
+
+
+def _kept(assembly: Assembly, tensor: Expected, dense: Mapping[str, Expected], experts: tuple[str, ...]) -> Operation:
+    """An expert's own tensor, or that of all experts joined where the format stores them as one."""
+    if tensor.parts:
+        return assembly.joined(tensor, experts, [dense[role].name for role in tensor.parts])
+    assert tensor.expert is not None
+    return assembly.copied(experts[tensor.expert], dense[tensor.dense_role].name)
+
+
+def _among(beginnings: Sequence[str], tensor: Expected) -> bool:
+    role = tensor.role.split(".", 2)[-1]
+    return any(role == beginning or role.startswith(f"{beginning}.") for beginning in beginnings)

@@ -1,0 +1,1 @@
+"""Vocabularies of the models: match tokens, check sizes, align rows."""

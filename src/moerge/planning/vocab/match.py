@@ -1,0 +1,273 @@
+"""Making one vocabulary of several: which tokens the result has, from which rows, and the files that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moerge.architecture import Family
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.planning.vocab.alignment import Alignment, match_rows, own_rows, with_rows
+from moerge.planning.vocab.checks import (
+    check_kinds,
+    check_roles,
+    listed,
+    no_tokenizers,
+    not_readable,
+    splitting_warnings,
+    template_notes,
+    undecided,
+)
+from moerge.planning.vocab.config import with_special_ids
+from moerge.planning.vocab.token_tensors import sizes_of, token_tensors
+from moerge.recipe.schema import UNION, Recipe
+from moerge.tokenizer import (
+    NewToken,
+    Vocabulary,
+    by_position,
+    companion_files,
+    has_tokenizer,
+    next_added_id,
+    read_vocabulary,
+    same_files,
+    with_new_tokens,
+)
+
+_NO_TOKENIZER = "no model has a tokenizer: the merged checkpoint will have none either"
+_FAR = 1_000_000
+"""A token whose id lies further beyond the embedding than this is damage."""
+
+
+@dataclass(frozen=True)
+class OneVocabulary:
+    """The models as if all had the result's tokens, and what comes of that.
+
+    `models` are those to merge; `source` is the model whose tokenizer, generation config and special tokens the result has.
+    Without an `alignment` all vocabularies were the same to begin with. `facts` are for the manifest.
+    """
+
+    models: tuple[Checkpoint, ...]
+    source: str
+    files: Mapping[str, bytes]
+    alignment: Alignment | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str) -> OneVocabulary:
+    """What the recipe's `tokenizer` asks for, from configs and tokenizer files alone.
+
+    Raises InputError where vocabularies differ and the recipe does not say whose counts, and where they cannot be matched.
+    """
+    having = [model for model in models if has_tokenizer(model.folder)]
+    source = _tokenizer_source(models, having, recipe, config_source)
+    files = companion_files(next(model.folder for model in models if model.name == source))
+    sizes = sizes_of(models, family)
+    if not having:
+        if _differ(sizes):
+            raise no_tokenizers(sizes)
+        return OneVocabulary(tuple(models), source, files, warnings=(_NO_TOKENIZER,))
+    without = [model.name for model in models if model not in having]
+    warnings = [f"{', '.join(without)}: no tokenizer, assumed to be that of {having[0].name}"] if without else []
+    check_roles(having, recipe.tokenizer)
+    if _differ(sizes):
+        token_tensors(models, family, sizes)  # so that they are the tensors' sizes, and not only the configs'
+    vocabularies = _read(models, having, sizes, source)
+    same = _same_tokens(vocabularies, sizes)
+    if same and not _differ(sizes):
+        settled = with_special_ids(models, family, source, config_source)
+        return OneVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
+    if not same:
+        check_kinds(vocabularies, source)
+        if recipe.tokenizer is None:
+            raise undecided(vocabularies, source)
+    return _Matching(models, family, recipe, config_source, source, vocabularies, sizes).outcome(files, warnings)
+
+
+def _tokenizer_source(models: Sequence[Checkpoint], having: Sequence[Checkpoint], recipe: Recipe, config_source: str) -> str:
+    """The model whose tokenizer the result has; for a union, that the others' tokens are added to."""
+    names = [model.name for model in having]
+    named = recipe.tokenizer
+    if named is not None and named != UNION:
+        if names and named not in names:
+            raise InputError(f"tokenizer: {named} has no tokenizer files: name another model ({', '.join(names)})")
+        return named
+    first = models[0].name if named == UNION else config_source
+    return first if first in names or not names else names[0]
+
+
+def _read(
+    models: Sequence[Checkpoint], having: Sequence[Checkpoint], sizes: Mapping[str, Any], source: str
+) -> dict[str, Vocabulary]:
+    """All vocabularies by model; those without have that of the first. What are the same files is read once, or by position."""
+    first = having[0]
+    found: dict[str, Vocabulary | None] = {}
+    if all(same_files(first.folder, model.folder) for model in having[1:]):
+        rows = min((size for size in sizes.values() if type(size) is int), default=0)
+        read = read_vocabulary(first.folder) if _differ(sizes) else by_position(0)
+        found[first.name] = read or by_position(rows)
+    else:
+        found = {model.name: read_vocabulary(model.folder) for model in having}
+    unknown = [name for name, vocabulary in found.items() if vocabulary is None]
+    if unknown:
+        raise not_readable(unknown, source)
+    known = {name: vocabulary for name, vocabulary in found.items() if vocabulary is not None}
+    return {model.name: known.get(model.name, known[first.name]) for model in models}
+
+
+def _same_tokens(vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, Any]) -> bool:
+    """Whether all rows are the same tokens'; tokens that an embedding has no row for, such as a late [PAD], do not count."""
+    names = iter(vocabularies)
+    first = next(names)
+    if all(vocabularies[name].ids == vocabularies[first].ids for name in names):
+        return True
+    if any(type(size) is not int for size in sizes.values()):
+        return False
+    tokens = [{text: row for text, row in v.ids.items() if row < sizes[name]} for name, v in vocabularies.items()]
+    return all(ids == tokens[0] for ids in tokens[1:])
+
+
+def _differ(sizes: Mapping[str, Any]) -> bool:
+    return any(size != next(iter(sizes.values())) for size in sizes.values())
+
+
+@dataclass(frozen=True)
+class _Matching:
+    """Models whose vocabularies differ, and whose tokens the result has."""
+
+    models: Sequence[Checkpoint]
+    family: Family | None
+    recipe: Recipe
+    config_source: str
+    source: str
+    vocabularies: Mapping[str, Vocabulary]
+    sizes: Mapping[str, int]
+
+    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> OneVocabulary:
+        """The models with the rows of the result."""
+        names = token_tensors(self.models, self.family, self.sizes)
+        self._check_ids()
+        ids, brought = self._tokens(files)
+        own = {name: own_rows(ids, vocabulary.ids, self.sizes[name]) for name, vocabulary in self.vocabularies.items()}
+        numbers_T = np.fromiter(ids.values(), np.int64, len(ids))
+        rows, plain = match_rows(self.source, own, numbers_T, self.sizes, self.vocabularies[self.source].next_id)
+        alignment = Alignment(self.source, {model.name: model for model in self.models}, rows, names, plain)
+        moved = {number: ids[text] for number, text in self.vocabularies[self.config_source].texts.items() if text in ids}
+        configured = with_special_ids(
+            self.models, self.family, self.source, self.config_source, moved=moved, vocab_size=alignment.size
+        )
+        left_out = {name: self._left_out(name, ids) for name in own}
+        shared = {name: int((rows_T >= 0).sum()) for name, rows_T in own.items()}
+        counts = {
+            name: {
+                "shared": shared[name],
+                "added": len(brought.get(name, ())),
+                "missing": len(ids) - shared[name],
+                "left_out": len(left_out[name]),
+            }
+            for name in own
+        }
+        lacking = {name: np.flatnonzero(rows_T < 0) for name, rows_T in own.items()}
+        notes = (*self._notes(alignment.size, list(ids), lacking, left_out, counts), *template_notes(self.models, self.source))
+        facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size, "models": counts}
+        return OneVocabulary(
+            tuple(with_rows(model, alignment, tuple(self.recipe.experts)) for model in configured),
+            self.source,
+            self._files(files, brought),
+            alignment,
+            {**facts, "notes": list(notes)},
+            notes,
+            (*warnings, *self._union_warnings(brought), *splitting_warnings(self.vocabularies, self.source)),
+        )
+
+    @property
+    def _union(self) -> bool:
+        return self.recipe.tokenizer == UNION
+
+    def _check_ids(self) -> None:
+        limit = max(self.sizes.values()) + _FAR
+        for name, vocabulary in self.vocabularies.items():
+            if vocabulary.next_id > limit:
+                raise InputError(
+                    f"{name}: the tokenizer gives a token the id {vocabulary.next_id - 1:,}, far beyond the embedding's "
+                    f"{self.sizes[name]:,} rows: it is damaged or another model's"
+                )
+
+    def _tokens(self, files: Mapping[str, bytes]) -> tuple[dict[str, int], dict[str, list[NewToken]]]:
+        """The result's tokens by text, and those that each model brings to a union."""
+        ids: dict[str, int] = dict(self.vocabularies[self.source].ids)
+        brought: dict[str, list[NewToken]] = {}
+        number = first = self.vocabularies[self.source].next_id
+        for name, vocabulary in self.vocabularies.items() if self._union else ():
+            missing = [text for text, row in vocabulary.ids.items() if text not in ids and row < self.sizes[name]]
+            tokens = (vocabulary.as_added(text) for text in sorted(missing, key=vocabulary.ids.__getitem__))
+            brought[name] = [token for token in tokens if token is not None and self._can_be_added(token)]
+            ids |= {token.text: number + index for index, token in enumerate(brought[name])}
+            number += len(brought[name])
+        if number > first:
+            self._check_extensible(files, first)
+        return ids, brought
+
+    def _can_be_added(self, token: NewToken) -> bool:
+        """Whether the tokenizers library gives it an id of its own: not if its text reads like another token's spelling."""
+        return token.entry["content"] == token.text or token.entry["content"] not in self.vocabularies[self.source].ids
+
+    def _check_extensible(self, files: Mapping[str, bytes], first: int) -> None:
+        if "tokenizer.json" not in files:
+            raise InputError(
+                f"tokenizer: union adds tokens to the tokenizer.json of {self.source}, which has none: write one with "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        if next_added_id(files["tokenizer.json"], self.vocabularies[self.source].added) != first:
+            raise InputError(
+                f"tokenizer: union: the ids of {self.source}'s tokens have gaps, so its tokenizer.json cannot take more: "
+                "name a model instead"
+            )
+
+    def _files(self, files: Mapping[str, bytes], brought: Mapping[str, Sequence[NewToken]]) -> Mapping[str, bytes]:
+        new = [token for tokens in brought.values() for token in tokens]
+        if not new:
+            return files
+        vocabulary = self.vocabularies[self.source]
+        return with_new_tokens(files, vocabulary.added, new, vocabulary.next_id)
+
+    def _left_out(self, name: str, ids: Mapping[str, int]) -> list[str]:
+        """A model's tokens that the result does not have."""
+        return [text for text, row in self.vocabularies[name].ids.items() if text not in ids and row < self.sizes[name]]
+
+    def _notes(
+        self,
+        size: int,
+        texts: Sequence[str],
+        lacking: Mapping[str, np.ndarray],
+        left_out: Mapping[str, Sequence[str]],
+        counts: Mapping[str, Mapping[str, int]],
+    ) -> list[str]:
+        if not any(count["missing"] or count["left_out"] for count in counts.values()) and self.recipe.tokenizer is None:
+            sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.sizes.items())
+            return [f"embeddings differ by rows that are no token's only ({sizes}): the result has {size:,}, as {self.source}"]
+        notes, result = [f"the result has {len(texts):,} tokens in {size:,} rows"], self.vocabularies[self.source]
+        for name, count in counts.items():
+            vocabulary = self.vocabularies[name]
+            missing = [result.shown(texts[index]) for index in lacking[name][:4]]
+            dropped = [vocabulary.shown(text) for text in left_out[name][:4]]
+            parts = [f"has {count['shared']:,} of them"]
+            parts += [f"brings {count['added']:,}"] if count["added"] else []
+            parts += [f"lacks {listed(missing, count['missing'])}"] if count["missing"] else []
+            parts += [f"loses {listed(dropped, count['left_out'])}"] if count["left_out"] else []
+            notes.append(f"tokens: {name} {', '.join(parts)}")
+        return notes
+
+    def _union_warnings(self, brought: Mapping[str, Sequence[NewToken]]) -> list[str]:
+        ordinary = {name: sum(token.text not in self.vocabularies[name].added for token in new) for name, new in brought.items()}
+        return [
+            f"{count:,} of the tokens that {name} brings are ordinary ones there: as added tokens they are cut out of any text "
+            f"before it is split, so the result splits text otherwise than {name} and {self.source} do"
+            for name, count in ordinary.items()
+            if count
+        ]

@@ -1,0 +1,1 @@
+"""Projectors between the hidden spaces of experts of different architectures."""

@@ -1,5 +1,0 @@
-"""One HTML page of what moerge's commands found: what was merged, how alike the experts are, routing, learning, measurements."""
-
-from moerge.report.flow import Report, report
-
-__all__ = ["Report", "report"]

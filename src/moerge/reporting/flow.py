@@ -1,0 +1,65 @@
+"""`moerge report` from a folder to a page; start reading at `report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moerge.errors import InputError
+from moerge.files import whole_file
+from moerge.reporting.card import Update, updates
+from moerge.reporting.collect import collect
+from moerge.reporting.data import Collected
+from moerge.reporting.find import plain
+
+FORMAT = 1
+NAME = "report.html"
+_MARK = b'<meta name="generator" content="moerge '
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a folder, under a title."""
+
+    folder: Path
+    title: str
+    found: Collected
+
+    def card_updates(self) -> tuple[Update, ...]:
+        """New model cards for the checkpoints that something was measured of, to `write`. Raises InputError if there are none."""
+        return updates(self.folder, self.found)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the page shows and embeds."""
+        return {"format": FORMAT, "moerge": version("moerge"), "title": self.title, **self.found.model_dump(mode="json")}
+
+    def to_html(self) -> str:
+        """The page. Raises InputError where jinja2 is not installed (the extra `report`)."""
+        if find_spec("jinja2") is None:
+            raise InputError("a report needs jinja2: pip install 'moerge[report]'")
+        from moerge.reporting.render import render
+        from moerge.reporting.sections.all import sections
+
+        return render(self.title, sections(self.found), self.to_json())
+
+    def write(self, path: Path) -> None:
+        """Write the page, whole or not at all. Raises InputError where another file is in the way, or nothing can be written."""
+        page = self.to_html().encode()
+        try:
+            if path.exists() and _MARK not in path.read_bytes()[:5000]:
+                raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
+            with whole_file(path) as beside:
+                beside.write_bytes(page)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def report(folder: str | Path, *, title: str | None = None) -> Report:
+    """What lies in `folder` and below: checkpoints with their manifests, and what `compare`, `route`, `learn`, `eval` and `demo`
+    wrote. Raises InputError if that is nothing.
+    """
+    found = collect(Path(folder))
+    return Report(Path(folder), plain(title) if title else found.folder, found)

@@ -1,0 +1,39 @@
+"""Prompts as what tells experts apart: a few texts of each that are typical, and some that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from moerge.errors import InputError, suggest
+from moerge.texts import Texts
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Prompts(BaseModel):
+    """Texts that should go to an expert, and texts that should not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    positive: tuple[Text, ...] = Field(min_length=1)
+    negative: tuple[Text, ...] = ()
+
+
+def prompt_texts(prompts: Mapping[str, Prompts], experts: Sequence[str], source: str) -> tuple[Texts, ...]:
+    """The prompts as calibration text, which the manifest has the hashes of; InputError unless every expert has some."""
+    for name in (*prompts, *experts):
+        if name not in experts:
+            raise InputError(f"{source}: moe.router.prompts: {name!r} is not an expert, {suggest(name, experts)}")
+        if name not in prompts:
+            raise InputError(f"{source}: moe.router.prompts: there are none for {name}: every expert needs some")
+    return tuple(Texts(name, "prompts", (*prompts[name].positive, *prompts[name].negative)) for name in experts)
+
+
+def direction(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over positive prompts minus the mean over negative ones, each an array of one shape, in float64."""
+    mean: np.ndarray = np.mean(np.stack(positive).astype(np.float64), axis=0)
+    return mean - np.mean(np.stack(negative).astype(np.float64), axis=0) if negative else mean

@@ -1,0 +1,1 @@
+"""Models in memory: loading checkpoints with transformers, forced routing, replicas."""

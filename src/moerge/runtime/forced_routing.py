@@ -1,0 +1,170 @@
+"""Running a merged MoE over calibration text with its routing forced, to see what its routers see.
+
+Shapes: L layers, E experts, T tokens, H hidden, V vocabulary. torch is imported only here, and only when a model runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moerge.errors import InputError
+from moerge.runtime.extras import require_models_extra
+from moerge.runtime.loading import Loaded, load_model, load_tokenizer, usable_device
+
+if TYPE_CHECKING:
+    import torch
+
+Route = int | None
+"""Which expert takes every token; None mixes all in equal parts."""
+
+
+class RunningMoE:
+    """A token-routed MoE in memory, whose gates are overruled, so that it does not matter what they hold."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experts: int,
+        layers: int | None = None,
+        device: str = "cpu",
+        dtype: str | None = None,
+        model: Any = None,
+    ) -> None:
+        """`model` is one that is loaded already, where it is; `layers` is how many it must have gates in."""
+        require_models_extra("a calibrated router")
+        self.experts = experts
+        self._folder = folder
+        self._tokenizer: Any = None
+        self._device = usable_device(device, "moe.router.device") if model is None else model.device
+        self._model = load_model(folder, dtype=dtype) if model is None else model
+        self._model.to(self._device).eval()
+        self._gates = find_gates(self._model, experts)
+        self._blocks = [module for module in self._model.modules() if _chooses(module, self._gates)]
+        if not self._gates:
+            raise InputError(f"{folder}: moerge finds no gates in a model of type {self._model.config.model_type}")
+        if len(self._gates) != (layers or len(self._gates)):
+            raise InputError(
+                f"a calibrated router needs a gate in each of {layers} layers, and transformers finds {len(self._gates)}"
+            )
+
+    def encode(self, text: str, tokens: int) -> torch.Tensor:
+        """The first `tokens` tokens of a text, [1, T], as the tokenizer starts a text."""
+        import torch
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._folder)
+        ids = self._tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+        Loaded(str(self._folder), self._model, self._tokenizer).check_ids(ids)
+        return torch.tensor([ids], dtype=torch.long, device=self._device)
+
+    def random_tokens(self, seed: int, tokens: int) -> torch.Tensor:
+        """Tokens drawn uniformly from the vocabulary, [1, T]: input that is no text at all."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self._model.config.vocab_size, (1, tokens), generator=generator).to(self._device)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the processor computes, and not a device beside it."""
+        return bool(self._device.type == "cpu")
+
+    def twin(self) -> RunningMoE:
+        """The same weights in modules of their own, so that it can run beside this one in another thread."""
+        shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
+        return copy.deepcopy(self, {id(part): part for part in shared})
+
+    def router_logits(self, ids_1T: torch.Tensor) -> list[torch.Tensor]:
+        """What each layer's router computes when nothing overrules it, L times [T, E] in float32."""
+        import torch
+
+        with torch.no_grad(), self._seen() as inputs_LTH:
+            self._model.base_model(input_ids=ids_1T, use_cache=False)
+            return [state_TH @ gate.weight.float().T for state_TH, gate in zip(inputs_LTH, self._gates, strict=True)]
+
+    def router_inputs(self, ids_1T: torch.Tensor, path: Route) -> list[torch.Tensor]:
+        """What each layer's router sees on this path, L times [T, H] in float32."""
+        import torch
+
+        with torch.no_grad(), self._forced(path), self._seen() as inputs_LTH:
+            self._model.base_model(input_ids=ids_1T, use_cache=False)
+        return inputs_LTH
+
+    def losses(self, ids_1T: torch.Tensor, path: Route) -> torch.Tensor:
+        """-log P of each token but the first given those before it, [T - 1], in nats."""
+        import torch
+
+        with torch.no_grad(), self._forced(path):
+            logits_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        return torch.nn.functional.cross_entropy(logits_TV[:-1], ids_1T[0, 1:], reduction="none")
+
+    @contextmanager
+    def _seen(self) -> Iterator[list[torch.Tensor]]:
+        inputs_LTH: list[torch.Tensor] = []
+
+        def look(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            state = arguments[0].detach()
+            inputs_LTH.append(state.reshape(-1, state.shape[-1]).float())
+
+        handles = [gate.register_forward_pre_hook(look) for gate in self._gates]
+        try:
+            yield inputs_LTH
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _forced(self, path: Route) -> Iterator[None]:
+        handles = [gate.register_forward_hook(partial(_overrule, path=path, experts=self.experts)) for gate in self._gates]
+        chosen = {block: block.top_k for block in self._blocks}
+        try:
+            for block in self._blocks:
+                block.top_k = self.experts  # transformers 4 chooses here
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block, top_k in chosen.items():
+                block.top_k = top_k
+
+
+_GATES = (".gate", ".router", ".router.layer")
+"""How the module that holds a gate's matrix is called: Mixtral and most others, GraniteMoe in transformers 5, and in 4."""
+
+
+def find_gates(model: Any, experts: int) -> list[Any]:
+    """The modules of a model, layer by layer, whose `weight` is a gate [E, H] and whose input is what the router sees."""
+    named = [module for name, module in model.named_modules() if name.endswith(_GATES)]
+    return [module for module in named if hasattr(module, "weight") and len(module.weight) == experts]
+
+
+def _chooses(module: Any, gates: list[Any]) -> bool:
+    """Whether a module takes the top K of what a gate within it says, as it is in transformers 4."""
+    held = (getattr(module, "gate", None), getattr(module, "layer", None))
+    return hasattr(module, "top_k") and any(gate is one for gate in gates for one in held)
+
+
+def _overrule(module: Any, arguments: Any, output: Any, *, path: Route, experts: int) -> Any:
+    """The router's output as it would be if it chose `path` for each token."""
+    import torch
+
+    if isinstance(output, torch.Tensor):  # transformers 4: logits, whose softmax the block takes
+        if path is None:
+            return torch.zeros_like(output)
+        forced = torch.full_like(output, -torch.inf)
+        forced[..., path] = 0
+        return forced
+    logits_TE, weights_TK, chosen_TK = output
+    if path is None:
+        every_E = torch.arange(experts, dtype=chosen_TK.dtype, device=chosen_TK.device)
+        chosen = every_E.repeat(len(chosen_TK), 1)
+    else:
+        chosen = torch.full_like(chosen_TK[:, :1], path)
+    weights = torch.full(chosen.shape, 1 / chosen.shape[1], dtype=weights_TK.dtype, device=weights_TK.device)
+    return logits_TE, weights, chosen

@@ -1,0 +1,1 @@
+"""Tensors that are computed from other tensors when they are read."""

@@ -1,0 +1,53 @@
+"""Sums as methods see them: divided by how much text they are of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moerge.files import SourceFile
+from moerge.tensors.dtypes import DType
+from moerge.tensors.tensor import Elements, Sized, Tensor
+
+
+@dataclass(frozen=True)
+class Scaled(Sized):
+    """A Tensor: another one, of float32, times `scale`, and at least `least`."""
+
+    inner: Tensor
+    name: str
+    scale: float
+    least: float | None = None
+
+    @property
+    def dtype(self) -> DType:
+        """float32."""
+        return self.inner.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the other tensor."""
+        return self.inner.shape
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Those of the other tensor."""
+        return self.inner.files
+
+    def open(self) -> _ScaledElements:
+        """Access to the products."""
+        return _ScaledElements(self.inner.open(), np.float32(self.scale), self.least)
+
+
+@dataclass(frozen=True)
+class _ScaledElements:
+    inner: Elements
+    scale: np.float32
+    least: float | None
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        np.multiply(self.inner.read(start, out_N), self.scale, out=out_N)
+        if self.least is not None:
+            np.maximum(out_N, np.float32(self.least), out=out_N)
+        return out_N

@@ -1,0 +1,34 @@
+"""Tokenizer files: what tokens a model has, and which files a merged checkpoint gets."""
+
+from moerge.checkpoint.locate import VOCABULARY_FILES
+from moerge.tokenizer.files import NewToken, companion_files, has_chat_template, next_added_id, with_new_tokens
+from moerge.tokenizer.pieces import Pieces, map_vocabulary
+from moerge.tokenizer.spelling import Spelling
+from moerge.tokenizer.vocabulary import (
+    Vocabulary,
+    by_position,
+    has_tokenizer,
+    read_vocabulary,
+    same_files,
+    special_tokens,
+    token_ids,
+)
+
+__all__ = [
+    "VOCABULARY_FILES",
+    "NewToken",
+    "Pieces",
+    "Spelling",
+    "Vocabulary",
+    "by_position",
+    "companion_files",
+    "has_chat_template",
+    "has_tokenizer",
+    "map_vocabulary",
+    "next_added_id",
+    "read_vocabulary",
+    "same_files",
+    "special_tokens",
+    "token_ids",
+    "with_new_tokens",
+]

@@ -1,0 +1,210 @@
+"""What a tuning will do, before it does it: the data's shares and how long it lasts, what is trained, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.texts.documents import read_documents
+from moerge.tuning.adapters import Targets, add_adapters, targets_of, with_adapters
+from moerge.tuning.mixture import Mixture
+from moerge.tuning.models import expert_names
+from moerge.tuning.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
+from moerge.tuning.settings import PARTS, Request, Tuning
+from moerge.tuning.teachers import Lessons, check_teachers, check_vocabularies, lesson_bytes, plan_lessons, positions
+from moerge.tuning.tokens import Tokens, documents_of, tokenise
+from moerge.tuning.work import Work
+
+_STATE_BYTES = 12
+"""Of a trained parameter in a training checkpoint: the weight and AdamW's two moments, float32 each."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Everything that is known before a model runs.
+
+    `trained_on` says how many documents of each held-out text are trained on, by source.
+    """
+
+    settings: Tuning
+    mixture: Mixture
+    tokens: tuple[Tokens, ...]
+    parameters: Mapping[str, int]
+    trained: int
+    heldout: Mapping[str, Tokens]
+    lessons: Lessons | None
+    lesson_bytes: int
+    processes: int
+    schedule: Schedule
+    targets: Targets | None
+    trained_on: Mapping[str, Mapping[str, int]]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A training checkpoint: float32 weights, and moments of what is trained; where adapters are trained, only what is."""
+        if self.targets:
+            return _STATE_BYTES * self.trained
+        return 4 * self.parameters["all"] + (_STATE_BYTES - 4) * self.trained
+
+    @property
+    def disk_bytes(self) -> int:
+        """What lies on the disk at most: three training checkpoints while one is written, or two and the result."""
+        alone = self.settings.adapters is not None and self.settings.adapters.save == "adapter"
+        whole = 0 if alone else 4 * self.parameters["all"]
+        gathered = whole if self.settings.sharding != "none" else 0
+        return max(3 * self.checkpoint_bytes, 2 * self.checkpoint_bytes + whole + gathered)
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """By source: its share of tokens, expected and as drawn, and how much of it there is.
+
+        `read` is how often the run reads it, None where it has more text than the run needs.
+        """
+        found = {}
+        for name, share, count, tokens in zip(
+            self.mixture.names, self.mixture.shares, self.mixture.counts, self.tokens, strict=True
+        ):
+            found[name] = {
+                "expected_share": share,
+                "drawn_share": count / self.mixture.sequences,
+                "sequences": count,
+                "tokens": count * self.settings.length,
+                "documents": tokens.documents,
+                "available_tokens": tokens.tokens if tokens.exhausted else None,
+                "read": count / tokens.sequences if tokens.exhausted else None,
+                "digest": tokens.digest,
+            }
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures for `--json` and tune.json."""
+        settings = self.settings
+        return {
+            "steps": settings.total_steps,
+            "tokens": settings.sequences * settings.length,
+            "batch": settings.batch,
+            "length": settings.length,
+            "processes": self.processes,
+            "parameters": dict(self.parameters),
+            "trained_parameters": self.trained,
+            "sources": self.sources(),
+            "heldout": {
+                name: {"tokens": t.sequences * t.length, "digest": t.digest, "trained_on": dict(self.trained_on[name])}
+                for name, t in self.heldout.items()
+            },
+            "target_bytes": self.lesson_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "disk_bytes": self.disk_bytes,
+            "warnings": list(self.warnings),
+        }
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its user should know."""
+        found = []
+        for name, facts in self.sources().items():
+            if facts["sequences"] == 0:
+                found.append(f"data.{name} is never drawn in {self.mixture.sequences} sequences: its weight is too small")
+            elif facts["read"] is not None and facts["read"] > 4:
+                found.append(f"data.{name} is read {facts['read']:.1f} times: add text, or lower its weight")
+        for name, tokens in self.heldout.items():
+            for source, count in self.trained_on[name].items():
+                found.append(
+                    f"heldout.{name}: {count} of its {tokens.documents} documents are trained on, in data.{source}, so figures "
+                    "on them are no evidence: name other text"
+                )
+        return tuple(found)
+
+
+def make_outlook(
+    request: Request,
+    work: Work,
+    models: Mapping[str, Checkpoint],
+    tokenizer: Any,
+    model: Any,
+    processes: int,
+    note: Callable[[str], None],
+) -> Outlook:
+    """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values.
+
+    `models` are where `locate_models` found them. The model gets the adapters that the settings ask for.
+    """
+    settings, parts = request.settings, parts_of(model, expert_names(models[""]))
+    check_losses(request, model, parts)
+    _check_length(request, model.config)
+    schedule = make_schedule(request, parts)
+    check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
+    layers = hidden_layers(request, model)
+    if settings.distils:
+        check_teachers(request, models, model.config, tokenizer.get_vocab(), hidden=bool(layers))
+    weights = {name: source.weight for name, source in settings.data.items()}
+    mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
+    tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
+    lessons = plan_lessons(request, work, mixture, tokens, layers) if settings.distils else None
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    targets = targets_of(request, model, parts, schedule) if settings.adapters else None
+    if settings.adapters and targets:
+        add_adapters(model, settings.adapters, targets, settings.seed)
+        schedule = with_adapters(schedule, model)
+    heldout = {name: _heldout(request, work.tokens / "heldout", name, tokenizer) for name in settings.heldout}
+    outlook = Outlook(
+        settings,
+        mixture,
+        tokens,
+        {part: sum(sizes[name] for name in parts[part]) for part in PARTS},
+        schedule.trained({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}),
+        heldout,
+        lessons,
+        lesson_bytes(request, lessons, model.config) if lessons else 0,
+        processes,
+        schedule,
+        targets,
+        {name: _shared(found, mixture.names, tokens) for name, found in heldout.items()},
+    )
+    for warning in outlook.warnings:
+        note(warning)
+    return outlook
+
+
+def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) -> dict[str, int]:
+    """How many of a text's documents each source has too. Parts of one, or one cut in another way, are not found."""
+    counts = (int(np.isin(heldout.hashes_N, tokens.hashes_N).sum()) for tokens in sources)
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
+
+
+def _check_length(request: Request, config: Any) -> None:
+    most, length = positions(config), request.settings.length
+    if most is not None and most < length:
+        raise request.error(("length",), f" is {length}, but the model has positions for {most}: lower it")
+
+
+def _rows_needed(tokenizer: Any) -> int:
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _needs(mixture: Mixture) -> Sequence[tuple[str, int]]:
+    """Sources and how many sequences of each are needed; one of a source that is never drawn shows that it can be read."""
+    return [(name, max(1, count)) for name, count in zip(mixture.names, mixture.counts, strict=True)]
+
+
+def _tokenise(request: Request, folder: Path, name: str, sequences: int, tokenizer: Any) -> Tokens:
+    settings, file = request.settings, folder / f"{name}.bin"
+    try:
+        documents = documents_of(settings.data[name], request.folder)
+        return tokenise(documents, tokenizer, length=settings.length, sequences=sequences, file=file)
+    except InputError as error:
+        raise request.error(("data", name), f": {error}") from None
+
+
+def _heldout(request: Request, folder: Path, name: str, tokenizer: Any) -> Tokens:
+    settings, file = request.settings, folder / f"{name}.bin"
+    try:
+        documents = read_documents(settings.heldout[name], relative_to=request.folder)
+        return tokenise(documents, tokenizer, length=settings.length, sequences=settings.heldout_sequences, file=file)
+    except InputError as error:
+        raise request.error(("heldout", name), f": {error}") from None

@@ -1,0 +1,346 @@
+"""`moerge tune` from the settings to the checkpoint: read `tune` first."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moerge.checkpoint.manifest import read_manifest, to_json
+from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import machine_errors
+from moerge.errors import InputError
+from moerge.files import check_unchanged, target_of
+from moerge.progress import Watch
+from moerge.tuning.launch import check_device, check_launch, explain, on_main, rank
+from moerge.tuning.models import is_sharded, load_sharded, locate_models, skeleton_of
+from moerge.tuning.settings import Request, load_tuning
+from moerge.tuning.work import Work
+
+if TYPE_CHECKING:
+    from moerge.tuning.outlook import Outlook
+    from moerge.tuning.result import TuneResult
+
+_TRANSFORMERS = (5, 5)
+"""Since then routers are modules, and experts a tensor."""
+
+_KEPT = 2
+"""Training checkpoints kept: while one is written, the one before stays."""
+
+
+def require_tune_extra() -> None:
+    """InputError where what tuning runs on is not installed."""
+    try:
+        import accelerate  # noqa: F401
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'") from None
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _TRANSFORMERS:
+        wanted = ".".join(map(str, _TRANSFORMERS))
+        raise InputError(f"tuning needs transformers {wanted} or newer, and this is {transformers.__version__}: upgrade it")
+
+
+def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
+    """What a tuning will do: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
+    require_tune_extra()
+    from moerge.tuning.outlook import make_outlook
+
+    request = load_tuning(tuning, seed=seed)
+    models = locate_models(request, weights=False)
+    with tempfile.TemporaryDirectory(prefix="moerge-tune-") as folder:
+        work = Work(Path(folder) / "out")
+        skeleton, tokenizer = skeleton_of(models[""].folder)
+        processes = request.settings.processes or 1
+        return make_outlook(request, work, models, tokenizer, skeleton, processes, lambda text: None)
+
+
+def tune(
+    tuning: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    seed: int | None = None,
+    watch: Watch | None = None,
+) -> TuneResult | None:
+    """Tune as TUNE.yaml says and write the checkpoint folder `out`; None on all processes but the first.
+
+    `resume` continues an interrupted tuning into `out` from its last complete training checkpoint, with the losses that it
+    would have had; `force` replaces a checkpoint that moerge made there. `watch` hears tokens done and facts.
+    Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
+    """
+    require_tune_extra()
+    request = load_tuning(tuning, seed=seed)
+    processes = check_launch(request)
+    work = Work(target_of(out))
+    with closing(work):
+        job = _Job(request, work, watch or Watch(), check_device(request), processes)
+        arguments = job.arguments()
+        try:
+            on_main(lambda: job.prepare(resume=resume, force=force))
+            job.train(arguments)
+            job.gather()
+            on_main(lambda: job.finish(force=force))
+        except InputError:
+            if rank() == 0:
+                work.discard()
+            raise
+        except Exception as error:
+            found = explain(error)
+            if found is None:
+                raise
+            raise found from None
+        return job.result
+
+
+@dataclass
+class _Job:
+    request: Request
+    work: Work
+    watch: Watch
+    device: str
+    processes: int
+    result: TuneResult | None = None
+    begun: bool = False
+    adapted: Any = None
+
+    def prepare(self, *, resume: bool, force: bool) -> None:
+        """On the first process: the folder, the tokens, the teachers' targets. The others find all of it there."""
+        from moerge.tuning.result import weights_digest
+        from moerge.tuning.teachers import check_space
+
+        models = self.models
+        self.inputs = {
+            name or "model": {
+                "location": m.location,
+                "revision": m.revision,
+                "tensors_read": len(m.tensors),
+                "digest": weights_digest(m),
+            }
+            for name, m in models.items()
+        }
+        facts = {"settings": self.request.settings.model_dump(mode="json"), "models": self.inputs}
+        self.recipe = (read_manifest(models[""].folder) or {}).get("recipe")
+        self.work.open(facts, {name or "the model": m.folder for name, m in models.items()}, resume=resume, force=force)
+        with machine_errors(self.work.root):
+            outlook, _, _ = self.outlook
+            if self.work.fresh:
+                what, remedy = "training checkpoints and the result", "write OUT to another disk"
+                check_space(outlook.disk_bytes, self.work.root, what, remedy)
+            if outlook.lessons:
+                self._teach(outlook, {name: m.folder for name, m in models.items() if name})
+
+    def _teach(self, outlook: Outlook, teachers: Mapping[str, Path]) -> None:
+        from moerge.tuning.teachers import check_space, run_teachers
+
+        settings, lessons, (_, _, config) = self.request.settings, outlook.lessons, self.outlook
+        assert lessons is not None
+        amount = lessons.sequences * settings.length
+        size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
+        self.watch.note(f"the teachers' targets for {amount:,} tokens take {size}")
+        if self.work.fresh:
+            remedy = "lower losses.distillation.top, or write to another disk"
+            check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
+        self._begin(amount)
+        tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
+        run_teachers(self.request, lessons, teachers, tokens, config, self.device, self.watch.advance)
+
+    def _begin(self, lessons: int = 0) -> None:
+        """Say how many tokens are to come, once."""
+        settings = self.request.settings
+        if not self.begun:
+            left = settings.total_steps - _step(self.work.latest())
+            self.watch.begin(lessons + left * settings.batch * settings.length)
+            self.begun = True
+
+    @cached_property
+    def models(self) -> dict[str, Checkpoint]:
+        """The model, under "", and each source's teacher."""
+        return locate_models(self.request)
+
+    @cached_property
+    def outlook(self) -> tuple[Outlook, Any, Any]:
+        """The outlook, the tokenizer and the model's config; tokens that are there are not made again."""
+        from moerge.tuning.outlook import make_outlook
+
+        skeleton, tokenizer = skeleton_of(self.models[""].folder)
+        warn = self.watch.warn if rank() == 0 else lambda text: None
+        outlook = make_outlook(self.request, self.work, self.models, tokenizer, skeleton, self.processes, warn)
+        return outlook, tokenizer, skeleton.config
+
+    def arguments(self) -> Any:
+        """Trainer's arguments. Making them starts the communication between processes."""
+        from transformers import TrainingArguments
+
+        settings = self.request.settings
+        found = TrainingArguments(
+            output_dir=str(self.work.checkpoints),
+            per_device_train_batch_size=settings.batch // (settings.accumulation * self.processes),
+            gradient_accumulation_steps=settings.accumulation,
+            max_steps=settings.total_steps,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip,
+            lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+            warmup_steps=settings.warmup,
+            optim="adamw_torch",
+            bf16=settings.dtype == "bfloat16",
+            use_cpu=self.device == "cpu",
+            seed=settings.seed,
+            save_strategy="steps",
+            save_steps=settings.save_every,
+            save_total_limit=_KEPT,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            log_level="error",
+            log_level_replica="error",
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            ddp_timeout=7 * 24 * 3600,  # the others wait while the first process runs the teachers
+        )
+        if self.processes == 1 and found.n_gpu > 1:
+            found._n_gpu = 1  # else Trainer splits batches over all GPUs in threads
+            self.watch.warn("several GPUs are here and one is used: torchrun --nproc_per_node N starts a process for each")
+        return found
+
+    def train(self, arguments: Any) -> None:
+        """Train what is left of the steps."""
+        from transformers import PrinterCallback
+
+        from moerge.quiet import without_progress_bars
+        from moerge.tuning.metrics import Metrics
+        from moerge.tuning.trainer import Sequences, TuneTrainer
+
+        settings, checkpoint = self.request.settings, self.work.latest()
+        forecast, _, _ = self.outlook
+        schedule, model = forecast.schedule, self._model(checkpoint)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in schedule.ever)
+        if settings.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        done = _step(checkpoint)
+        self.metrics = Metrics(self.work.metrics, settings.dying, self.watch.warn)
+        if rank() == 0:
+            self.metrics.begin(done)
+        self._begin()
+        lessons = forecast.lessons
+        trainer = TuneTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Sequences(forecast.mixture, forecast.tokens, lessons),
+            settings=settings,
+            schedule=schedule,
+            only_trained=forecast.targets is not None,
+            names=forecast.mixture.names,
+            metrics=self.metrics,
+            layers=lessons.files.layers if lessons else (),
+            heldout=forecast.heldout,
+            advance=self.watch.advance,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if rank() == 0 and (board := _tensorboard(self.work.board)):
+            trainer.add_callback(board)
+        self.trainer, begun = trainer, time.perf_counter()
+        with without_progress_bars(), machine_errors(self.work.root):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.seconds, self.resumed = time.perf_counter() - begun, done
+
+    def _model(self, checkpoint: Path | None) -> Any:
+        """The model as it is after a training checkpoint, or as it was to begin with."""
+        from moerge.runtime.loading import load
+
+        settings, targets, source = self.request.settings, self.outlook[0].targets, self.models[""]
+        begin = source.folder if targets else checkpoint or source.folder
+        if settings.sharding != "none":
+            model = load_sharded(begin, self.processes)
+        else:
+            model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        return self._with_adapters(model, checkpoint) if targets else model
+
+    def _with_adapters(self, model: Any, trained: Path | None) -> Any:
+        """The model with adapters on it, as new or as they are in a folder."""
+        from moerge.tuning.adapters import add_adapters, load_trained, share_out
+
+        settings, targets = self.request.settings, self.outlook[0].targets
+        assert settings.adapters is not None and targets is not None
+        self.adapted = add_adapters(model, settings.adapters, targets, settings.seed)
+        if is_sharded(model):
+            share_out(model)
+        if trained:
+            load_trained(model, trained)
+        return model
+
+    def gather(self) -> None:
+        """Of a sharded model, put the parts together on the disk."""
+        if self.request.settings.sharding == "none":
+            return
+        from moerge.quiet import without_progress_bars
+        from moerge.tuning.adapters import save_trained
+
+        with without_progress_bars(), machine_errors(self.work.root):
+            model: Any = self.trainer.model
+            if self.adapted:
+                save_trained(model, self.outlook[0].schedule, self.work.gathered, write=rank() == 0)
+            else:
+                model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
+            self.trainer.accelerator.wait_for_everyone()
+
+    def _gathered(self, source: Checkpoint) -> Any:
+        """Of a sharded model, the whole that `gather` put together, on this process alone."""
+        from moerge.runtime.loading import load
+
+        begin = source.folder if self.adapted else self.work.gathered
+        model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
+        return self._with_adapters(model, self.work.gathered) if self.adapted else model
+
+    def finish(self, *, force: bool) -> None:
+        """On the first process: write the result and publish it."""
+        from moerge.tuning.manifest import tuned_manifest
+        from moerge.tuning.result import TuneResult, facts_of, files_of, write_adapter, write_result
+
+        source, settings = self.models[""], self.request.settings
+        with machine_errors(self.work.root):
+            model = self.trainer.model if settings.sharding == "none" else self._gathered(source)
+            if settings.adapters and settings.adapters.save == "merged":
+                model = self.adapted.merge_and_unload()
+            if settings.adapters and settings.adapters.save == "adapter":
+                write_adapter(self.adapted, self.work, settings.model)
+            else:
+                write_result(model, self.work, source, settings.save_dtype)
+        trained = {"recipe": self.recipe, "resumed_after_step": self.resumed, "seconds": self.seconds, "last": self.metrics.last}
+        facts = facts_of(self.outlook[0], self.inputs, trained)
+        with machine_errors(self.work.root):
+            for name, content in files_of(facts, self.work).items():
+                (self.work.result / name).write_bytes(content)
+            check_unchanged(file for m in self.models.values() for file in m.files)
+            made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
+        self.work.complete({MANIFEST: to_json(made)}, replace=force)
+        self.result = TuneResult(self.work.target, facts)
+
+
+def _step(checkpoint: Path | None) -> int:
+    """The step that a training checkpoint was made after."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def _tensorboard(folder: Path) -> Any:
+    """Trainer's reporter to TensorBoard, where that is installed."""
+    from importlib.util import find_spec
+
+    if not find_spec("tensorboard"):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import integrations as untyped
+
+    integrations: Any = untyped
+    return integrations.TensorBoardCallback(SummaryWriter(log_dir=str(folder)))

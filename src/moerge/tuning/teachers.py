@@ -1,0 +1,173 @@
+"""What the teachers make of the text: each runs once over the sequences of its sources, and its largest logits are kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from moerge.architecture.sequence import BY_SEQUENCE
+from moerge.checkpoint.reader import Checkpoint
+from moerge.distillation import TargetFiles, target_bytes
+from moerge.errors import InputError, MachineError
+from moerge.runtime.loading import load
+from moerge.tuning.mixture import Mixture
+from moerge.tuning.models import skeleton_of
+from moerge.tuning.settings import Request
+from moerge.tuning.tokens import Tokens
+from moerge.tuning.work import Work
+
+_IMPOSSIBLE = -1e6
+"""The logit, at temperature 1, of a token that a teacher has no row for: its probability is exactly 0, and it is no infinity,
+whose product with 0 is none."""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """The targets of a run: which sequences of which source need some, and where they lie."""
+
+    files: TargetFiles
+    needed: Mapping[str, tuple[int, ...]]
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences the teachers run over."""
+        return sum(map(len, self.needed.values()))
+
+    def of(self, source: str, number: int) -> dict[str, torch.Tensor]:
+        """A sequence's targets as a batch has them: logits [T, M], ids [T, M], hidden.LAYER [T, H]."""
+        found = self.files.load(f"{source}/{number}")
+        ids = {} if found.ids is None else {"target_ids": found.ids}
+        hidden = {f"hidden.{layer}": state for layer, state in zip(self.files.layers, found.hidden, strict=True)}
+        return {"target_logits": found.logits, **ids, **hidden}
+
+
+def plan_lessons(request: Request, work: Work, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]) -> Lessons:
+    """Which sequences need targets: those that are drawn, each once however often it is drawn."""
+    files = TargetFiles(work.targets, layers, request.settings.losses.distillation.top)
+    used = (mixture.used(source, found.sequences) for source, found in enumerate(tokens))
+    return Lessons(files, dict(zip(mixture.names, used, strict=True)))
+
+
+def lesson_bytes(request: Request, lessons: Lessons, config: Any) -> int:
+    """What the targets take on the disk."""
+    settings, text = request.settings, config.get_text_config()
+    itemsize = 4 if settings.dtype == "float32" else 2
+    width, layers = int(text.hidden_size), len(lessons.files.layers)
+    tokens = lessons.sequences * settings.length
+    return target_bytes(tokens, int(text.vocab_size), width, layers, settings.losses.distillation.top, itemsize)
+
+
+def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
+    """MachineError where the disk is too full."""
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if nbytes > free:
+        raise MachineError(
+            f"no space for {what} in {folder}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free; {remedy}"
+        )
+
+
+@torch.no_grad()
+def run_teachers(
+    request: Request,
+    lessons: Lessons,
+    teachers: Mapping[str, Path],
+    tokens: Mapping[str, Tokens],
+    student: Any,
+    device: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Run every teacher over its sources; what an interrupted run has left is not made again. `advance` is told tokens.
+
+    `teachers` are folders by source, which `check_teachers` found fit; `student` is the trained model's config.
+    """
+    settings, vocabulary = request.settings, int(student.get_text_config().vocab_size)
+    rows, impossible = settings.batch // settings.accumulation, _IMPOSSIBLE * max(1, settings.losses.distillation.temperature)
+    for folder in dict.fromkeys(teachers.values()):
+        names = [name for name in lessons.needed if teachers[name] == folder]
+        left = {name: [n for n in lessons.needed[name] if not lessons.files.file(f"{name}/{n}").exists()] for name in names}
+        advance(settings.length * sum(len(lessons.needed[name]) - len(left[name]) for name in names))
+        if not any(left.values()):
+            continue
+        teacher = load(folder, dtype=settings.dtype, device=device)
+        for name in names:
+            (lessons.files.folder / name).mkdir(exist_ok=True)
+            for start in range(0, len(left[name]), rows):
+                numbers = left[name][start : start + rows]
+                logits_BTV, states = _run(teacher.model, tokens[name], numbers, lessons.files.layers)
+                for row, number in enumerate(numbers):
+                    logits_TV = in_rows(logits_BTV[row], vocabulary, impossible)
+                    lessons.files.save(f"{name}/{number}", logits_TV, [state_BTH[row] for state_BTH in states])
+                advance(settings.length * len(numbers))
+
+
+def _run(
+    model: Any, tokens: Tokens, numbers: Sequence[int], layers: Sequence[int]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Logits [B, T, V] and hidden states [B, T, H] after these layers."""
+    ids_BT = torch.from_numpy(np.stack([tokens.sequence(number) for number in numbers])).to(model.device)
+    output = model(input_ids=ids_BT, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+    return output.logits, tuple(output.hidden_states[layer] for layer in layers)
+
+
+def in_rows(logits_TV: torch.Tensor, rows: int, impossible: float) -> torch.Tensor:
+    """Logits [T, rows], as the student has: no token has the rows that it lacks; what the teacher lacks is impossible."""
+    missing = rows - logits_TV.shape[1]
+    return F.pad(logits_TV, (0, missing), value=impossible) if missing > 0 else logits_TV[:, :rows]
+
+
+def check_teachers(
+    request: Request, models: Mapping[str, Checkpoint], student: Any, vocabulary: Mapping[str, int], *, hidden: bool
+) -> None:
+    """InputError that names the line of a teacher that cannot teach the model with this config. No weights are read.
+
+    Its vocabulary must be `vocabulary`, and where hidden states are compared its width and depth the model's.
+    """
+    known: dict[Path, tuple[Any, Any]] = {}
+    for source, checkpoint in models.items():
+        if not source:
+            continue
+        path, folder = ("data", source, "teacher"), checkpoint.folder
+        try:
+            teacher, tokenizer = known.get(folder) or skeleton_of(folder)
+        except InputError as error:
+            raise request.error(path, f": {error}") from None
+        known[folder] = teacher, tokenizer
+        if problem := _unfit(teacher.config, student, request.settings.length, tokenizer.get_vocab(), vocabulary, hidden=hidden):
+            raise request.error(path, f": {checkpoint.location} {problem}")
+
+
+def _unfit(
+    teacher: Any, student: Any, length: int, own: Mapping[str, int], vocabulary: Mapping[str, int], *, hidden: bool
+) -> str | None:
+    """Why a teacher with this config and vocabulary cannot teach, if it cannot."""
+    mine, theirs = student.get_text_config(), teacher.get_text_config()
+    if own != vocabulary:
+        return "has another vocabulary than the model, so its logits mean other tokens"
+    if (rows := int(theirs.vocab_size)) <= max(vocabulary.values()):
+        return f"has {rows} rows, but its tokenizer gives id {max(vocabulary.values())}: add rows to it, or name another teacher"
+    if (most := positions(teacher)) is not None and most < length:
+        return f"has positions for {most} tokens, but length is {length}: lower length, or name another teacher"
+    if hidden and teacher.model_type in BY_SEQUENCE:
+        return "routes sequences to experts with hidden states each: compare logits only (distillation.hidden: 0)"
+    if hidden and (mine.hidden_size, mine.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
+        return "has another width or depth: compare logits only (distillation.hidden: 0)"
+    return None
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a model has positions for, None where its config sets no limit."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def check_vocabularies(source: str, size: int, vocabulary: int) -> None:
+    """InputError where a token's id has no row in the model."""
+    if size > vocabulary:
+        raise InputError(f"data.{source}: the tokenizer gives id {size - 1}, but the model has {vocabulary} rows")

@@ -1,0 +1,93 @@
+"""The floors of the package: imports point down, and no two files or packages import each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import moerge
+
+ROOT = Path(moerge.__file__).parent
+
+FLOORS = """
+cli
+reporting demonstration hub doctor
+learning tuning evaluation extraction inspection comparison inference gather
+merging
+clients
+execution
+planning
+recipe
+routers projectors
+operations
+methods
+statistics
+runtime
+figures texts
+tokenizer
+checkpoint
+architecture
+modeling
+tensors
+distillation
+progress files registry quiet
+errors system
+"""
+"""From top to bottom. Packages of one floor do not import each other."""
+
+FLOOR = {name: number for number, line in enumerate(reversed(FLOORS.split("\n"))) for name in line.split()}
+
+
+def imported() -> Iterator[tuple[str, str]]:
+    """(file, imported file) of all imports, late and type-checking ones included, as dotted names below moerge."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")
+    }
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                package = ".".join(
+                    ["moerge", *name.split(".")][: None if path.name == "__init__.py" else -1][: 1 - node.level or None]
+                )
+                module = ".".join(filter(None, (package if node.level else "", node.module)))
+                targets = [f"{module}.{alias.name}" for alias in node.names]
+            for target in targets:
+                if target.startswith("moerge."):
+                    inside = target.removeprefix("moerge.")
+                    while inside and inside not in files:
+                        inside = inside.rpartition(".")[0]
+                    if inside and inside != name:
+                        yield name, inside
+
+
+IMPORTS = sorted(set(imported()))
+
+
+def test_every_package_has_a_floor() -> None:
+    names = {name.split(".")[0] for pair in IMPORTS for name in pair} - {"__init__", "__main__", "plugins"}
+    assert names <= FLOOR.keys()
+
+
+def test_imports_point_down() -> None:
+    public = {"__init__", "__main__", "plugins"}
+    up = [
+        f"{importer} imports {target}"
+        for importer, target in IMPORTS
+        if importer not in public and (a := importer.split(".")[0]) != (b := target.split(".")[0]) and FLOOR[b] >= FLOOR[a]
+    ]
+    assert up == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for importer, target in IMPORTS:
+        graph.setdefault(importer, set()).add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
