@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 from contextlib import suppress
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +29,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY}
 _FAR = 1 << 40
 """A place behind every byte: Windows keeps others from reading what is locked."""
+_warned: set[str] = set()
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
 
@@ -97,8 +97,10 @@ def lock(file: IO[Any], *, shared: bool = False) -> bool:
         elif msvcrt is not None:
             place = file.tell()
             file.seek(_FAR)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            file.seek(place)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            finally:
+                file.seek(place)
         else:
             _warn_of("locks", Path(str(file.name)).parent)
     except OSError as error:
@@ -108,8 +110,10 @@ def lock(file: IO[Any], *, shared: bool = False) -> bool:
     return True
 
 
-@cache
 def _warn_of(what: str, folder: Path) -> None:
+    if what in _warned:
+        return
+    _warned.add(what)
     danger = {
         "locks": "another moerge that writes the same folder at the same time goes unnoticed",
         "durable names": "a loss of power in the next seconds may undo the last renaming",
