@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import moerge
 from moerge import doctor
 from moerge.cli.app import app
+from moerge.evaluation import sandbox
 
 
 def run(*options: str) -> tuple[int, str]:
@@ -30,6 +31,7 @@ def test_versions_are_those_of_the_installed_packages() -> None:
     assert "torch" not in core
     assert {"models", "figures", "report", "tune", "eval"} <= set(facts["extras"])
     assert not {"dev", "docs"} & set(facts["extras"])
+    assert facts["sandbox"] == sandbox.wall()
     assert {"peft", "torch"} <= {package["name"] for package in facts["extras"]["tune"]["packages"]}
 
 
@@ -79,3 +81,8 @@ def test_torch_is_asked_only_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatc
     assert doctor._gpus() == ((), "the system shows no GPU")
     monkeypatch.setattr(doctor, "_GPU_DEVICES", ("null",))
     assert doctor._gpus() == ((), "torch is not installed, so none can be used")
+
+
+def test_a_system_without_limits_has_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert json.loads(run("--json")[1])["sandbox"] == "none"

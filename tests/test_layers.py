@@ -14,13 +14,13 @@ ROOT = Path(moerge.__file__).parent
 FLOORS = """
 cli
 reporting demonstration hub doctor
-learning tuning evaluation extraction inspection comparison inference gather
+learning tuning evaluation extraction inspection comparison inference gather refresh
 merging
 clients
-execution
 planning
 recipe
 routers projectors
+execution
 operations
 methods
 statistics

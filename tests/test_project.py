@@ -53,3 +53,12 @@ def test_ci_runs_the_readme_test_command() -> None:
 def test_the_citation_has_the_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], citation["repository-code"]) == (moerge.__version__, PROJECT["urls"]["Source"])
+
+
+def test_every_package_is_on_the_map_of_the_code() -> None:
+    text = (ROOT / "docs" / "where-code-lives.md").read_text()
+    packages = {path.parent.name for path in (ROOT / "src" / "moerge").glob("*/__init__.py")}
+    assert sorted(name for name in packages if f"`{name}/`" not in text) == []
+    files = re.findall(r"`([a-z_]+/[a-z_/]*\.py)`", text)
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / "src" / "moerge" / name).exists() and not (ROOT / name).exists()] == []

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Diagnosis:
     gpu_note: str
     caches: Mapping[str, Folder | None]
     sandbox: str
+    sandbox_note: str
 
     @property
     def healthy(self) -> bool:
@@ -103,7 +105,8 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at this installation. It imports torch only where the machine shows a GPU."""
-    gpus, note = _gpus()
+    gpus, gpu_note = _gpus()
+    sandbox, sandbox_note = _sandbox()
     names = [name for name in metadata("moerge").get_all("Provides-Extra") or () if name not in _CONTRIBUTORS]
     return Diagnosis(
         moerge=version("moerge"),
@@ -113,9 +116,10 @@ def diagnose() -> Diagnosis:
         extras=tuple(Extra(name, tuple(_dependencies(name))) for name in names),
         threads=default_threads(),
         gpus=gpus,
-        gpu_note=note,
+        gpu_note=gpu_note,
         caches={name: _folder(path) if path else None for name, path in (("hub", _hub_cache()), ("kernels", _kernel_cache()))},
-        sandbox=_sandbox(),
+        sandbox=sandbox,
+        sandbox_note=sandbox_note,
     )
 
 
@@ -170,5 +174,10 @@ def _folder(path: Path) -> Folder:
     return Folder(str(path), path.is_dir(), os.access(nearest, os.W_OK), shutil.disk_usage(nearest).free)
 
 
-def _sandbox() -> str:
-    return "process limits and an audit hook"
+def _sandbox() -> tuple[str, str]:
+    """The kind of wall around generated code, and a sentence about it."""
+    if find_spec("resource") is None:
+        return "none", "this system cannot limit generated code: evaluate code on Linux"
+    from moerge.evaluation import sandbox
+
+    return sandbox.wall(), sandbox.describe_wall()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moerge.errors import InputError, MachineError, SourceChangedError
 
@@ -82,6 +82,25 @@ def check_unchanged(files: Iterable[SourceFile]) -> None:
         file.check_here()
 
 
+LONGEST_LABEL = 80
+"""Characters of a name in a recipe that files are called after: at most three bytes each, as long as nobody is out to do harm."""
+
+
+def as_path(value: Any, what: str) -> Path:
+    """A path that was given to a function. InputError for what is no path; `~` is the home folder."""
+    if not isinstance(value, str | os.PathLike) or "\0" in (text := os.fspath(value)):
+        raise InputError(f"{what} should be a path, not {str(value)!r}")
+    return Path(text)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; there is none of a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def check_target_name(target: Path) -> None:
     """InputError where no folder of this name can be made: beyond a file, for a link to nothing, too long."""
     try:
@@ -120,7 +139,7 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
 
 def target_of(out: str | Path) -> Path:
     """The absolute path of a folder to be written. A link to an empty folder stands for that folder, on its own disk."""
-    target = Path(os.path.abspath(out))
+    target = Path(os.path.abspath(as_path(out, "the output")))
     empty = os.path.islink(target) and target.is_dir() and not any(target.iterdir())
     return target.resolve() if empty else target
 

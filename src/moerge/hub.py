@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moerge.checkpoint.companions import is_inside
 from moerge.checkpoint.locate import without_progress_bars
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import ADAPTER_CONFIG, INDEX, Checkpoint, open_folder
@@ -99,7 +100,7 @@ def own_files(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _check_inside(folder: Path, name: str) -> None:
     path = folder / name
-    if name != Path(name).name or "\\" in name or not path.is_file():
+    if not is_inside(name) or not path.is_file():
         raise InputError(f"{folder} has no file {name!r} although its manifest lists it: merge again")
     if path.is_symlink() and folder.resolve() not in path.resolve().parents:
         raise InputError(f"{path} is a link to {path.resolve()}, outside of the checkpoint: put the file itself there")

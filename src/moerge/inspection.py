@@ -19,13 +19,16 @@ from moerge.architecture.needed import Compared, compare_with_transformers
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.architecture.stored import stored_family
 from moerge.checkpoint.adapter_config import describe_adapter
+from moerge.checkpoint.header import read_metadata
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
 from moerge.planning.checks import expected_of, respelled
+from moerge.planning.heads import settle_head
 from moerge.progress import Progress
+from moerge.runtime.loading import check_runnable
 from moerge.tensors.codec import all_finite
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.tensors.tensor import Tensor
@@ -72,6 +75,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems = _structure(checkpoint, family, manifest)
     compared = Compared()
     if not problems and checkpoint.model_type not in BY_SEQUENCE and not is_adapter(checkpoint):
+        check_runnable(checkpoint.folder)
         compared = compare_with_transformers(checkpoint.folder, checkpoint.config)
         problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
@@ -81,8 +85,8 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems += [found[name] for name in checkpoint.tensors if name in found]
     if manifest:
         problems += damaged_files(checkpoint.folder, manifest)
-    tensors, nbytes = len(checkpoint.tensors), checkpoint.nbytes
-    return Verification(checkpoint, tuple(problems), tensors, nbytes, manifest is not None, compared.notes)
+    tensors, nbytes, notes = len(checkpoint.tensors), checkpoint.nbytes, (*checkpoint.warnings, *compared.notes)
+    return Verification(checkpoint, tuple(problems), tensors, nbytes, manifest is not None, notes)
 
 
 def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
@@ -91,16 +95,20 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
     if fused:
         return [f"tensor {fused!r} holds all experts of a layer, as transformers has them in memory: save it with transformers 5"]
     problems = []
-    for tensor in _expected(checkpoint, family):
-        if tensor.name not in stored:
+    read = settle_head(checkpoint, family)
+    for tensor in _expected(read, family):
+        found = read.tensors.get(tensor.name)
+        if found is None:
             problems.append(f"tensor {tensor.name!r} is missing")
-        elif stored[tensor.name].shape != tensor.shape:
-            problems.append(f"tensor {tensor.name!r} has shape {list(stored[tensor.name].shape)}, expected {list(tensor.shape)}")
+        elif found.shape != tensor.shape:
+            problems.append(f"tensor {tensor.name!r} has shape {list(found.shape)}, expected {list(tensor.shape)}")
     if family and family.untabled and family.nested and not any(map(family.is_untabled, stored)):
         problems.append(f"no tensor of what a {family.model_type} has beside its language model is there")
     if manifest:
         problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
         problems += [f"tensor {name!r} is not in the manifest" for name in stored if name not in manifest["tensors"]]
+        files = dict.fromkeys(file.path for tensor in stored.values() for file in tensor.files)
+        problems += [f"{file.name} lost its metadata" for file in files if read_metadata(file) != {"format": "pt"}]
     return list(dict.fromkeys(problems))
 
 

@@ -14,7 +14,7 @@ from hub_server import COMMIT, Hub, serving
 from command import Result, start
 from moerge.checkpoint.header import read_header
 from moerge.merging.pipeline import merge
-from tiny import make_models, write_recipe
+from tiny import edit_config, make_models, write_recipe
 
 ON_HUB = {"base": "org/base", "experts": {"math": "org/math@main", "code": "org/code"}}
 
@@ -96,6 +96,23 @@ def test_plan_merge_and_plan_again(world: World, tmp_path: Path) -> None:
     assert (again.code, again.err, again.json["to_download"]) == (0, "", [])
     assert world.hub.requests == []
     assert {**again.json, "to_download": planned.json["to_download"]} == planned.json
+
+
+def test_code_and_numbered_folders_are_fetched(world: World, tmp_path: Path) -> None:
+    """Other formats' weights, in folders of other names, are not."""
+    base = world.models["base"]
+    edit_config(base, auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    (base / "modeling_mine.py").write_text("class Mine: ...\n")
+    (base / "preprocessor_config.json").write_text("{}")
+    (base / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    for folder, file in (("1_Pooling", "config.json"), ("additional_chat_templates", "rag.jinja"), ("openvino", "config.json")):
+        (base / folder).mkdir()
+        (base / folder / file).write_text("{}")
+    merged = world.moerge("merge", write_recipe(tmp_path, **ON_HUB), tmp_path / "out", "--quiet")
+    assert merged.code == 0, merged.err
+    for name in ("modeling_mine.py", "preprocessor_config.json", "1_Pooling/config.json", "additional_chat_templates/rag.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
+    assert not any("onnx" in path or "openvino" in path for path in world.hub.sent)
 
 
 def test_an_existing_target_is_seen_before_anything_is_downloaded(world: World, tmp_path: Path) -> None:

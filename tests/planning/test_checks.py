@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from command import moerge, refuses
+from moerge import plan
 from tiny import (
     edit_config,
     llama_config,
@@ -244,3 +245,11 @@ def test_a_moe_has_no_place_for_extra_tensors(tmp_path: Path) -> None:
     for folder in make_models(tmp_path).values():
         write_checkpoint(folder, {**llama_tensors(llama_config()), "extra": np.zeros(3, np.float32)})
     refuses(write_recipe(tmp_path, moe={}), tmp_path / "out", "cannot build a mixtral model: it has no place for tensor 'extra'")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    for folder in models.values():
+        write_tokenizer(folder, ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, 64)), "late"])
+    (warning,) = (text for text in plan(write_recipe(tmp_path)).warnings if "rows" in text)
+    assert all(part in warning for part in ("base", "64 rows", "'late'")), warning

@@ -76,6 +76,7 @@ def test_a_tied_model_stored_under_its_heads_name(tmp_path: Path) -> None:
     found, config, _ = _merge(tmp_path, merge={"method": "passthrough", "model": "a"})
     np.testing.assert_array_equal(found[_EMBEDDING], tiny.read_values(tmp_path / "a")[_HEAD])
     assert _HEAD not in found and config["tie_word_embeddings"] is True
+    assert all(moerge.verify(tmp_path / name).problems == () for name in ("base", "a"))
 
 
 def test_a_mixture_of_experts_with_heads_of_their_own(tmp_path: Path) -> None:

@@ -302,14 +302,6 @@ def test_naming_a_model_settles_roles(tmp_path: Path) -> None:
     assert moerge("plan", write_recipe(tmp_path, experts=("a", "b"), tokenizer="base")).code == 0
 
 
-def test_a_chat_template_that_is_lost_is_noted(tmp_path: Path) -> None:
-    recipe = differing(tmp_path, tokenizer="union")
-    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
-    assert "the result has no chat template, since base has none; those of a are left out" in api.plan(recipe).notes
-    api.merge(write_recipe(tmp_path, experts=("a", "b"), tokenizer="a"), tmp_path / "out", threads=1)
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
-
-
 def test_ordinary_tokens_that_become_added_ones_are_warned_about(tmp_path: Path) -> None:
     write_model(tmp_path / "base", ["w3"])
     write_model(tmp_path / "a", ["w3", "w4", "w5"], added=["<|x|>"])

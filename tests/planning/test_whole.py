@@ -21,8 +21,8 @@ from moerge.execution.executor import Execution
 from moerge.execution.regions import Budget
 from moerge.methods import Block, MergeMethod, TaskVectorMethod, merge_method
 from moerge.methods.method import Unit
+from moerge.operations.estimate import region_bytes
 from moerge.operations.operations import Merge, Output
-from moerge.planning.estimate import region_bytes
 from moerge.tensors.digest import CHUNK, TensorDigest, chunk_digest, tensor_digest
 from moerge.tensors.dtypes import F32
 from moerge.tensors.source import Source

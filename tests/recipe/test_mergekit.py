@@ -368,7 +368,7 @@ def test_warnings_say_where_results_differ(here: Path) -> None:
     assert warnings("breadcrumbs", 0.5)[0].startswith("differs from mergekit: breadcrumbs keeps ceil(density * n) entries")
     assert warnings("ties", 1, parameters={"t": 0.5}) == ["'t' has no effect on ties here, as in mergekit"]
     assert warnings("ties", 1, chat_template="auto") == [
-        "'chat_template' is not applied: the chat template is that of the tokenizer's model; write your own into the result"
+        "'chat_template' is not applied: the plan says whose the result has; write your own into the result"
     ]
 
 

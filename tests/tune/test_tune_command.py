@@ -44,7 +44,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> 
 
 
 def _umask() -> int:
-    from moerge.files import umask
+    from moerge.system import umask
 
     return umask()
 

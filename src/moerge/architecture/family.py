@@ -28,9 +28,11 @@ class TensorRule:
     parts: tuple[str, ...] = ()
 
     def applies(self, config: Mapping[str, Any], layer: int | None = None) -> bool:
-        """Whether a model with this canonical config has the tensor (in this layer)."""
+        """Whether a model with this canonical config has the tensor (in this layer). ValueError for a list that is too short."""
         value = config.get(self.when.removeprefix("!"))
         if isinstance(value, list) and layer is not None:
+            if layer >= len(value):
+                raise ValueError(f"{self.when.removeprefix('!')} should have a value for each layer, not {len(value)}")
             value = value[layer]
         return not self.when or bool(value) != self.when.startswith("!")
 

@@ -13,6 +13,9 @@ _CARRIED_OVER = (
     *("head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "partial_rotary_factor"),
     *("max_position_embeddings", "tie_word_embeddings", "initializer_range", "attention_dropout"),
 )
+GROUPED_BYTES = 16
+"""What torch's grouped matrix product, which transformers 5 runs experts by, wants rows to be multiples of."""
+
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

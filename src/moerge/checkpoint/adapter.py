@@ -63,6 +63,26 @@ class AdaptedCheckpoint(Checkpoint):
         """Where its files lie."""
         return (self.adapter.folder, *self.base.folders)
 
+    @property
+    def _is_own(self) -> bool:
+        """Whether the base is this expert's alone, instead of the recipe's."""
+        return self.base.name == self.name
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What its tensors depend on; a base of the recipe counts for itself."""
+        return (*super().identity, *(self.base.identity if self._is_own else ()))
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The adapter, and a base of its own."""
+        return (*(self.base.origins if self._is_own else ()), self)
+
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The adapter's Hub commit, and that of a base of its own."""
+        return {**self.base.commits, f"{self.name}+adapter": self.revision} if self._is_own else super().commits
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data in the adapter."""

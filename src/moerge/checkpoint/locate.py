@@ -27,7 +27,21 @@ from moerge.files import SourceFile
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 """Files that hold a vocabulary."""
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "README.md")
+SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "*.tiktoken",
+    "*.spm",
+    "vocab.bpe",
+    "bpe.codes",
+    "tokenizer*",
+    "README.md",
+)
+_SUBFOLDERS = ("[!0-9a]*/*", "a[!d]*/*", "*/*/*")
+"""All but the numbered ones of sentence-transformers and additional_chat_templates: other formats' weights lie in those."""
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -81,8 +95,8 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[s
 
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else list(SMALL_FILES)
     with nullcontext() if weights else without_progress_bars():
-        # other formats' weights lie in subfolders
-        snapshot = Path(str(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])))
+        fetched = hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=list(_SUBFOLDERS))
+        snapshot = Path(str(fetched))
         if weights or _has_weights(snapshot):
             return snapshot, None
         if (snapshot / ADAPTER_CONFIG).exists() and not _has_model(repo, snapshot.name):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moerge.checkpoint.companions import is_inside
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
@@ -15,6 +16,7 @@ from moerge.tensors.digest import combined_digest, file_digest
 
 FORMAT = 1
 """Version of the manifest's format."""
+_SEAL = "manifest_digest"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -34,17 +36,34 @@ def weights_digest(manifest: Mapping[str, Any]) -> str:
     return combined_digest(manifest["tensors"])
 
 
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest's file, with a digest of all that it says."""
+    said = {key: value for key, value in manifest.items() if key != _SEAL}
+    return to_json({**said, _SEAL: _seal(said)})
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in manifest.items() if key != _SEAL}
+    return file_digest(json.dumps(said, sort_keys=True, default=str).encode())
+
+
 def to_json(value: Mapping[str, Any]) -> bytes:
     """Readable JSON for a file."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # halves of characters, which JSON can only escape
+        return (json.dumps(value, indent=2, default=str) + "\n").encode()
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Problems with the files beside the tensors, a sentence each."""
     problems = []
+    if manifest.get(_SEAL, _seal(manifest)) != _seal(manifest):
+        problems.append(f"{MANIFEST} was changed after the merge")
     for name, digest in manifest.get("files", {}).items():
-        path = folder / Path(name).name
-        if not path.is_file():
+        path = folder / name
+        if not is_inside(name) or not path.is_file():
             problems.append(f"{name} is missing")
         elif file_digest(read_file(path)) != digest:
             problems.append(f"{name} was changed after the merge")

@@ -83,6 +83,21 @@ class Checkpoint:
         """Name, size and time of each of them that is on this machine."""
         return tuple(file.stamp for file in self.files if file.state)
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What its tensors depend on, as far as that is known without reading them."""
+        return (self.name, self.location, self.revision, self.stamps)
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The models in files that it is made of."""
+        return (self,)
+
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The Hub commit that it stems from, by its name."""
+        return {self.name: self.revision}
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
@@ -101,8 +116,20 @@ def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoi
     if (folder / ADAPTER_CONFIG).is_file() and not _has_model(folder, name):
         tensors = _read_adapter(folder, name)
         return Checkpoint(name, location or str(folder), folder, read_json(folder / ADAPTER_CONFIG), tensors)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     return Checkpoint(name, location or str(folder), folder, config, _read_tensors(folder, name))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json; InputError where it garbles what everything else relies on."""
+    path = folder / "config.json"
+    config = read_json(path)
+    named, kind = config.get("architectures"), config.get("model_type")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise InputError(f"{path}: architectures should be a list of names, not {named!r}: correct it")
+    if kind is not None and not isinstance(kind, str):
+        raise InputError(f"{path}: model_type should be a name, not {kind!r}: correct it")
+    return config
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import INDEX, WEIGHTS
-from moerge.checkpoint.workspace import Workspace, machine_errors
+from moerge.checkpoint.workspace import Workspace, machine_errors, write_files
 from moerge.errors import InputError, SourceChangedError
 from moerge.system import RandomAccess
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
@@ -125,10 +125,10 @@ class Staging(Workspace):
         self._journal.seek(0)
         entries: list[dict[str, Any]] = []
         for line in self._journal:
-            entry = _parsed(line, {"fingerprint"} if not entries else {"tensor", "digest", "inputs", "nonfinite"})
-            if entry is None:
-                break  # the line that was being written when the run was killed
-            entries.append(entry)
+            try:
+                entries.append(_entry(line, first=not entries))
+            except ValueError:
+                break  # the line that was being written when the run was killed, or a damaged one
         if not entries:
             return
         if entries[0]["fingerprint"] != self._fingerprint:
@@ -182,15 +182,14 @@ class Staging(Workspace):
     def add(self, files: Mapping[str, bytes]) -> None:
         """Write other files now, so that the folder can be loaded before it is published; `publish` writes its own."""
         with machine_errors(self.root):
-            for name, content in self._with_index(files).items():
-                (self.folder / name).write_bytes(content)
+            write_files(self.folder, self._with_index(files))
 
     def complete(self, files: Mapping[str, bytes], *, replace: bool) -> None:
         """Add the other files, make everything durable, and give the folder the target's name."""
         with machine_errors(self.root):
             files = self._with_index(files)
-            for path in self.folder.iterdir():
-                if path.name not in files and path.name not in self._shards:
+            for path in self.folder.rglob("*"):
+                if path.is_file() and path.relative_to(self.folder).as_posix() not in {*files, *self._shards}:
                     path.unlink()
             self._close_shards()  # Windows renames no folder with open files
             self.publish(self.folder, files, replace=replace)
@@ -217,12 +216,10 @@ class Staging(Workspace):
             file.close()
 
 
-def _parsed(line: bytes, keys: set[str]) -> dict[str, Any] | None:
-    """A line of the journal; None if it is not one."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    kinds = {"inputs": dict, "nonfinite": list}
-    whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kinds.get(key, str)) for key in keys)
-    return entry if whole else None
+def _entry(line: bytes, *, first: bool) -> dict[str, Any]:
+    """A line of the journal; ValueError where it is none."""
+    entry = json.loads(line)
+    kinds = {"fingerprint": str} if first else {"tensor": str, "digest": str, "inputs": dict, "nonfinite": list}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError("no line of a journal")
+    return entry

@@ -54,8 +54,7 @@ class Workspace:
 
     def publish(self, folder: Path, files: Mapping[str, bytes], *, replace: bool) -> None:
         """Add files to a folder in here, make all of it durable, give it the target's name, and remove the rest."""
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        write_files(folder, files)
         make_all_durable(folder)
         take_name(folder, self.target, aside=self.root / REPLACED, replace=replace)
         system.make_durable(self.target.parent)
@@ -113,6 +112,13 @@ class machine_errors:
                 f"no space left for {self.folder.parent}: free some and run the same command again with --resume"
             ) from None
         raise MachineError(f"cannot write {error.filename or self.folder}: {error.strerror or error}") from None
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by their names below a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def make_all_durable(folder: Path) -> None:

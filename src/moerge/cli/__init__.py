@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import Any, NoReturn
@@ -47,6 +48,8 @@ def _usage_or_raise(error: Exception) -> NoReturn:
     from moerge.cli.app import usage_message
 
     message = usage_message(error)
-    if message is None:
-        raise error
-    _fail(message, 2)
+    if message is not None:
+        _fail(message, 2)
+    if isinstance(error, MemoryError) or re.search("[Cc]an('t|not) (allocate memory|start new thread)", str(error)):
+        _fail(f"out of memory: {one_line(str(error)) or 'free some'}; use fewer --threads, or another machine", 1)
+    raise error

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 _PATIENCE_SECONDS = 2.0
 _LOG_EVERY_SECONDS = 15.0
+_LEAST_SHARE = 0.01
+"""Done before the time left is estimated: at first files are opened and kernels compiled."""
 
 
 class Progress:
@@ -81,7 +83,8 @@ class Progress:
         begun = time.monotonic() - _PATIENCE_SECONDS
         while True:
             rate = self._done / (time.monotonic() - begun)
-            left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "time left unknown"
+            enough = self._done >= _LEAST_SHARE * self._total
+            left = f"{(self._total - self._done) / rate:.0f} s left" if rate and enough else "time left unknown"
             amounts = (
                 f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s"
                 if self._unit == "bytes"

@@ -11,6 +11,7 @@ from moerge.errors import one_line
 from moerge.inspection import Inspection, Verification
 from moerge.merging.pipeline import MergeResult
 from moerge.planning.plan import Plan
+from moerge.refresh import Refreshed
 
 
 def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
@@ -86,6 +87,17 @@ def verification(found: Verification, *, quiet: bool, as_json: bool) -> None:
         say(f"{found.tensors} tensors, {as_size(found.nbytes)}: all present, finite {basis}")
         for note in found.notes:
             say(note)
+
+
+def refreshed(found: Refreshed, *, quiet: bool, as_json: bool) -> None:
+    """Print which files of code are new."""
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_warnings(found.warnings)
+    if not quiet:
+        removed = f", {', '.join(found.removed)} removed" if found.removed else ""
+        say(f"{found.folder}: {', '.join(found.written) or 'nothing'} written{removed}")
 
 
 def inspection(found: Inspection, *, as_json: bool) -> None:

@@ -23,7 +23,7 @@ def diagnosis(state: Diagnosis, *, as_json: bool) -> None:
     table.add_row("GPU", ", ".join(state.gpus) or f"none: {state.gpu_note}")
     table.add_row("Hub cache", _folder(state.caches["hub"]))
     table.add_row("kernel cache", _folder(state.caches["kernels"]))
-    table.add_row("sandbox", state.sandbox)
+    table.add_row("sandbox", state.sandbox_note)
     show_table(table)
 
 

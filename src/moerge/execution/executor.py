@@ -21,8 +21,8 @@ from moerge.execution.regions import Budget, merge_whole
 from moerge.execution.schedule import Job, Task, run_jobs
 from moerge.execution.store import NullStore, Store
 from moerge.methods.method import Block, Measurement, MergeMethod
+from moerge.operations.estimate import largest
 from moerge.operations.operations import Copy, Draw, Fit, Merge, Output
-from moerge.planning.estimate import largest
 from moerge.tensors.codec import all_finite, decode, encode
 from moerge.tensors.digest import CHUNK, running_digest, tensor_digest
 from moerge.tensors.dtypes import DType
@@ -115,17 +115,29 @@ class Execution:
         produced = running_digest()
         for begin in range(start, stop, WINDOW):
             end = min(begin + WINDOW, stop)
-            if isinstance(operation, Copy):
-                data = self._copied(output, readers[0], begin, end)
-            elif isinstance(operation, Merge):
-                data = self._merged(output, operation, readers, statistic, begin, end)
-            else:
-                assert isinstance(operation, Draw)
-                data = self._drawn(output, operation, begin, end)
+            data = self._made(output, readers, statistic, begin, end)
             self.store.write(output, begin, data)
             produced.update(data)
             self.advance(data.nbytes + sum(reader.bytes_of(end - begin) for reader in readers))
         return [produced.digest(), *(reader.digest() for reader in readers)]
+
+    def make(self, output: Output, statistic: Any, start: int, out_N: np.ndarray) -> None:
+        """Fill `out_N`, in storage type, with elements `start` and following of an output; not of one that is merged whole."""
+        stop, even = start + out_N.size, start - start % 2  # where blocks begin
+        readers = self._readers(output.operation.sources, even, stop)
+        for begin in range(even, stop, WINDOW):
+            end, first = min(begin + WINDOW, stop), max(begin, start)
+            out_N[first - start : end - start] = self._made(output, readers, statistic, begin, end)[first - begin :]
+
+    def _made(self, output: Output, readers: list[Reader], statistic: Any, start: int, stop: int) -> np.ndarray:
+        """Elements start .. stop, at most a window, in storage type."""
+        operation = output.operation
+        if isinstance(operation, Copy):
+            return self._copied(output, readers[0], start, stop)
+        if isinstance(operation, Merge):
+            return self._merged(output, operation, readers, statistic, start, stop)
+        assert isinstance(operation, Draw)
+        return self._drawn(output, operation, start, stop)
 
     def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> Steps:
         """Drive a measurement, which makes at most so many `passes`, over some operations; part of a job."""

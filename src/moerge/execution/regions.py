@@ -15,8 +15,8 @@ import numpy as np
 
 from moerge.execution.store import Store
 from moerge.methods.method import Block
+from moerge.operations.estimate import _region, _unit, columns_of, region_bytes
 from moerge.operations.operations import Merge, Output
-from moerge.planning.estimate import _region, _unit, columns_of, region_bytes
 from moerge.tensors.codec import encode
 from moerge.tensors.digest import TensorDigest
 from moerge.tensors.dtypes import DType

@@ -22,6 +22,17 @@ def run_jobs(jobs: Iterable[Job], threads: int) -> None:
     _Scheduler(iter(jobs)).run(threads)
 
 
+def run_at_once(job: Generator[Sequence[Task], list[Any], Any]) -> Any:
+    """Run a job's tasks one after the other in this thread; what the job returns."""
+    results: list[Any] | None = None
+    while True:
+        try:
+            tasks = job.send(results)  # type: ignore[arg-type]
+        except StopIteration as finished:
+            return finished.value
+        results = [task() for task in tasks]
+
+
 class _Scheduler:
     def __init__(self, jobs: Iterator[Job]) -> None:
         self._jobs = jobs

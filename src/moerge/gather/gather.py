@@ -15,7 +15,7 @@ import numpy as np
 from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError, suggest
-from moerge.files import check_unchanged
+from moerge.files import check_unchanged, is_file
 from moerge.gather.passes import free_memory, passes_within
 from moerge.gather.running import (
     Layout,
@@ -30,8 +30,8 @@ from moerge.gather.running import (
 )
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Merge
-from moerge.planning.build import build_plan
-from moerge.planning.models import locate_models
+from moerge.planning.build import build_plan, located
+from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.plan import Plan
 from moerge.recipe import Recipe
 from moerge.runtime.loading import Loaded, load
@@ -145,7 +145,7 @@ def add_folders(recipe: Recipe, out: Path, folders: Sequence[Path], options: Opt
     if options != Options(experts=experts, force=force):
         raise InputError("--add only adds up what was gathered: of the other options it takes --expert and --force alone")
     names = _checked(recipe, experts) or (*(("base",) if recipe.base else ()), *recipe.experts)
-    found = {name: [path for folder in folders if (path := statistics_file(folder, name)).is_file()] for name in names}
+    found = {name: [path for folder in folders if is_file(path := statistics_file(folder, name))] for name in names}
     missing = next((name for name in experts if not found[name]), None)
     if missing or not any(found.values()):
         where = ", ".join(map(str, folders))
@@ -261,13 +261,14 @@ class _Gathering:
     def _model(self) -> Checkpoint:
         known = {model.name: model for model in self.plan.models}
         found, recipe = known[self.expert], self.plan.recipe
+        if isinstance(found, MergedCheckpoint):
+            raise InputError(f"{found.name} is a recipe, and statistics need a model that runs: merge it into a folder first")
         base = known.get("base") if isinstance(found, AdaptedCheckpoint) else None
         if found.complete and (base is None or base.complete):
             return found
         experts = {name: expert for name, expert in recipe.experts.items() if name == self.expert}
         alone = recipe.model_copy(update={"experts": experts, "base": recipe.base if self.expert == "base" or base else None})
-        commits = {name: model.revision for name, model in known.items()}
-        return next(m for m in locate_models(alone, weights=True, commits=commits) if m.name == self.expert)
+        return next(model for model in located(alone, weights=True, commits=self.plan.commits) if model.name == self.expert)
 
     def _loaded(self, model: Checkpoint) -> Loaded:
         """The model in memory; where it is an adapter, its base with the tensors that the adapter changes."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moerge.methods.method import Block, TaskVectorMethod
+from moerge.operations.estimate import columns_of
 from moerge.operations.operations import Merge
-from moerge.planning.estimate import columns_of
 from moerge.tensors.source import Source
 from moerge.tensors.streams import read_values
 

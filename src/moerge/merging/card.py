@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 
 from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.source_cards import SourceCard, all_of, licence_metadata, source_card
+from moerge.errors import one_line, printable
 from moerge.methods.method import MergeMethod
 from moerge.operations.operations import Merge
 from moerge.planning.plan import Plan
@@ -53,7 +56,7 @@ def model_card(plan: Plan) -> str:
         "---\n" + _yaml(_metadata(plan, cards)) + "---",
         f"# A {kind} merged from {len(plan.recipe.experts)} experts",
         f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, "
-        f"`{plan.config['dtype']}`, architecture `{_architecture(plan)}`.",
+        f"`{plan.config['dtype']}`, architecture {code(_architecture(plan))}.",
         "## How",
         "\n\n".join(_methods(plan)),
         *(_moe(plan) if plan.experts else ()),
@@ -61,14 +64,30 @@ def model_card(plan: Plan) -> str:
         _sources(plan, cards),
         *([] if licence_metadata(cards) else [_NO_LICENCE]),
         "## Recipe",
-        "```yaml\n" + _yaml(plan.recipe.written) + "```",
-        *(["## Tokens", "\n".join(f"- {note}" for note in tokens)] if (tokens := plan.vocabulary.get("notes")) else ()),
-        *(["## Warnings", "\n".join(f"- {warning}" for warning in plan.warnings)] if plan.warnings else ()),
+        _block(_yaml(plan.recipe.written)),
+        *(["## Tokens", _list(tokens)] if (tokens := plan.vocabulary.get("notes")) else ()),
+        *(["## Warnings", _list(plan.warnings)] if plan.warnings else ()),
         "## Use",
         _BY_SEQUENCE_USE if by_sequence else _USE,
         "`moerge verify path/to/this/folder` checks every tensor against the manifest `moerge.json`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def code(text: str) -> str:
+    """Text from a file as Markdown shows it literally, in a table too."""
+    plain = printable(" ".join(text.split())).replace("|", "\\|")
+    fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
+    return f"{fence} {plain} {fence}" if len(fence) > 1 else f"{fence}{plain}{fence}"
+
+
+def _block(text: str) -> str:
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}yaml\n{text}{fence}"
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {html.escape(one_line(sentence), quote=False)}" for sentence in sentences)
 
 
 def _yaml(value: Any) -> str:
@@ -77,7 +96,8 @@ def _yaml(value: Any) -> str:
 
 def _metadata(plan: Plan, cards: Sequence[SourceCard]) -> dict[str, Any]:
     """The Hub's keys; what is not known is left out. Local sources have no name that others could look up."""
-    on_hub = list(dict.fromkeys(model.location.partition("@")[0] for model in plan.models if model.revision))
+    origins = [origin for model in plan.models for origin in model.origins if origin.revision]
+    on_hub = list(dict.fromkeys(origin.location.partition("@")[0] for origin in origins))
     known = {
         "base_model": on_hub,
         "base_model_relation": "merge" if on_hub else "",
@@ -111,7 +131,7 @@ def _methods(plan: Plan) -> list[str]:
 
 def _method(method: MergeMethod) -> str:
     formula = " ".join((type(method).__doc__ or "").split("\n\n")[0].split())
-    parameters = ", ".join(f"{key} = {value}" for key, value in method.model_dump().items())
+    parameters = ", ".join(f"{key} = {value}" for key, value in method.described.items())
     return f"**{method.name}**{f' ({parameters})' if parameters else ''}: {formula}"
 
 
@@ -158,7 +178,7 @@ def _whole_models(plan: Plan, moe: MoE, order: str) -> str:
 def _calibration(plan: Plan) -> list[str]:
     if not plan.calibration:
         return []
-    described = ", ".join(f"{texts.expert} {len(texts.hashes)} from `{texts.location}`" for texts in plan.calibration)
+    described = ", ".join(f"{texts.expert} {len(texts.hashes)} from {code(texts.location)}" for texts in plan.calibration)
     return [f"Calibration texts: {described}. Do not evaluate on them; the manifest has their hashes."]
 
 
@@ -167,5 +187,5 @@ def _sources(plan: Plan, cards: Sequence[SourceCard]) -> str:
     for model, card in zip(plan.models, cards, strict=True):
         expert = plan.recipe.experts.get(model.name)
         weight = "base" if expert is None else f"{expert.weight:g}" if plan.recipe.settings is None else "see the recipe"
-        rows.append(f"| {model.name} | `{model.location}` | {model.revision or 'local'} | {weight} | {card.shown} |")
+        rows.append(f"| {model.name} | {code(model.location)} | {model.revision or 'local'} | {weight} | {card.shown} |")
     return "\n".join(rows)

@@ -14,16 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.manifest import damaged_files, read_manifest, to_json
+from moerge.checkpoint.manifest import damaged_files, read_manifest, sealed, to_json
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
-from moerge.execution.fitting import Calibrating, fit_outputs
-from moerge.execution.integers import unlike_integers
 from moerge.files import check_target, check_unchanged, target_of
 from moerge.merging.card import model_card
+from moerge.merging.fitting import Calibrating, fit_outputs
+from moerge.merging.integers import unlike_integers
 from moerge.merging.manifest import build_manifest
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
@@ -134,7 +134,7 @@ def _complete(plan: Plan) -> Plan:
     """The plan with all inputs on this machine; a download may take hours."""
     if plan.complete:
         return plan
-    complete = build_plan(plan.recipe, weights=True, commits={model.name: model.revision for model in plan.models})
+    complete = build_plan(plan.recipe, weights=True, commits=plan.commits)
     return replace(complete, client_warnings=plan.client_warnings, client_notes=plan.client_notes)
 
 
@@ -163,7 +163,7 @@ def _files(plan: Plan) -> dict[str, bytes]:
 def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
     files = _files(plan)
     digests = {name: file_digest(content) for name, content in sorted(files.items())}
-    return {**files, MANIFEST: to_json(build_manifest(plan, staging, digests))}
+    return {**files, MANIFEST: sealed(build_manifest(plan, staging, digests))}
 
 
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:

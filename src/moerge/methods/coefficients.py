@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, InstanceOf
@@ -37,6 +37,11 @@ class Weighed(TaskVectorMethod):
     directions: InstanceOf[TaskVectorMethod]
     c_KC: tuple[tuple[float, ...], ...]
     chunk: Annotated[int, Field(ge=1)]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The same for all tensors."""
+        return {"scale": self.scale, "directions": self.directions.name, "coefficients": "learned"}
 
     @property
     def unit(self) -> Unit:

@@ -92,6 +92,11 @@ class MergeMethod(BaseModel):
     """`scratch_bytes` as float32 copies of the tensor, for methods that need the same for every shape."""
 
     @property
+    def described(self) -> dict[str, Any]:
+        """The settings as plans and cards show them."""
+        return dict(self)
+
+    @property
     def unit(self) -> Unit:
         """What a block holds: any run of elements, complete rows (of the last axis; a vector is one row), or the whole tensor.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from moerge.errors import InputError
 from moerge.methods.method import Block, Unit
 from moerge.methods.statistical import StatisticsMethod
 from moerge.tensors.kernels import kernel
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from moerge.statistics.files import Statistics
     from moerge.tensors.tensor import Tensor
 
+_NO_GRAM = "regmean: what the statistics hold for a layer is no sum of x^T x: gather them again with 'moerge stats --force'"
 _ALPHA = 1 - 1e-5
 """Gram matrices are sums in float32: directions that text hardly excites are rounding errors, which more would amplify."""
 
@@ -95,7 +97,12 @@ class RegMean(StatisticsMethod):
         del gram_II
         dead = np.flatnonzero(np.diagonal(sum_II) == 0)
         sum_II[dead, dead] = 1
-        solved_IO: np.ndarray = np.linalg.solve(sum_II, target_IO)
+        if (np.diagonal(sum_II) < 0).any():
+            raise InputError(_NO_GRAM)
+        try:
+            solved_IO: np.ndarray = np.linalg.solve(sum_II, target_IO)
+        except np.linalg.LinAlgError:
+            raise InputError(_NO_GRAM) from None
         return solved_IO.T
 
 

@@ -148,7 +148,7 @@ class Output(TensorSpec):
             settings = {key: value for key, value in operation.fitter.settings.items() if value is not None}
             return ", ".join([operation.fitter.kind, *(f"{key} {value}" for key, value in settings.items())])
         weights = "" if set(operation.weights) == {1.0} else f", weights {', '.join(f'{w:g}' for w in operation.weights)}"
-        return ", ".join(f"{key} {_short(value)}" for key, value in operation.method) + weights
+        return ", ".join(f"{key} {_short(value)}" for key, value in operation.method.described.items()) + weights
 
 
 @dataclass(frozen=True)

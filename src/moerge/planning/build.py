@@ -8,6 +8,7 @@ from typing import Any
 
 from moerge.architecture import Family
 from moerge.architecture.stored import stored_family
+from moerge.checkpoint.companions import model_companions
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
@@ -21,15 +22,16 @@ from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
 from moerge.planning.assemble.token_routed import assemble_token_routed
 from moerge.planning.checks import check_configs, check_models, merge_candidates, named_alike, respelled
 from moerge.planning.heads import settle_head, untie_alike
-from moerge.planning.models import locate_models
+from moerge.planning.models import Commits, locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.precision import main_dtype
 from moerge.planning.statistics import Binder
+from moerge.planning.vocab.checks import listed, tokens_without_rows
 from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
 from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import FLOATS, DType
 from moerge.texts import Texts
-from moerge.tokenizer import VOCABULARY_FILES
+from moerge.tokenizer import COMPANION_FILES, VOCABULARY_FILES
 from moerge.tokenizer.portable import portable_tokenizer
 
 
@@ -52,8 +54,9 @@ def build_plan(
     named, stacked = recipe.config is not None, bool(recipe.slices)
     warnings = check_configs(models, family, source=source, named=named, stacked=stacked)
     vocabulary = one_vocabulary(models, family, recipe, source)
-    warnings += vocabulary.warnings
     alike = vocabulary.models
+    tokenizer = next(model for model in alike if model.name == vocabulary.source)
+    warnings += (*vocabulary.warnings, *tokens_without_rows(tokenizer, family))
     candidates = check_alone(alike, family, recipe) if stacked else merge_candidates(alike, family, recipe, source)
     by_name = {model.name: model for model in models}
     binder = Binder(recipe, by_name) if bind else None
@@ -65,8 +68,9 @@ def build_plan(
     made = replace(made, notes=(*made.notes, *untied, *assembly.precision.notes(made.outputs)))
     if recipe.learned:
         recipe.learned.check({tensor.name: tensor.shape for tensor in (candidates.tensors or made.outputs)})
-    remarks = (*warnings, *candidates.warnings)
-    planned = _planned(recipe, models, made, vocabulary, config_from=f"config from {source}, ", warnings=remarks)
+    made, own, lacking = _with_companions(recipe, made, by_name[source])
+    remarks = (*warnings, *candidates.warnings, *lacking)
+    planned = _planned(recipe, models, made, vocabulary, own, config_from=f"config from {source}, ", warnings=remarks)
     if binder is None:
         return planned
     used = tuple(binder.used.values())
@@ -75,7 +79,11 @@ def build_plan(
 
 def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None) -> tuple[Checkpoint, ...]:
     """The recipe's models, with names that are alike and heads as tied as they are stored; arguments as in `build_plan`."""
-    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {})))
+
+    def build(inner: Recipe, inner_commits: Commits) -> Plan:
+        return build_plan(inner, weights=weights, commits=inner_commits)
+
+    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {}, build=build)))
     models = named_alike(models, recipe.config or models[0].name)
     return tuple(settle_head(model, stored_family(model.config, model.tensors)) for model in models)
 
@@ -96,11 +104,36 @@ def _plan_whole_models(recipe: Recipe, models: tuple[Checkpoint, ...]) -> Plan:
     return _planned(recipe, models, made, vocabulary)
 
 
+def _with_companions(recipe: Recipe, made: Assembled, model: Checkpoint) -> tuple[Assembled, Mapping[str, bytes], list[str]]:
+    """What a dense result has of its config's model beside tensors and tokenizer: files, code and all; and warnings."""
+    own = model_companions(model.folders[-1], model.config, others=COMPANION_FILES)
+    if recipe.moe is not None:
+        lacking = [name for name in (*own.files, *own.left_out) if "/" not in name]
+        return made, {}, _left_out(model, lacking)
+    warnings = _left_out(model, own.left_out)
+    weights = [name for name in own.files if name.endswith(".safetensors")]
+    if weights:
+        warnings.append(f"{', '.join(weights)}: copied from {model.name}, not merged")
+    if own.code:
+        warnings.append(
+            f"{model.name} runs by code of its own, which the result has too: {', '.join(own.code)}; read it before use"
+        )
+    elif model.config.get("auto_map") and not own.auto_map:
+        warnings.append(f"{model.name}: 'auto_map' in config.json names code that its folder lacks, so it is left out")
+    config = {**made.config, "auto_map": own.auto_map} if own.auto_map else made.config
+    return replace(made, config=config), own.files, warnings
+
+
+def _left_out(model: Checkpoint, names: Sequence[str]) -> list[str]:
+    return [f"files of {model.name} that the result lacks: {listed(names, len(names))}"] if names else []
+
+
 def _planned(
     recipe: Recipe,
     models: tuple[Checkpoint, ...],
     made: Assembled,
     vocabulary: OneVocabulary,
+    own: Mapping[str, bytes] | None = None,
     *,
     config_from: str = "",
     warnings: Sequence[str] = (),
@@ -110,8 +143,8 @@ def _planned(
     files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")
-    files |= recipe.learned.files if recipe.learned else {}
-    if made.config.get("auto_map"):
+    files = {**(own or {}), **files, **(recipe.learned.files if recipe.learned else {})}
+    if recipe.moe is not None and made.config.get("auto_map"):
         files |= {name: path.read_bytes() for name, path in code_files(made.config["auto_map"]).items()}
     planned = Plan(
         recipe=recipe,
@@ -132,7 +165,7 @@ def _planned(
         notes=(
             *recipe.notes,
             *made.notes,
-            f"{config_from}tokenizer and generation config from {vocabulary.source}",
+            f"{config_from}{vocabulary.origin}",
             *vocabulary.notes,
         ),
     )

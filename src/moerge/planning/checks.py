@@ -210,15 +210,20 @@ def relevant(model: Checkpoint, family: Family | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.tensors.items() if family is None or not family.is_buffer(name)}
 
 
+_NOT_THERE = "although its config.json calls for it: if that is the right config.json, fetch or copy the checkpoint again"
+_NO_HEAD = (
+    "and its config.json does not tie the head to the embedding: set tie_word_embeddings to true if it is the embedding, name "
+    "the class without one in 'architectures', or else fetch or copy the checkpoint again"
+)
+
+
 def check_present(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
     """InputError for a tensor that a model lacks."""
     for model in models:
-        missing = next((tensor.name for tensor in expected if tensor.name not in stored[model.name]), None)
+        missing = next((tensor for tensor in expected if tensor.name not in stored[model.name]), None)
         if missing:
-            raise InputError(
-                f"{model.name}: tensor {missing!r} is missing in {model.folder}, although its config.json calls for it: "
-                "fetch or copy the checkpoint again"
-            )
+            cause = _NO_HEAD if missing.role == "head" else _NOT_THERE
+            raise InputError(f"{model.name}: tensor {missing.name!r} is missing in {model.folder}, {cause}")
 
 
 def check_shapes(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
+from moerge.operations.estimate import whole_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
 from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
-from moerge.planning.estimate import whole_memory
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
@@ -23,6 +23,8 @@ from moerge.tensors.dtypes import F32
 from moerge.tensors.streams import BLOCK, WINDOW
 from moerge.texts import Texts
 
+_MOST_SETTINGS = 12
+"""Settings of one operation that are listed one by one."""
 _INTERPRETER_BYTES = 150_000_000
 _TORCH_BYTES, _TORCH_SECONDS = 500_000_000, 5.0
 """What torch and transformers take before they do anything."""
@@ -68,6 +70,11 @@ class Plan:
         """Whether all inputs are on this machine; Hub models that are not will be downloaded before merging."""
         return all(model.complete for model in self.models)
 
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The Hub commits that were looked at, by model."""
+        return {name: commit for model in self.models for name, commit in model.commits.items()}
+
     @cached_property
     def parameters(self) -> int:
         """Parameters of the result."""
@@ -90,19 +97,31 @@ class Plan:
 
     def memory_bytes(self, threads: int) -> int:
         """An upper estimate of the working memory in bytes: blocks for each thread, whole tensors, and Python itself."""
+        return max(_INTERPRETER_BYTES + self.merging_bytes(threads), self.fitting_bytes(threads))
+
+    def merging_bytes(self, threads: int) -> int:
+        """Of these, what merging takes."""
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
         merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
-        merging += sum(model.working_bytes for model in self.models)
-        return max(_INTERPRETER_BYTES + merging, self.fitting_bytes(threads))
+        return merging + sum(model.working_bytes for model in self.models)
 
     @cached_property
     def operations(self) -> tuple[dict[str, Any], ...]:
-        """Outputs that come about alike, counted: `action`, `hyperparameters`, `tensors`, and `bytes` written."""
+        """Outputs that come about alike, counted: `action`, `hyperparameters`, `tensors`, and `bytes` written.
+
+        Settings that are others for every tensor make one group.
+        """
+        settings: dict[str, dict[str, None]] = {}
+        for output in self.outputs:
+            settings.setdefault(output.action, {})[output.hyperparameters] = None
+        many = {action: found for action, found in settings.items() if len(found) > _MOST_SETTINGS}
         groups: dict[tuple[str, str], list[int]] = {}
         for output in self.outputs:
-            groups.setdefault((output.action, output.hyperparameters), []).append(output.nbytes)
+            found = many.get(output.action)
+            one = f"{len(found)} different settings, such as {next(iter(found))}" if found else output.hyperparameters
+            groups.setdefault((output.action, one), []).append(output.nbytes)
         keys = ("action", "hyperparameters", "tensors", "bytes")
         return tuple(dict(zip(keys, (*group, len(sizes), sum(sizes)), strict=True)) for group, sizes in groups.items())
 
@@ -160,7 +179,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that decides the result: operations, hyperparameters, and the inputs' sizes and times."""
-        inputs = [(model.name, model.location, model.revision, model.stamps) for model in self.models]
+        inputs = [model.identity for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
         statistics = [(used.model, *file.stamp) for used in self.statistics for file in used.statistics.files]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.files import is_file
 from moerge.methods.average import Average, Linear
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Merge, Output
@@ -66,7 +67,7 @@ class Binder:
                 f"{recipe}: {method.name} needs 'statistics': name the folder OUT that 'moerge stats {recipe} OUT' writes"
             )
         folders = [self._recipe.folder / Path(folder).expanduser() for folder in method.folders]
-        files = [path for folder in folders if (path := statistics_file(folder, model)).is_file()]
+        files = [path for folder in folders if is_file(path := statistics_file(folder, model))]
         if not files:
             command = f"moerge stats {recipe} {folders[0]} --expert {model} --kind {method.name}"
             raise InputError(f"{recipe}: there are no statistics of {model} in {_listed(folders)}: gather them with '{command}'")

@@ -11,7 +11,7 @@ from typing import Any
 
 from moerge.checkpoint.reader import read_json
 from moerge.errors import InputError
-from moerge.files import write_whole
+from moerge.files import is_file, write_whole
 
 FORMAT = 1
 FILE = "coefficients.json"
@@ -75,7 +75,7 @@ def chunk_count(size: int, chunks: int) -> int:
 
 def read_coefficients(path: Path) -> Coefficients:
     """A file that `moerge learn` wrote; InputError if it is missing or damaged."""
-    data = read_json(path) if path.is_file() else None
+    data = read_json(path) if is_file(path) else None
     if data is None:
         raise InputError(f"{path} is missing: `moerge learn` writes it, as {FILE} in the checkpoint's folder")
     try:

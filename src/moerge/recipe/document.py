@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -32,6 +34,7 @@ _PLAINLY = {
     "model_type": "should be a mapping",
     "string_type": "should be text",
     "string_too_short": "should not be empty",
+    "string_too_long": "should be shorter",
     "string_pattern_mismatch": "should be made of letters, digits, '_', '-' and '.'",
     "too_short": "should not be empty",
     "float_type": "should be a number",
@@ -87,6 +90,15 @@ class Document:
         if path[-1] == "[key]":
             return self.error(path[:-2], f": the name {short(problem['input'])} {message}")
         return self.error(path, f" {message}{given}")
+
+
+def plain_copy(data: Mapping[str, Any], source: str = "recipe") -> dict[str, Any]:
+    """A copy of a mapping from Python. InputError where it is nested too deeply, or contains itself."""
+    try:
+        json.dumps(data, default=str, skipkeys=True)
+        return deepcopy(dict(data))
+    except (RecursionError, ValueError):
+        raise InputError(f"the {source} is nested too deeply, or contains itself") from None
 
 
 def dotted(path: Key) -> str:

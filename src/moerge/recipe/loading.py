@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moerge.architecture import moe_formats
 from moerge.errors import InputError, suggest
+from moerge.files import as_path
 from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
-from moerge.recipe.document import Document, Key, read_document
+from moerge.recipe.document import Document, Key, plain_copy
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
+from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
 from moerge.recipe.schema import DROP, UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
 from moerge.recipe.whole_models import misfit
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "config", "parts", "learn")
+_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn")
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:
@@ -34,14 +37,19 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | 
             return recipe
         document, folder = Document(deepcopy(recipe.written), recipe.source), recipe.folder
     elif isinstance(recipe, Mapping):
-        document, folder = Document(deepcopy(dict(recipe))), Path()
+        document, folder = Document(plain_copy(recipe)), Path()
     else:
-        document, folder = read_document(Path(recipe)), Path(recipe).parent
+        return read_file_recipe(as_path(recipe, "a recipe"), (), partial(_read, seed))
+    return _read(seed, document, folder, ())
+
+
+def _read(seed: int | None, document: Document, folder: Path, trail: Trail) -> Recipe:
     if is_mergekit(document.data):
         return read_mergekit(document, seed=seed)
     if seed is not None:
         _set_seed(document.data, seed)
-    return _build(document, folder)
+    sections, recipes = take_recipes(document, folder, trail, partial(_read, seed))
+    return _build(document, folder, sections, recipes)
 
 
 def _set_seed(data: dict[str, Any], seed: int) -> None:
@@ -59,16 +67,16 @@ def _set_seed(data: dict[str, Any], seed: int) -> None:
             settings["seed"] = seed
 
 
-def _build(document: Document, folder: Path) -> Recipe:
+def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipes: Mapping[str, Recipe]) -> Recipe:
     data = document.data
     for key in data:
         if key not in _SECTIONS:
             raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
-    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")}
+    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
     method, overrides, seed = _merge_section(document)
     if data.get("moe") is not None:
         fields["moe"] = _moe_section(document)
-    whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder}
+    whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder, "recipes": dict(recipes)}
     recipe = document.build(Recipe, {**whole, "source": document.source, "written": data})
     if isinstance(method, Coefficients):
         recipe = recipe.model_copy(update={"learned": read_rule(method, folder, tuple(recipe.experts))})

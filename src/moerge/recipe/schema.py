@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
+from moerge.files import LONGEST_LABEL
 from moerge.methods.method import Finite, MergeMethod
 from moerge.recipe.learning import Learning
 from moerge.recipe.rules import Choice, Matching, Rule
@@ -33,9 +34,10 @@ class _Strict(BaseModel):
 
 
 class Expert(_Strict):
-    """A fine-tuned model: a folder or Hub id, and its weight in methods that weigh."""
+    """A fine-tuned model: a folder or Hub id, perhaps with an adapter on it, and its weight in methods that weigh."""
 
     model: str = Field(min_length=1)
+    adapter: str | None = Field(default=None, min_length=1)
     weight: Finite = 1.0
 
 
@@ -118,20 +120,23 @@ class Recipe(_Strict):
 
     `seed` is that of `merge`, for whatever is drawn outside of methods and routers.
 
-    A file of another program's gives `settings`, which decide instead of `method` and `overrides`; `slices`, of which a dense
-    model is stacked; and, in `notes` and `warnings`, what its reader should know.
+    Models that are recipes themselves stand in `recipes` by name. A file of another program's gives `settings`, which decide
+    instead of `method` and `overrides`; `slices`, of which a dense model is stacked; and, in `notes` and `warnings`, what its
+    reader should know.
     """
 
     base: str | None = Field(default=None, min_length=1)
-    experts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")], Annotated[Expert, BeforeValidator(_expert)]] = Field(
-        min_length=1
-    )
+    experts: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=LONGEST_LABEL)],
+        Annotated[Expert, BeforeValidator(_expert)],
+    ] = Field(min_length=1)
     method: InstanceOf[MergeMethod]
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
     dtype: Float | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
+    chat_template: str | None = Field(default=None, min_length=1)
     config: str | None = None
     parts: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
     seed: int = 0
@@ -142,6 +147,7 @@ class Recipe(_Strict):
     learned: InstanceOf[Rule] | None = None
     settings: InstanceOf[Rule] | None = None
     slices: tuple[Slice, ...] = ()
+    recipes: dict[str, InstanceOf[Recipe]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

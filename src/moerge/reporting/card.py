@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moerge.checkpoint.manifest import read_manifest, to_json
+from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
@@ -122,7 +122,7 @@ def updated(folder: Path, measured: Measured) -> Update:
     card = with_metadata(with_section(text, section(measured), path), folder.resolve().name, measured.scores, path).encode()
     manifest["files"] = {**manifest["files"], CARD: file_digest(card)}
     note = f"{path} was changed after the merge: its text stays as it is, and `moerge verify` takes it as right from now on"
-    return Update(folder, card, to_json(manifest), note if edited else "")
+    return Update(folder, card, sealed(manifest), note if edited else "")
 
 
 def section(measured: Measured) -> str:

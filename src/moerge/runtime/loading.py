@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moerge.architecture.moe_format import GROUPED_BYTES
 from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.architecture.sizes import MAX_MODULES
 from moerge.checkpoint.header import UnknownElements, read_header
@@ -21,6 +22,7 @@ from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import check_files, read_json, weight_files
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError, MoergeError
+from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
 from moerge.texts.documents import check_unicode
 
@@ -100,7 +102,7 @@ def load(
         import transformers  # noqa: F401
     except ImportError as error:
         raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
-    folder = Path(checkpoint).expanduser()
+    folder = as_path(checkpoint, "a checkpoint").expanduser()
     place = str(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not folder.is_dir():
@@ -141,7 +143,19 @@ def load_model(place: str | Path | None, *, name: str = "", dtype: str | None = 
         safe = {**options, **in_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
         model, found = kind.from_pretrained(place, **safe)
     check_complete(name, found)
+    _multiply_what_is_aligned(model)
     return model
+
+
+def _multiply_what_is_aligned(model: Any) -> None:
+    """Let transformers 5 compute experts one by one where torch's grouped product refuses their matrices' rows."""
+    stacked = [value for name, value in model.named_parameters() if "experts" in name and value.ndim == 3]
+    if hasattr(model, "set_experts_implementation") and not all(map(_is_aligned, stacked)):
+        model.set_experts_implementation("eager")
+
+
+def _is_aligned(matrices: Any) -> bool:
+    return all(size * matrices.element_size() % GROUPED_BYTES == 0 for size in matrices.shape[1:])
 
 
 def load_config(folder: str | Path, **said: str) -> Any:

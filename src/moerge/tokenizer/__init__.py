@@ -1,7 +1,17 @@
 """Tokenizer files: what tokens a model has, and which files a merged checkpoint gets."""
 
 from moerge.checkpoint.locate import VOCABULARY_FILES
-from moerge.tokenizer.files import NewToken, companion_files, has_chat_template, next_added_id, with_new_tokens
+from moerge.tokenizer.files import (
+    COMPANION_FILES,
+    SETTINGS,
+    TEMPLATES,
+    NewToken,
+    companion_files,
+    next_added_id,
+    read_object,
+    with_new_tokens,
+    write_object,
+)
 from moerge.tokenizer.pieces import Pieces, map_vocabulary
 from moerge.tokenizer.spelling import Spelling
 from moerge.tokenizer.vocabulary import (
@@ -15,6 +25,9 @@ from moerge.tokenizer.vocabulary import (
 )
 
 __all__ = [
+    "COMPANION_FILES",
+    "SETTINGS",
+    "TEMPLATES",
     "VOCABULARY_FILES",
     "NewToken",
     "Pieces",
@@ -22,13 +35,14 @@ __all__ = [
     "Vocabulary",
     "by_position",
     "companion_files",
-    "has_chat_template",
     "has_tokenizer",
     "map_vocabulary",
     "next_added_id",
+    "read_object",
     "read_vocabulary",
     "same_files",
     "special_tokens",
     "token_ids",
     "with_new_tokens",
+    "write_object",
 ]

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moerge.checkpoint.companions import code_of, read_companions
 from moerge.checkpoint.locate import VOCABULARY_FILES
-from moerge.files import read_file
+from moerge.errors import InputError
 
+TEMPLATES = ("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 COMPANION_FILES = (
     *VOCABULARY_FILES,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
+    *SETTINGS,
+    *TEMPLATES,
+    *("added_tokens.json", "tekken.json", "normalizer.json", "vocab.bpe", "encoder.json", "bpe.codes"),
+    *("*.model", "*.tiktoken", "*.spm"),
 )
 """What a checkpoint gets from the tokenizer's source, where it exists."""
 
@@ -22,15 +27,25 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer and generation files of a model, by name."""
-    return {name: read_file(folder / name) for name in COMPANION_FILES if (folder / name).is_file()}
+    """Tokenizer and generation files of a model, by name, with the code that its tokenizer runs by."""
+    files = read_companions(folder, COMPANION_FILES)
+    return files | code_of(folder, [read_object(files, "tokenizer_config.json").get("auto_map")])
 
 
-def has_chat_template(files: Mapping[str, bytes]) -> bool:
-    """Whether a model's companion files say how a conversation is written."""
-    if any(name.startswith("chat_template") for name in files):
-        return True
-    return bool(json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template"))
+def read_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """A JSON object among the files, empty where there is none; InputError for what is none."""
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {name} as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{name} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def write_object(value: Mapping[str, Any]) -> bytes:
+    """The content of a file that holds a JSON object."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -70,16 +85,12 @@ def with_new_tokens(
         token["id"]: added_entry(token["content"], token) for token in added.values() if token["content"] not in contents
     }
     written += [{"id": number, **entry} for number, entry in sorted({**elsewhere, **new}.items())]
-    changed["tokenizer.json"] = _json({**tokenizer, "added_tokens": written})
+    changed["tokenizer.json"] = write_object({**tokenizer, "added_tokens": written})
     settings = json.loads(files.get("tokenizer_config.json", b"{}"))
     if isinstance(settings.get("added_tokens_decoder"), dict):
         settings["added_tokens_decoder"] |= {str(number): entry for number, entry in new.items()}
-        changed["tokenizer_config.json"] = _json(settings)
+        changed["tokenizer_config.json"] = write_object(settings)
     if "added_tokens.json" in files or "tokenizer.model" in files:
         known = json.loads(files.get("added_tokens.json", b"{}"))
-        changed["added_tokens.json"] = _json({**known, **{entry["content"]: number for number, entry in new.items()}})
+        changed["added_tokens.json"] = write_object({**known, **{entry["content"]: number for number, entry in new.items()}})
     return changed
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

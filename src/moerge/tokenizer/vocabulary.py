@@ -111,7 +111,9 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
         splitting = _splitting(tokenizer)
         words = tokenizer["model"].get("type") == "WordLevel"
         return _vocabulary(path, entries, added, spelling, splitting, whole_words=words)
-    except (AttributeError, IndexError, KeyError, TypeError):
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise InputError(_DAMAGED.format(path)) from None
 
 

@@ -16,6 +16,7 @@ import torch
 from moerge.architecture import family_of
 from moerge.architecture.config import portable
 from moerge.architecture.sequence import BY_SEQUENCE
+from moerge.checkpoint.companions import model_companions
 from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.reader import Checkpoint, read_json
 from moerge.quiet import without_progress_bars
@@ -72,7 +73,9 @@ def write_result(model: Any, work: Work, source: Checkpoint, save_dtype: str | N
     if model.config.model_type not in BY_SEQUENCE:
         config = read_json(work.result / "config.json")
         (work.result / "config.json").write_bytes(to_json(portable(config, family=family_of(config), dtype=dtype)))
-    for name, content in portable_tokenizer(companion_files(source.folder)).items():
+    beside = model_companions(source.folder, source.config, others=()).files
+    for name, content in {**beside, **portable_tokenizer(companion_files(source.folder))}.items():
+        (work.result / name).parent.mkdir(parents=True, exist_ok=True)
         (work.result / name).write_bytes(content)
 
 

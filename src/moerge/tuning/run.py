@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.checkpoint.manifest import read_manifest, to_json
+from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.workspace import machine_errors
@@ -324,7 +324,7 @@ class _Job:
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
-        self.work.complete({MANIFEST: to_json(made)}, replace=force)
+        self.work.complete({MANIFEST: sealed(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
-from moerge.recipe.document import Document, read_document
+from moerge.files import LONGEST_LABEL, as_path
+from moerge.recipe.document import Document, plain_copy, read_document
 
 PARTS = ("router", "projectors", "experts", "backbone", "all")
 """What `train` can name besides patterns."""
@@ -126,7 +126,7 @@ class Tuning(_Strict):
     """
 
     model: Annotated[str, Field(min_length=1)]
-    data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Source], Field(min_length=1)]
+    data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=LONGEST_LABEL)], Source], Field(min_length=1)]
     train: Train = ("all",)
     opens: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
     adapters: Adapters | None = None
@@ -149,7 +149,7 @@ class Tuning(_Strict):
     processes: Count | None = None
     sharding: Literal["none", "fsdp2"] = "none"
     save_every: Count = 500
-    heldout: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], str] = Field(default_factory=dict)
+    heldout: dict[Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=LONGEST_LABEL)], str] = Field(default_factory=dict)
     heldout_sequences: Count = 32
     evaluate_every: Count = 100
     dying: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
@@ -195,9 +195,10 @@ class Request:
 def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Request:
     """Settings from a YAML file or the same structure as a dict. Raises InputError that names the line and key at fault."""
     if isinstance(tuning, Mapping):
-        document, folder = Document(deepcopy(dict(tuning)), "tuning"), Path()
+        document, folder = Document(plain_copy(tuning, "tuning"), "tuning"), Path()
     else:
-        document, folder = read_document(Path(tuning), "tuning file"), Path(tuning).parent
+        path = as_path(tuning, "a tuning file")
+        document, folder = read_document(path, "tuning file"), path.parent
     data = dict(document.data)
     for key in data:
         if key not in Tuning.model_fields:

@@ -1,4 +1,4 @@
-"""Planning, merging, and looking at checkpoints."""
+"""Planning, merging, looking at checkpoints, and renewing their code."""
 
 from __future__ import annotations
 
@@ -104,4 +104,16 @@ def inspect(checkpoint: CheckpointName, json: AsJson = False) -> None:
     show.inspection(run_inspect(checkpoint), as_json=json)
 
 
-COMMANDS = (plan, merge, verify, inspect)
+def refresh(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.", show_default=False)],
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Replace the code that a sequence-routed checkpoint carries by this moerge's, for a newer transformers."""
+    from moerge.cli import show
+    from moerge.refresh import refresh as run_refresh
+
+    show.refreshed(run_refresh(checkpoint), quiet=quiet, as_json=json)
+
+
+COMMANDS = (plan, merge, verify, inspect, refresh)

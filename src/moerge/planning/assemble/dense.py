@@ -12,7 +12,7 @@ from moerge.architecture.config import canonical, portable
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
-from moerge.planning.checks import Candidates, expected_of
+from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of
 from moerge.recipe.rules import Place
 from moerge.recipe.schema import Recipe, Slice
 
@@ -51,11 +51,8 @@ def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Rec
     warnings, beside = [], {}
     for model in models:
         expected = {tensor.name: tensor for tensor in expected_of(family, model.config, model.name)}
-        for name, tensor in expected.items():
-            stored = model.tensors.get(name)
-            if stored is None or stored.shape != tensor.shape:
-                found = "is missing" if stored is None else f"has shape {list(stored.shape)}, expected {list(tensor.shape)}"
-                raise InputError(f"{model.name}: tensor {name!r} {found} in {model.folder}: fetch or copy the checkpoint again")
+        check_present([model], {model.name: model.tensors}, list(expected.values()))
+        check_shapes([model], {model.name: model.tensors}, list(expected.values()))
         extra = [name for name in model.tensors if name not in expected and not family.is_buffer(name)]
         strange = [name for name in extra if not family.is_untabled(name)]
         if strange:

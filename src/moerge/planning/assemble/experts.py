@@ -14,8 +14,10 @@ from moerge.architecture.decoder_interface import whole_of
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.checks import check_present, check_shapes, check_storage
+from moerge.planning.vocab.chat import settle_chat
 from moerge.planning.vocab.match import OneVocabulary
 from moerge.projectors.outputs import ExpertTables
+from moerge.recipe.schema import Recipe
 from moerge.tensors.digest import combined_digest, file_digest
 from moerge.tensors.dtypes import DType
 from moerge.tensors.tensor import Tensor
@@ -176,14 +178,17 @@ def tokenizer_source(models: Sequence[Checkpoint], named: str | None) -> str:
     return named or models[0].name
 
 
-def one_tokenizer(experts: Sequence[WholeExpert], models: Sequence[Checkpoint], chosen: Checkpoint) -> OneVocabulary:
+def one_tokenizer(
+    recipe: Recipe, experts: Sequence[WholeExpert], models: Sequence[Checkpoint], chosen: Checkpoint
+) -> OneVocabulary:
     """The tokenizer's files, and how well each expert's rows fit it."""
     shares = {expert.name: expert.pieces.shares for expert in experts}
     notes = [f"tokens: {_described(name, share)}" for name, share in shares.items() if name != chosen.name]
     digests = {expert.name: file_digest(_bytes(expert.pieces)) for expert in experts}
     facts = {"source": chosen.name, "rows": experts[0].rows, "models": shares, "notes": notes}
     facts["digest"] = combined_digest(digests)  # an interrupted merge must not go on with another tokenizer
-    return OneVocabulary(tuple(models), chosen.name, companion_files(chosen.folder), facts=facts, notes=tuple(notes))
+    alike = OneVocabulary(tuple(models), chosen.name, companion_files(chosen.folder), facts=facts, notes=tuple(notes))
+    return alike.with_chat(settle_chat(recipe, [chosen], chosen.name, alike.files, None, None), None)
 
 
 def _bytes(pieces: Pieces) -> bytes:

@@ -83,7 +83,7 @@ def assemble_heterogeneous(
     outputs = building.outputs()
     notes = (*building.notes(), *building.assembly.precision.notes(outputs))
     made = Assembled(building.config(), outputs, recipe.expert_names, building.warnings(), notes)
-    return made, one_tokenizer(experts, models, by_name[tokenizer])
+    return made, one_tokenizer(recipe, experts, models, by_name[tokenizer])
 
 
 @dataclass(frozen=True)

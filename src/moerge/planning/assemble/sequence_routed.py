@@ -22,6 +22,8 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
     assert moe is not None and isinstance(moe.router, SequenceRouter)
     dense = _expert_config(assembly, moe)
     experts, tied = assembly.recipe.expert_names, bool(dense.get("tie_word_embeddings"))
+    if not tied and not any(tensor.role == "head" for tensor in assembly.candidates):
+        raise InputError(f"cannot build a sequence-routed model: {assembly.source} has no head, so it is no language model")
     stored = [tensor for tensor in assembly.candidates if not (tied and tensor.name.startswith("lm_head."))]
     by_role = {tensor.role or tensor.name: tensor for tensor in stored}
     plain = [replace(tensor, role=tensor.role or tensor.name) for tensor in stored]

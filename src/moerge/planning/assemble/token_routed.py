@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from moerge.architecture import Expected, moe_format
 from moerge.architecture.config import canonical, portable
+from moerge.architecture.moe_format import GROUPED_BYTES
+from moerge.architecture.parts import part_of
 from moerge.errors import InputError
-from moerge.operations.operations import Draw, Operation
+from moerge.operations.fitter import MODULE
+from moerge.operations.operations import Draw, Operation, Output
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.checks import expected_of
 
@@ -20,10 +23,13 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     chosen = moe_format(moe.format, config)
     unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
     if unknown:
-        raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}")
+        way = f"'parts: {{{part_of(unknown, config.get('num_hidden_layers'))}: drop}}' leaves its part out"
+        raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}: {way}")
     experts = assembly.recipe.expert_names
     converted = chosen.convert(config, len(experts), moe.top_k)
     dense = {tensor.role: tensor for tensor in assembly.candidates}
+    if "head" not in dense and not converted.get("tie_word_embeddings"):
+        raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
     outputs = []
     for tensor in expected_of(chosen.family, converted, chosen.name):
         operation: Operation
@@ -40,8 +46,20 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         outputs.append(assembly.output(tensor, operation))
     assembly.chooser.check_all_used()
     made = portable(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
-    caution = chosen.caution(config)
-    return Assembled(made, outputs, experts, (caution,) if caution else ())
+    cautions = filter(None, (chosen.caution(config), _unaligned(outputs)))
+    return Assembled(made, outputs, experts, tuple(cautions))
+
+
+def _unaligned(outputs: Sequence[Output]) -> str | None:
+    """A warning about experts that transformers 5 does not run as it is set up."""
+    kept = [output for output in outputs if MODULE.search(output.role) and len(output.shape) > 1]
+    odd = {size for output in kept for size in output.shape[-2:] if size * output.dtype.itemsize % GROUPED_BYTES}
+    if not odd:
+        return None
+    return (
+        f"transformers 5 multiplies experts by a product that takes rows of multiples of {GROUPED_BYTES} bytes, and theirs have "
+        f"{min(odd)} elements: load the result with experts_implementation='eager'"
+    )
 
 
 def _kept(assembly: Assembly, tensor: Expected, dense: Mapping[str, Expected], experts: tuple[str, ...]) -> Operation:

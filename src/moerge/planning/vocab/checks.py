@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moerge.architecture import Family
+from moerge.architecture.config import canonical
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.recipe.schema import UNION
-from moerge.tokenizer import Vocabulary, companion_files, has_chat_template, special_tokens
+from moerge.tokenizer import Vocabulary, special_tokens, token_ids
 
 _SHOWN = 3
 _SAVE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
@@ -85,6 +87,23 @@ def not_readable(names: Sequence[str], source: str) -> InputError:
     )
 
 
+def tokens_without_rows(model: Checkpoint, family: Family | None) -> list[str]:
+    """A warning if the tokenizer of `model` has tokens that the embedding, as its config has it, has no row for."""
+    rows = canonical(model.config, family).get("vocab_size")
+    try:
+        ids = token_ids(model.folder) or {}
+    except InputError:  # where it has to be read, it says so
+        return []
+    beyond = sorted((text for text, number in ids.items() if type(rows) is int and number >= rows), key=ids.__getitem__)
+    if not beyond:
+        return []
+    shown = listed(map(repr, beyond[:_SHOWN]), len(beyond))
+    return [
+        f"the tokenizer of {model.name} has tokens beyond the embedding's {rows:,} rows, {shown}: a text with one of them "
+        "ends with an index error"
+    ]
+
+
 def splitting_warnings(vocabularies: Mapping[str, Vocabulary], source: str) -> list[str]:
     """Where text that a model was trained on is cut into other tokens by the source's tokenizer."""
     ours = vocabularies[source].splitting
@@ -95,11 +114,3 @@ def splitting_warnings(vocabularies: Mapping[str, Vocabulary], source: str) -> l
         if differing:
             warnings.append(f"the result splits text as {source} does, not as {name} ({', '.join(differing)} differ)")
     return warnings
-
-
-def template_notes(models: Sequence[Checkpoint], source: str) -> list[str]:
-    """Which chat templates the result does not get, where it gets none."""
-    having = [model.name for model in models if has_chat_template(companion_files(model.folder))]
-    if not having or source in having:
-        return []
-    return [f"the result has no chat template, since {source} has none; those of {', '.join(having)} are left out"]

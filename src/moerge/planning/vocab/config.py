@@ -10,7 +10,7 @@ from moerge.architecture import Family
 from moerge.architecture.config import changed, nested_key
 from moerge.checkpoint.reader import Checkpoint
 
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def with_special_ids(
@@ -29,12 +29,17 @@ def with_special_ids(
     """
     by_name = {model.name: model.config for model in models}
     changes: dict[str, Any] = {} if vocab_size is None else {"vocab_size": vocab_size}
-    for key in _SPECIAL_IDS if source != config_source else ():
-        given, own = _find(by_name[source], family, key), _find(by_name[config_source], family, key)
+    for key in SPECIAL_IDS if source != config_source else ():
+        given, own = find_key(by_name[source], family, key), find_key(by_name[config_source], family, key)
         if given is not None:
             changes[key] = given
         elif own is not None and moved is not None:
             changes[key] = _moved(own, moved)
+    return with_values(models, family, changes)
+
+
+def with_values(models: Sequence[Checkpoint], family: Family | None, changes: Mapping[str, Any]) -> tuple[Checkpoint, ...]:
+    """The models with other values in their configs; None removes a key."""
     if not changes:
         return tuple(models)
     return tuple(replace(model, config=changed(model.config, family, changes)) for model in models)
@@ -51,7 +56,8 @@ def _nested(config: Mapping[str, Any], family: Family | None) -> Mapping[str, An
     return inner if isinstance(inner, Mapping) else None
 
 
-def _find(config: Mapping[str, Any], family: Family | None, key: str) -> Any:
+def find_key(config: Mapping[str, Any], family: Family | None, key: str) -> Any:
+    """A value of the language model's part of a config, or else of the whole."""
     inner = _nested(config, family)
     found = inner.get(key) if inner is not None else None
     return config.get(key) if found is None else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from moerge.architecture import Family
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.vocab.alignment import Alignment, match_rows, own_rows, with_rows
+from moerge.planning.vocab.chat import Chat, Move, settle_chat
 from moerge.planning.vocab.checks import (
     check_kinds,
     check_roles,
@@ -19,10 +20,9 @@ from moerge.planning.vocab.checks import (
     no_tokenizers,
     not_readable,
     splitting_warnings,
-    template_notes,
     undecided,
 )
-from moerge.planning.vocab.config import with_special_ids
+from moerge.planning.vocab.config import with_special_ids, with_values
 from moerge.planning.vocab.token_tensors import sizes_of, token_tensors
 from moerge.recipe.schema import UNION, Recipe
 from moerge.tokenizer import (
@@ -58,6 +58,24 @@ class OneVocabulary:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def origin(self) -> str:
+        """Where tokenizer and generation config come from, in words."""
+        donor = self.facts.get("generation_config", self.source)
+        apart = donor != self.source
+        return (
+            f"tokenizer from {self.source}, generation config from {donor}"
+            if apart
+            else f"tokenizer and generation config from {donor}"
+        )
+
+    def with_chat(self, chat: Chat, family: Family | None) -> OneVocabulary:
+        """The same with a chat template, and the tokens that end an answer, in its files and configs."""
+        own = {"chat_template": chat.template, "generation_config": chat.donor if chat.donor != self.source else None}
+        facts = {**self.facts, **{key: value for key, value in own.items() if value}}
+        notes = (*self.notes, *chat.notes)
+        return replace(self, models=with_values(self.models, family, chat.ids), files=chat.files, facts=facts, notes=notes)
+
 
 def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str) -> OneVocabulary:
     """What the recipe's `tokenizer` asks for, from configs and tokenizer files alone.
@@ -80,13 +98,17 @@ def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: 
     vocabularies = _read(models, having, sizes, source)
     same = _same_tokens(vocabularies, sizes)
     if same and not _differ(sizes):
+        warnings += splitting_warnings(vocabularies, source)
         settled = with_special_ids(models, family, source, config_source)
-        return OneVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
+        alike = OneVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
+        return alike.with_chat(settle_chat(recipe, models, source, files, family, None), family)
     if not same:
         check_kinds(vocabularies, source)
         if recipe.tokenizer is None:
             raise undecided(vocabularies, source)
-    return _Matching(models, family, recipe, config_source, source, vocabularies, sizes).outcome(files, warnings)
+    matching = _Matching(models, family, recipe, config_source, source, vocabularies, sizes)
+    outcome, move = matching.outcome(files, warnings)
+    return outcome.with_chat(settle_chat(recipe, models, source, outcome.files, family, move), family)
 
 
 def _tokenizer_source(models: Sequence[Checkpoint], having: Sequence[Checkpoint], recipe: Recipe, config_source: str) -> str:
@@ -148,8 +170,8 @@ class _Matching:
     vocabularies: Mapping[str, Vocabulary]
     sizes: Mapping[str, int]
 
-    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> OneVocabulary:
-        """The models with the rows of the result."""
+    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[OneVocabulary, Move]:
+        """The models with the rows of the result, and what gives their tokens their ids there."""
         names = token_tensors(self.models, self.family, self.sizes)
         self._check_ids()
         ids, brought = self._tokens(files)
@@ -173,9 +195,9 @@ class _Matching:
             for name in own
         }
         lacking = {name: np.flatnonzero(rows_T < 0) for name, rows_T in own.items()}
-        notes = (*self._notes(alignment.size, list(ids), lacking, left_out, counts), *template_notes(self.models, self.source))
+        notes = tuple(self._notes(alignment.size, list(ids), lacking, left_out, counts))
         facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size, "models": counts}
-        return OneVocabulary(
+        found = OneVocabulary(
             tuple(with_rows(model, alignment, tuple(self.recipe.experts)) for model in configured),
             self.source,
             self._files(files, brought),
@@ -184,6 +206,7 @@ class _Matching:
             notes,
             (*warnings, *self._union_warnings(brought), *splitting_warnings(self.vocabularies, self.source)),
         )
+        return found, Move(ids, self.vocabularies)
 
     @property
     def _union(self) -> bool:

@@ -52,8 +52,7 @@ def read_tokenizer(document: Document, names: Mapping[str, str], warnings: list[
     """Our `tokenizer` from `tokenizer_source` or `tokenizer`, by the models' names here; a chat template is left to the user."""
     data = document.data
     if data.get("chat_template") is not None:
-        source = data.get("tokenizer_source") or "the tokenizer's model"
-        warnings.append(f"'chat_template' is not applied: the chat template is that of {source}; write your own into the result")
+        warnings.append("'chat_template' is not applied: the plan says whose the result has; write your own into the result")
     if data.get("tokenizer_source") is not None and data.get("tokenizer") is not None:
         raise document.error(("tokenizer",), ": there is a 'tokenizer_source' already: remove one")
     path: Key = ("tokenizer_source",)

@@ -59,7 +59,7 @@ def _method(document: Document) -> tuple[str, Foreign]:
     name = document.data.get("merge_method")
     if name is None:
         raise document.error(("merge_method",), " is missing: name one, such as 'merge_method: ties'")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         has = ", ".join(sorted(METHODS))
         raise document.error(("merge_method",), f": moerge does not have {short(name)}; of mergekit's methods it has {has}")
     return name, METHODS[name]

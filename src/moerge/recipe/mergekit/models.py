@@ -62,6 +62,7 @@ def fresh_name(reference: Reference, taken: Iterable[str]) -> str:
     """A name for a model, after the last part of its path, that no other model has."""
     last = re.sub(r"@[^/]*$", "", reference.adapter or reference.model).rstrip("/").rsplit("/", 1)[-1]
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".-") or "model"
+    plain = plain[:60]
     names, name, number = {"base", *taken}, plain, 1
     while name in names:
         number += 1

@@ -93,6 +93,6 @@ def _value(document: Document, path: Key, written: Any, kind: Kind) -> Value:
     try:
         if isinstance(written, (bool, int, float, str)) and math.isfinite(float(written)):  # YAML reads 1e-3 as text
             return float(written)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise document.error(path, f" should be a number, not {short(written)}")

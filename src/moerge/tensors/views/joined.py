@@ -47,10 +47,6 @@ class Joined(Sized):
         """Access to the elements; a part is opened when it is first read."""
         return JoinedElements(self)
 
-    def culprit(self) -> Source | None:
-        """The first part that holds NaN or infinity, found by reading all of them; None if none does."""
-        return next((part for part in self.parts if not _is_finite(part.tensor)), None)
-
 
 class JoinedElements:
     """Access to an opened joined tensor."""
@@ -91,9 +87,10 @@ def joined(name: str, shape: tuple[int, ...], parts: Sequence[Source]) -> Source
 
 
 def culprit(source: Source) -> Source:
-    """What to blame for NaN or infinity in a source: of a joined one the part that holds it."""
-    found = source.tensor.culprit() if isinstance(source.tensor, Joined) else None
-    return found or source
+    """What to blame for NaN or infinity in a source: of one that is made of `parts` the first that holds them."""
+    parts: Sequence[Source] = getattr(source.tensor, "parts", ())
+    found = next((part for part in parts if not _is_finite(part.tensor)), None)
+    return source if found is None else culprit(found)
 
 
 def _is_finite(tensor: Tensor) -> bool:

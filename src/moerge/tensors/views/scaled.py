@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moerge.errors import InputError
 from moerge.files import SourceFile
 from moerge.tensors.dtypes import DType
 from moerge.tensors.tensor import Elements, Sized, Tensor
@@ -13,7 +14,7 @@ from moerge.tensors.tensor import Elements, Sized, Tensor
 
 @dataclass(frozen=True)
 class Scaled(Sized):
-    """A Tensor: another one, of float32, times `scale`, and at least `least`."""
+    """A Tensor: another one, of float32, times `scale`, and at least `least`; one that has a least value may not be negative."""
 
     inner: Tensor
     name: str
@@ -35,9 +36,13 @@ class Scaled(Sized):
         """Those of the other tensor."""
         return self.inner.files
 
+    @property
+    def _where(self) -> str:
+        return f"{self.files[0].path}: the statistic of tensor {self.name!r}"
+
     def open(self) -> _ScaledElements:
         """Access to the products."""
-        return _ScaledElements(self.inner.open(), np.float32(self.scale), self.least)
+        return _ScaledElements(self.inner.open(), np.float32(self.scale), self.least, self._where)
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,12 @@ class _ScaledElements:
     inner: Elements
     scale: np.float32
     least: float | None
+    where: str
 
     def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
         np.multiply(self.inner.read(start, out_N), self.scale, out=out_N)
         if self.least is not None:
+            if (out_N < 0).any():
+                raise InputError(f"{self.where} is negative somewhere, which no sum of squares is: gather it again")
             np.maximum(out_N, np.float32(self.least), out=out_N)
         return out_N

@@ -1,0 +1,222 @@
+"""A recipe as one of the models of another: its tensors are merged as they are read, and never stored.
+
+They are what a merge would have written, to the bit, in the element type of their recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+
+from moerge.checkpoint.manifest import to_json
+from moerge.checkpoint.reader import Checkpoint
+from moerge.errors import InputError
+from moerge.execution.executor import Execution
+from moerge.execution.regions import Budget, merge_whole
+from moerge.execution.schedule import run_at_once
+from moerge.files import SourceFile
+from moerge.operations.estimate import largest
+from moerge.operations.operations import Merge, Output
+from moerge.planning.plan import Plan
+from moerge.tensors.dtypes import DType
+from moerge.tensors.source import Source
+from moerge.tensors.tensor import Sized, Tensor
+from moerge.tensors.threads import one_thread_each
+
+_WHOLE = 3
+"""Tensors in memory of methods that need them whole: readers go from one to the next, a few at a time."""
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint(Checkpoint):
+    """The result of `plan`. `folder` has its small files and no tensors; it is removed with `home`."""
+
+    plan: Plan = field(kw_only=True, repr=False)
+    home: _Home = field(kw_only=True, repr=False)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Those of the models that it is merged from."""
+        return tuple(folder for model in self.plan.models for folder in model.folders)
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The models that it is merged from."""
+        return tuple(origin for model in self.plan.models for origin in model.origins)
+
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """Those of the models that it is merged from, by this name and theirs."""
+        return {f"{self.name}/{name}": commit for model in self.plan.models for name, commit in model.commits.items()}
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What decides its tensors."""
+        return (*super().identity, self.plan.fingerprint)
+
+    @property
+    def stored_as(self) -> str:
+        """The element types, of what is merged."""
+        return f"merged {super().stored_as}"
+
+    @property
+    def working_bytes(self) -> int:
+        """Blocks of all sources, for every thread, and whole tensors."""
+        outputs = self.plan.outputs
+        whole = [output.nbytes for output in outputs if _is_whole(output)]
+        return self.plan.merging_bytes(os.cpu_count() or 1) + _WHOLE * max(whole, default=0)
+
+
+def merged_checkpoint(plan: Plan, name: str, location: str) -> MergedCheckpoint:
+    """A plan as a model called `name`. Raises InputError where a part of it can only be computed from files."""
+    if plan.fittings:
+        title = plan.fittings[0].fitter.title
+        raise InputError(
+            f"{name}: {plan.recipe.source}: {title} can only be computed once the rest is written: merge this recipe into a "
+            "folder first, and name that"
+        )
+    home = _Home()
+    folder = home.folder
+    for file, content in {**plan.files, "config.json": to_json(plan.config)}.items():
+        (folder / file).write_bytes(content)
+    merging = _Merging(plan)
+    tensors: Mapping[str, Tensor] = {output.name: _MergedTensor(output, merging) for output in plan.outputs}
+    return MergedCheckpoint(
+        name,
+        location,
+        folder,
+        plan.config,
+        tensors,
+        complete=plan.complete,
+        warnings=tuple(f"{name}: {text}" for text in plan.warnings),
+        plan=plan,
+        home=home,
+    )
+
+
+class _Home:
+    """A folder that is removed with this."""
+
+    def __init__(self) -> None:
+        self.folder = Path(mkdtemp(prefix="moerge-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _MergedTensor(Sized):
+    """An output of a plan."""
+
+    output: Output
+    merging: _Merging = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The output's."""
+        return self.output.name
+
+    @property
+    def dtype(self) -> DType:
+        """The output's."""
+        return self.output.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The output's."""
+        return self.output.shape
+
+    @cached_property
+    def files(self) -> tuple[SourceFile, ...]:
+        """All files that it is merged from."""
+        return tuple(dict.fromkeys(file for source in self.output.operation.sources for file in source.tensor.files))
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """What it is merged from, for whoever looks for NaN."""
+        return self.output.operation.sources
+
+    def open(self) -> _MergedTensor:
+        """Access to its elements."""
+        return self
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        """Fill `out_N` with elements `start` and following, and return it."""
+        self.merging.read(self.output, start, out_N)
+        return out_N
+
+
+class _Merging:
+    """Merges parts of a plan's outputs as they are asked for, from any thread."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._statistics = plan, dict[str, Any]()
+        self._arrays = _Arrays()
+        self._execution = Execution(self._arrays, allow_nonfinite=True)
+        self._measuring, self._merging = threading.Lock(), threading.Lock()
+        self._whole: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def read(self, output: Output, start: int, out_N: np.ndarray) -> None:
+        """Elements `start` and following, as many as `out_N` has."""
+        if _is_whole(output):
+            out_N[:] = self._tensor(output)[start : start + out_N.size]
+        else:
+            self._execution.make(output, self._statistic(output), start, out_N)
+
+    def _statistic(self, output: Output) -> Any:
+        if not isinstance(output.operation, Merge) or not output.operation.method.measures:
+            return None
+        with self._measuring:
+            if output.name not in self._statistics:
+                if not self._statistics:
+                    merges = [o.operation for o in self._plan.outputs if isinstance(o.operation, Merge)]
+                    self._execution.measure_model(merges, os.cpu_count() or 1)
+                self._statistics[output.name] = run_at_once(self._execution.statistic(output.operation))
+            return self._statistics[output.name]
+
+    def _tensor(self, output: Output) -> np.ndarray:
+        statistic = self._statistic(output)
+        with self._merging:
+            if output.name not in self._whole:
+                with one_thread_each():
+                    merge_whole(self._execution, Budget(largest([output])), output, statistic)
+                self._whole[output.name] = self._arrays.pop(output)
+                if len(self._whole) > _WHOLE:
+                    self._whole.popitem(last=False)
+            return self._whole[output.name]
+
+
+class _Arrays:
+    """A store of whole tensors in memory."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, np.ndarray] = {}
+
+    def write(self, output: Output, start: int, data: np.ndarray) -> None:
+        """Keep elements."""
+        array = self._found.setdefault(output.name, np.empty(output.size, output.dtype.storage))
+        array[start : start + data.size] = data
+
+    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
+        """Nothing is left to do."""
+
+    def finished(self, output: Output) -> bool:
+        """No run came before."""
+        return False
+
+    def pop(self, output: Output) -> np.ndarray:
+        """A tensor, which is forgotten here."""
+        return self._found.pop(output.name, np.empty(0, output.dtype.storage))
+
+
+def _is_whole(output: Output) -> bool:
+    return isinstance(output.operation, Merge) and output.operation.method.unit != "block"
