@@ -22,6 +22,7 @@ from moerge.extraction import Extraction, extract
 from moerge.merging.pipeline import merge
 from moerge.tensors.linalg import leading_svd
 from moerge.tensors.views.low_rank import read_float32
+from recorded import Recorded
 from tiny import edit_config, llama_config, llama_tensors, make_models, read_values, write_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -268,16 +269,14 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
     models = make_models(tmp_path, experts=("math",))
     before = sorted(tmp_path.iterdir())
 
-    def interrupt(total: int) -> Any:
-        def advance(nbytes: int) -> None:
-            assert total > nbytes
-            assert len(list(tmp_path.iterdir())) == len(before) + 1
-            raise KeyboardInterrupt
+    def interrupt(nbytes: int) -> None:
+        assert progress.totals("bytes")[0] > nbytes
+        assert len(list(tmp_path.iterdir())) == len(before) + 1
+        raise KeyboardInterrupt
 
-        return advance
-
+    progress = Recorded(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), progress=interrupt)
+        extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), progress=progress)
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -32,7 +32,7 @@ architecture
 modeling
 tensors
 distillation
-progress files registry quiet
+progress files registry quiet formatting
 errors system
 """
 """From top to bottom. Packages of one floor do not import each other."""

@@ -67,24 +67,3 @@ def print_warnings(warnings: Sequence[str]) -> None:
     """Warnings on standard error, each of them once."""
     for warning in dict.fromkeys(warnings):
         print(f"warning: {one_line(warning)}", file=sys.stderr)
-
-
-def as_size(nbytes: int) -> str:
-    """Bytes in decimal units."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes} B"
-
-
-def as_count(number: int) -> str:
-    """A number of parameters or tokens."""
-    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return str(number)
-
-
-def as_time(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

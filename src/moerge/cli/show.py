@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
-from moerge.cli.console import Table, as_count, as_size, as_time, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, print_json, print_warnings, say, show_table
 from moerge.cli.show_adapters import adapter_rows
 from moerge.errors import one_line
+from moerge.formatting import as_count, as_size, as_time
 from moerge.inspection import Inspection, Verification
 from moerge.merging.pipeline import MergeResult
 from moerge.planning.plan import Plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moerge.cli.console import Table, as_count, as_size, as_time, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, print_json, print_warnings, say, show_table
+from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
     from moerge.extraction import Extraction

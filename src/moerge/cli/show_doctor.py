@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moerge.cli.console import Table, as_size, print_json, show_table
+from moerge.cli.console import Table, print_json, show_table
 from moerge.doctor import Dependency, Diagnosis, Extra, Folder
+from moerge.formatting import as_size
 
 
 def diagnosis(state: Diagnosis, *, as_json: bool) -> None:

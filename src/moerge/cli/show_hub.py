@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moerge.cli.console import Table, as_size, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, print_json, print_warnings, say, show_table
+from moerge.formatting import as_size
 from moerge.hub import Pushed
 
 

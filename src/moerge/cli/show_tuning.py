@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moerge.cli.console import Table, as_count, as_size, as_time, print_json, say, show_table
+from moerge.cli.console import Table, print_json, say, show_table
 from moerge.cli.show_learning import note
+from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
     from moerge.tuning.outlook import Outlook

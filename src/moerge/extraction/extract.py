@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from moerge.extraction.writer import AdapterWriter, Shape
 from moerge.files import check_unchanged
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
-from moerge.progress import Progress
+from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
 from moerge.tensors.dtypes import FLOATS
 from moerge.tensors.linalg import Map, leading_svd
@@ -49,14 +49,14 @@ def extract(
     modules_to_save: Sequence[str] = (),
     dtype: str = "float32",
     threads: int | None = None,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress | bool = False,
 ) -> Extraction:
     """Write the task vector of `expert` on `base` (folders or Hub ids) as a peft LoRA of the given rank (default 16).
 
     Each matrix becomes its best approximation of that rank (Eckart and Young 1936). With `energy` it gets the smallest rank
     that keeps this share of its squared Frobenius norm, `rank` being the most it may have, if given. `modules` and
     `modules_to_save` are patterns as in a recipe's overrides: what becomes low-rank (default: attention and feed-forward
-    matrices), and what is stored whole. `progress` is called with the bytes to read and returns what is told the bytes done.
+    matrices), and what is stored whole. `progress` is a `Progress`, or True for a display on standard error.
     The result does not depend on `threads`.
     Raises InputError where the models do not fit together, a pattern matches nothing, or `out` exists.
     """
@@ -72,8 +72,8 @@ def extract(
     plan = build_plan(load_recipe(recipe), weights=True)
     targets = choose_targets(plan, modules, modules_to_save)
     most = rank if rank is not None else DEFAULT_RANK if energy is None else None
-    with AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
-        advance = progress(2 * sum(t.output.nbytes for t in targets)) if progress else lambda nbytes: None
+    with reporter(progress) as report, AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
+        advance = report.phase("extracting", 2 * sum(t.output.nbytes for t in targets))
         with one_thread_each(), ThreadPoolExecutor(threads or default_threads()) as pool:
             work = _Extraction(plan, writer, most, energy, pool.map)
             for target in targets:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,14 +21,15 @@ from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
 from moerge.files import check_target, check_unchanged, target_of
+from moerge.formatting import Displayed, as_time
 from moerge.merging.card import model_card
-from moerge.merging.fitting import Calibrating, fit_outputs
+from moerge.merging.fitting import fit_outputs
 from moerge.merging.integers import unlike_integers
 from moerge.merging.manifest import build_manifest
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
 from moerge.planning.statistics import differing
-from moerge.progress import Progress
+from moerge.progress import Progress, reporter
 from moerge.recipe import Recipe, load_recipe
 from moerge.tensors.digest import file_digest
 from moerge.tensors.threads import default_threads
@@ -37,8 +38,8 @@ SHARD_BYTES = 5_000_000_000
 """Largest shard by default, as transformers writes them."""
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Displayed):
     """A finished merge. Times are in seconds; `publish_seconds` is spent making the files durable and naming them.
 
     `was_complete`: there was nothing left to resume, and nothing was done.
@@ -51,6 +52,10 @@ class MergeResult:
     publish_seconds: float
     nonfinite_inputs: tuple[str, ...]
     was_complete: bool = False
+
+    def headline(self) -> str:
+        """The folder, and how long it took."""
+        return f"{self.folder}, {self.plan.headline()}, {as_time(self.merge_seconds + self.publish_seconds)}"
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""
@@ -85,8 +90,7 @@ def merge(
     threads: int | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
-    progress: Callable[[Plan], Progress] | None = None,
-    calibrating: Calibrating | None = None,
+    progress: Progress | bool = False,
     clients: Sequence[str] = (),
 ) -> MergeResult:
     """Carry out a plan (or a recipe) and write the checkpoint folder `out`.
@@ -94,8 +98,7 @@ def merge(
     `resume` continues an interrupted merge into `out`, and is content with a complete one of the same plan; `force` replaces a
     checkpoint that moerge made there before.
     The result does not depend on `threads` (default: the cores available), and its tensors not on `max_shard_bytes`.
-    `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread; `calibrating`,
-    with a number and "texts" or "tokens" once something is computed from as many of them, and returns what is told those done.
+    `progress` is a `Progress` that receives the phases of the work, or True for a display on standard error.
     `clients` are as in `plan`, asked before anything is written; the files do not depend on them.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk, SourceChangedError where a
     model's file was changed since the plan was made.
@@ -115,12 +118,10 @@ def merge(
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
-    with Staging(target, shards, fingerprint, start) as staging:
-        execution = Execution(staging, allow_nonfinite)
-        if progress is not None:
-            execution.advance = progress(plan)
+    with reporter(progress) as report, Staging(target, shards, fingerprint, start) as staging:
+        execution = Execution(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
         execution.run(plan.outputs, threads)
-        remarks = fit_outputs(plan, staging, partial(_files, plan), threads, calibrating)
+        remarks = fit_outputs(plan, staging, partial(_files, plan), threads, report)
         remarks = (*remarks, *differing(plan.statistics, plan.outputs, staging.inputs), *unlike_integers(plan))
         if remarks:
             plan = replace(plan, warnings=(*plan.warnings, *remarks))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,7 @@ from moerge.cli.interruption import resumable
 from moerge.cli.options import AsJson, CheckpointName, For, Quiet, RecipeFile, Seed, Threads
 
 if TYPE_CHECKING:
-    from moerge.operations.fitter import Unit
+    pass
 
 
 def plan(
@@ -53,8 +51,8 @@ def merge(
     from moerge.checkpoint.staging import staging_folder
     from moerge.cli import show
     from moerge.cli.console import parse_size
-    from moerge.cli.progress import Progress
     from moerge.merging.pipeline import merge as run_merge
+    from moerge.progress import TerminalProgress
     from moerge.recipe import load_recipe
 
     options: dict[str, Any] = {
@@ -66,31 +64,19 @@ def merge(
         "clients": clients,
     }
     loaded = load_recipe(recipe, seed=seed)
-    with ExitStack() as stack:
-        shown = [stack.enter_context(Progress("merging", quiet=quiet))]
-
-        def calibrating(count: int, unit: Unit) -> Callable[[int], None]:
-            shown[-1].finish()
-            what = "calibrating" if unit == "texts" else "fitting projectors"
-            shown.append(stack.enter_context(Progress(what, quiet=quiet, unit=unit)))
-            return shown[-1].start(count)
-
-        options |= {"progress": lambda planned: shown[0].start(planned.work_bytes), "calibrating": calibrating}
-        with resumable(lambda: staging_folder(out).exists()):
-            result = run_merge(loaded, out, **options)
+    with TerminalProgress(quiet=quiet) as progress, resumable(lambda: staging_folder(out).exists()):
+        result = run_merge(loaded, out, progress=progress, **options)
     show.merge(result, quiet=quiet, as_json=json)
 
 
 def verify(checkpoint: CheckpointName, threads: Threads = None, quiet: Quiet = False, json: AsJson = False) -> None:
     """Check that every tensor is present, finite, of the right shape, and what the manifest says."""
-    from moerge.checkpoint.locate import locate
     from moerge.cli import show
-    from moerge.cli.progress import Progress
     from moerge.inspection import verify as run_verify
+    from moerge.progress import TerminalProgress
 
-    total = locate(checkpoint).nbytes
-    with Progress("verifying", quiet=quiet) as progress:
-        found = run_verify(checkpoint, threads=threads, progress=progress.start(total))
+    with TerminalProgress(quiet=quiet) as progress:
+        found = run_verify(checkpoint, threads=threads, progress=progress)
     show.verification(found, quiet=quiet, as_json=json)
     if found.problems:
         raise typer.Exit(2)

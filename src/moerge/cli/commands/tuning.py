@@ -23,9 +23,8 @@ def tune(
 ) -> None:
     """Fine-tune or distil a mixture of experts or a dense model into OUT, on one process or, with torchrun, several."""
     from moerge.cli import show_tuning
-    from moerge.cli.progress import Progress
     from moerge.errors import InputError
-    from moerge.progress import Watch
+    from moerge.progress import TerminalProgress
     from moerge.tuning.launch import rank
     from moerge.tuning.run import look
     from moerge.tuning.run import tune as run_tune
@@ -39,17 +38,10 @@ def tune(
     if out is None:
         raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
     quiet = quiet or rank() > 0
-    with Progress("tuning", quiet=quiet, unit="tokens") as progress:
-        note, warn = (show_tuning.note if heard else _nothing for heard in (not quiet, rank() == 0))
-        watch = Watch(progress.start, note, warn)
-        with resumable(lambda: Work(out).interrupted):
-            result = run_tune(settings, out, resume=resume, force=force, seed=seed, watch=watch)
+    with TerminalProgress(quiet=quiet, muted=rank() > 0) as progress, resumable(lambda: Work(out).interrupted):
+        result = run_tune(settings, out, resume=resume, force=force, seed=seed, progress=progress)
     if result is not None:
         show_tuning.tuned(result, quiet=quiet, as_json=json)
-
-
-def _nothing(text: str) -> None:
-    """Nobody is told."""
 
 
 COMMANDS = (tune,)
