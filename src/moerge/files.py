@@ -138,8 +138,11 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
 
 
 def target_of(out: str | Path) -> Path:
-    """The absolute path of a folder to be written. A link to an empty folder stands for that folder, on its own disk."""
-    target = Path(os.path.abspath(as_path(out, "the output")))
+    """The absolute path of a folder to be written, also from one with `~`.
+
+    A link to an empty folder stands for that folder, on its own disk.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(as_path(out, "the output"))))
     empty = os.path.islink(target) and target.is_dir() and not any(target.iterdir())
     return target.resolve() if empty else target
 

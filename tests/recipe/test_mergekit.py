@@ -14,6 +14,7 @@ import mergekit_reference
 import moerge
 import tiny
 from command import moerge as command
+from moerge.errors import InputError
 from moerge.recipe import load_recipe
 from moerge.recipe.document import Document
 from moerge.recipe.mergekit.parameters import read_setting
@@ -426,3 +427,21 @@ def test_moved_layers_are_no_recipe_of_ours(here: Path, tmp_path: Path) -> None:
         result = command("plan", file, "--as-recipe")
         assert (result.code, result.out) == (2, "")
         assert result.err.endswith("moerge's own recipes cannot move layers as these slices do: keep this file as it is\n")
+
+
+def test_adapters_on_one_model_make_it_the_base() -> None:
+    written = {"models": [{"model": f"owner/base+{name}", "parameters": {"weight": 1}} for name in ("one", "two")]}
+    recipe = load_recipe({**written, "merge_method": "linear"})
+    assert (recipe.base, {name: expert.model for name, expert in recipe.experts.items()}) == (
+        "owner/base",
+        {"one": "one", "two": "two"},
+    )
+    written["models"][0]["model"] = "owner/other+one"
+    with pytest.raises(InputError, match=r"models: the adapters lie on different models \(owner/base, owner/other\)"):
+        load_recipe({**written, "merge_method": "linear"})
+
+
+def test_a_plus_in_a_path_that_is_written_as_a_mapping() -> None:
+    models = [{"model": {"model": {"path": "a+b"}}}, {"model": {"model": {"path": "c+d", "revision": "x"}}}]
+    recipe = load_recipe({"models": [{**model, "parameters": {"weight": 1}} for model in models], "merge_method": "linear"})
+    assert [expert.model for expert in recipe.experts.values()] == ["a+b", "c+d@x"]

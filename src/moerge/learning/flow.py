@@ -19,6 +19,7 @@ import torch
 
 from moerge.distillation import target_bytes
 from moerge.errors import InputError, MachineError
+from moerge.formatting import as_size
 from moerge.learning.chunks import allocate, importances
 from moerge.learning.directions import Directions
 from moerge.learning.model import BASE, MergingModel, Slot, known_config
@@ -180,8 +181,8 @@ class _Job:
         self.progress.info(f"the experts' targets for {tokens:,} tokens take {nbytes / 1e9:.2f} GB in {self.folder.parent}")
         if nbytes > free:
             raise MachineError(
-                f"no space for the experts' targets in {self.folder.parent}: {nbytes / 1e9:.1f} GB are needed, "
-                f"{free / 1e9:.1f} GB free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
+                f"no space for the experts' targets in {self.folder.parent}: {as_size(nbytes)} are needed, "
+                f"{as_size(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
             )
         self.advance = self.progress.phase("learning", steps + len(distinct), "texts")
 

@@ -21,7 +21,7 @@ from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
 from moerge.files import check_target, check_unchanged, target_of
-from moerge.formatting import Displayed, as_time
+from moerge.formatting import Displayed, as_size, as_time
 from moerge.merging.card import model_card
 from moerge.merging.fitting import fit_outputs
 from moerge.merging.integers import unlike_integers
@@ -185,6 +185,4 @@ def _check_space(plan: Plan, target: Path, *, staged: bool) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if not staged and free < plan.output_bytes:
-        raise MachineError(
-            f"no space for {target}: it needs {plan.output_bytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free"
-        )
+        raise MachineError(f"no space for {target}: it needs {as_size(plan.output_bytes)}, {parent} has {as_size(free)} free")

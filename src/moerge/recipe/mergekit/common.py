@@ -79,6 +79,11 @@ def roster_experts(
 ) -> tuple[dict[str, Any], str | None]:
     """Our `experts` and `base`: a base that is merged like the others is only an expert, unless adapters lie on it."""
     experts = {}
+    adapted = sorted({reference.model for reference in roster.names if reference.adapter})
+    if base is None and len(adapted) > 1:
+        raise document.error(("models",), f": the adapters lie on different models ({', '.join(adapted)}): they need one base")
+    if base is None and adapted:
+        base = Reference(adapted[0])
     for reference, name in roster.names.items():
         if reference.adapter and (base is None or base.adapter or reference.model != base.model):
             message = f": the adapter {reference.adapter} lies on {reference.model}: only adapters on the base can be merged"

@@ -28,8 +28,9 @@ def read_reference(document: Document, path: Key, written: Any) -> Reference:
         unknown = next((key for key in written if key not in ("model", "lora")), None)
         if unknown is not None:
             raise document.error((*path, str(unknown)), ": unknown key; a model is text, such as owner/name@revision")
-        model, adapter = _path_of(written.get("model")), _path_of(written.get("lora"))
-        written = f"{model}+{adapter}" if adapter else model
+        named = [_path_of(written[key]) for key in ("model", "lora") if written.get(key)]
+        if "model" in written and named and all(isinstance(name, str) and name for name in named):
+            return Reference(*named)  # here a plus is a part of a name
     if not isinstance(written, str) or not written:
         raise document.error(path, f" should be a folder or a Hub id, not {short(written)}")
     parts = written.split("+")
