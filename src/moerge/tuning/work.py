@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.manifest import to_json
+from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
 from moerge.errors import InputError
 from moerge.files import check_target, make_durable, umask, write_whole
@@ -61,7 +61,7 @@ class Work:
             except BlockingIOError:
                 raise InputError(f"another moerge is tuning into {self.target} right now: wait for it") from None
             if left.exists() and resume:
-                self._compare(json.loads(left.read_text()), facts)
+                self._compare(read_json(left), facts)
             else:
                 self._empty()
                 self.fresh = True
@@ -75,7 +75,7 @@ class Work:
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for part in sorted({*before, *now}):
-            was, wanted = before.get(part) or {}, now.get(part) or {}
+            was, wanted = (value if isinstance(value, dict) else {} for value in (before.get(part), now.get(part)))
             for key in sorted({*was, *wanted} - set(_FREE if part == "settings" else ())):
                 if was.get(key) != wanted.get(key):
                     raise InputError(
