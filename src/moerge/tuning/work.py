@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.manifest import to_json
+from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.workspace import Workspace, machine_errors, make_all_durable
 from moerge.errors import InputError
@@ -46,7 +46,7 @@ class Work(Workspace):
         with machine_errors(self.root):
             self.acquire()
             if self.interrupted and resume:
-                self._compare(json.loads((self.root / _BEGUN).read_text(encoding="utf-8")), facts)
+                self._compare(read_json(self.root / _BEGUN), facts)
             else:
                 self.empty()
                 self.fresh = True
@@ -60,7 +60,7 @@ class Work(Workspace):
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for part in sorted({*before, *now}):
-            was, wanted = before.get(part) or {}, now.get(part) or {}
+            was, wanted = (value if isinstance(value, dict) else {} for value in (before.get(part), now.get(part)))
             for key in sorted({*was, *wanted} - set(_FREE if part == "settings" else ())):
                 if was.get(key) != wanted.get(key):
                     raise InputError(
