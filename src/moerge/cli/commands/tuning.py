@@ -22,7 +22,7 @@ def tune(
     json: AsJson = False,
 ) -> None:
     """Fine-tune or distil a mixture of experts or a dense model into OUT, on one process or, with torchrun, several."""
-    from moerge.cli import show_tuning
+    from moerge.cli.views import tuning as views
     from moerge.errors import InputError
     from moerge.progress import TerminalProgress
     from moerge.tuning.launch import rank
@@ -33,7 +33,7 @@ def tune(
     if dry_run:
         found = look(settings, seed=seed)
         if rank() == 0:
-            show_tuning.outlook(found, as_json=json)
+            views.outlook(found, as_json=json)
         return
     if out is None:
         raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
@@ -41,7 +41,7 @@ def tune(
     with TerminalProgress(quiet=quiet, muted=rank() > 0) as progress, resumable(lambda: Work(out).interrupted):
         result = run_tune(settings, out, resume=resume, force=force, seed=seed, progress=progress)
     if result is not None:
-        show_tuning.tuned(result, quiet=quiet, as_json=json)
+        views.tuned(result, quiet=quiet, as_json=json)
 
 
 COMMANDS = (tune,)
