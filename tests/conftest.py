@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("moerge", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moerge")
+
+
+OF_EXTRAS = "torch|transformers|tokenizers|safetensors|peft|accelerate|datasets|pyarrow|lm_eval|matplotlib|jinja2|ml_dtypes"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip what cannot be imported without an extra, so that the others run in a core installation."""
+    report = yield
+    missing = re.search(rf"No module named '({OF_EXTRAS})\b", str(report.longrepr)) if report.failed else None
+    if missing:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed, see the extras of moerge")
+    return report
 
 
 @pytest.fixture(scope="session")

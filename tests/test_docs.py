@@ -209,9 +209,7 @@ def session(
     shutil.copytree(models, tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(
-        "moerge.cli.progress._PATIENCE_SECONDS", 600.0
-    )  # no progress between the lines, however slow the machine is
+    monkeypatch.setattr("moerge.progress._PATIENCE_SECONDS", 600.0)  # no progress between the lines, however slow the machine is
     monkeypatch.syspath_prepend(tmp_path)
     yield Session(capsys, monkeypatch)
     registry._entry_points.cache_clear()

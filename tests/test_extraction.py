@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from adapters import low_rank, write_adapter
 from command import moerge
+from moerge import system
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.header import read_header
 from moerge.checkpoint.locate import locate
@@ -22,7 +22,8 @@ from moerge.extraction import Extraction, extract
 from moerge.merging.pipeline import merge
 from moerge.tensors.linalg import leading_svd
 from moerge.tensors.views.low_rank import read_float32
-from tiny import edit_config, llama_config, llama_tensors, make_models, read_values, write_checkpoint
+from recorded import Recorded
+from tiny import edit_config, llama_config, llama_tensors, make_models, read_values, write_checkpoint, write_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -268,16 +269,14 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
     models = make_models(tmp_path, experts=("math",))
     before = sorted(tmp_path.iterdir())
 
-    def interrupt(total: int) -> Any:
-        def advance(nbytes: int) -> None:
-            assert total > nbytes
-            assert len(list(tmp_path.iterdir())) == len(before) + 1
-            raise KeyboardInterrupt
+    def interrupt(nbytes: int) -> None:
+        assert progress.totals("bytes")[0] > nbytes
+        assert len(list(tmp_path.iterdir())) == len(before) + 1
+        raise KeyboardInterrupt
 
-        return advance
-
+    progress = Recorded(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), progress=interrupt)
+        extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), progress=progress)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -288,8 +287,8 @@ def test_what_a_killed_extraction_left_goes_with_the_next_one(tmp_path: Path) ->
     for folder in (left, alive, others):
         folder.mkdir()
         (folder / "adapter_model.safetensors").touch()
-    with open(alive / "adapter_model.safetensors", "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(alive / "lock", "wb") as file:
+        assert system.lock(file)
         extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), rank=1)
     assert sorted(folder.name for folder in tmp_path.iterdir() if folder.name.startswith(".")) == [alive.name, others.name]
 
@@ -375,3 +374,38 @@ def test_gpt_neox_head_is_refused(tmp_path: Path) -> None:
         InputError, match=r"'embed_out\.weight', the head or tied to it: leave it out, since GPT-NeoX' head is called"
     ):
         extract(str(tmp_path / "base"), tmp_path / "lora", base=str(tmp_path / "base"), modules=["head"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "mistral3", "qwen2_5_vl"])
+def test_peft_finds_the_modules_of_a_multimodal_model(tmp_path: Path, kind: str) -> None:
+    """In memory they have other names than in files; an adapter under those has no effect."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'moerge[dev]')")
+    from hf_models import load, logits, random_model, save
+    from multimodal import MULTIMODAL
+
+    base = random_model(MULTIMODAL[kind](), 1)
+    save(base, tmp_path / "base")
+    for name, value in base.named_parameters():
+        if name.endswith("proj.weight") and "s.0." in name:
+            value.data += 0.05 * torch.randn(value.shape[0], 2) @ torch.randn(2, value.shape[1])
+    save(base, tmp_path / "expert")
+    found = extract(str(tmp_path / "expert"), tmp_path / "lora", base=str(tmp_path / "base"), rank=2)
+    assert found.share > 0.99999
+    with_adapter = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "lora").eval()
+    np.testing.assert_allclose(logits(with_adapter), logits(load(tmp_path / "expert")), rtol=0, atol=2e-4)
+    assert not np.allclose(logits(load(tmp_path / "base")), logits(load(tmp_path / "expert")), atol=1e-2)
+    changed = applied(tmp_path / "lora", tmp_path / "base")
+    for name, value in read_values(tmp_path / "expert").items():
+        np.testing.assert_allclose(changed[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_an_expert_with_more_tokens(tmp_path: Path) -> None:
+    models = make_models(tmp_path, experts=("chat",))
+    config = llama_config(vocab_size=66)
+    write_checkpoint(models["chat"], llama_tensors(config, expert=1), config, tokenizer=False)
+    write_tokenizer(models["chat"], ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64)), "<x>", "<y>"])
+    found = extract(str(models["chat"]), tmp_path / "lora", base=str(models["base"]), rank=2)
+    assert any("has 2 tokens that the base lacks" in warning for warning in found.warnings)
+    assert all(value.shape[0] != 66 for value in applied(tmp_path / "lora", models["base"]).values())

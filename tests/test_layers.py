@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -32,8 +34,8 @@ architecture
 modeling
 tensors
 distillation
-progress files registry quiet
-errors
+progress files registry quiet formatting
+errors system
 """
 """From top to bottom. Packages of one floor do not import each other."""
 
@@ -91,3 +93,10 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+def test_the_core_needs_no_extra() -> None:
+    extras = ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "matplotlib")
+    core = ("cli.app", "merging.pipeline", "inspection", "comparison", "extraction", "refresh", "hub", "doctor")
+    code = f"import sys; sys.modules |= dict.fromkeys({extras}); import " + ", ".join(f"moerge.{name}" for name in core)
+    subprocess.run([sys.executable, "-c", code], check=True)

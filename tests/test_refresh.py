@@ -10,7 +10,9 @@ import pytest
 
 import moerge
 from command import moerge as command
+from moerge.checkpoint.manifest import sealed
 from moerge.modeling import AUTO_MAP, code_files
+from moerge.tensors.digest import file_digest
 from tiny import edit_config, make_models, write_recipe
 
 CURRENT = {name: path.read_bytes() for name, path in code_files().items()}
@@ -26,12 +28,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = json.loads((out / "moerge.json").read_text())
     (out / "versions_moerge.py").unlink()
     del manifest["files"]["versions_moerge.py"]
-    from moerge.tensors.digest import file_digest
-
     for name in ("routed_moerge.py", "older_moerge.py"):
         (out / name).write_text("raise ImportError('old')\n")
         manifest["files"][name] = file_digest((out / name).read_bytes())
-    (out / "moerge.json").write_text(json.dumps(manifest))
+    (out / "moerge.json").write_bytes(sealed(manifest))
     assert command("verify", out).code == 0
     return out
 

@@ -14,27 +14,55 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moerge.comparison import compare
+    from moerge.demonstration import demo
     from moerge.errors import InputError, MachineError, MoergeError
+    from moerge.evaluation import evaluate
+    from moerge.extraction.extract import extract
+    from moerge.gather.gather import stats
+    from moerge.hub import push
+    from moerge.inference.generation import generate
+    from moerge.inference.routes import route
     from moerge.inspection import inspect, verify
+    from moerge.learning.run import learn
     from moerge.merging.pipeline import MergeResult, merge, plan
     from moerge.merging.state_dicts import merge_state_dicts
+    from moerge.methods.function import method
+    from moerge.methods.method import merge_methods
     from moerge.planning.plan import Plan
+    from moerge.progress import Progress
     from moerge.recipe import Recipe, load_recipe
+    from moerge.reporting import report
+    from moerge.tuning.run import tune
 
     __version__: str
 
 _HOMES = {
     "InputError": "moerge.errors",
     "MachineError": "moerge.errors",
-    "MoergeError": "moerge.errors",
     "MergeResult": "moerge.merging.pipeline",
+    "MoergeError": "moerge.errors",
     "Plan": "moerge.planning.plan",
+    "Progress": "moerge.progress",
     "Recipe": "moerge.recipe",
+    "compare": "moerge.comparison",
+    "demo": "moerge.demonstration",
+    "evaluate": "moerge.evaluation",
+    "extract": "moerge.extraction",
+    "generate": "moerge.inference.generation",
     "inspect": "moerge.inspection",
+    "learn": "moerge.learning.run",
     "load_recipe": "moerge.recipe",
     "merge": "moerge.merging.pipeline",
     "merge_state_dicts": "moerge.merging.state_dicts",
+    "method": "moerge.methods.function",
+    "merge_methods": "moerge.methods.method",
     "plan": "moerge.merging.pipeline",
+    "push": "moerge.hub",
+    "report": "moerge.reporting",
+    "route": "moerge.inference.routes",
+    "stats": "moerge.gather.gather",
+    "tune": "moerge.tuning.run",
     "verify": "moerge.inspection",
 }
 
@@ -44,12 +72,27 @@ __all__ = [
     "MergeResult",
     "MoergeError",
     "Plan",
+    "Progress",
     "Recipe",
+    "__version__",
+    "compare",
+    "demo",
+    "evaluate",
+    "extract",
+    "generate",
     "inspect",
+    "learn",
     "load_recipe",
     "merge",
+    "merge_methods",
     "merge_state_dicts",
+    "method",
     "plan",
+    "push",
+    "report",
+    "route",
+    "stats",
+    "tune",
     "verify",
 ]
 
@@ -62,3 +105,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'moerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -138,8 +138,11 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
 
 
 def target_of(out: str | Path) -> Path:
-    """The absolute path of a folder to be written. A link to an empty folder stands for that folder, on its own disk."""
-    target = Path(os.path.abspath(as_path(out, "the output")))
+    """The absolute path of a folder to be written, also from one with `~`.
+
+    A link to an empty folder stands for that folder, on its own disk.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(as_path(out, "the output"))))
     empty = os.path.islink(target) and target.is_dir() and not any(target.iterdir())
     return target.resolve() if empty else target
 
@@ -202,19 +205,3 @@ def write_whole(path: Path, content: bytes) -> None:
             beside.write_bytes(content)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def make_durable(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def umask() -> int:
-    """The process's; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -17,6 +17,7 @@ from moerge.checkpoint.reader import ADAPTER_CONFIG, INDEX, Checkpoint, open_fol
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError
+from moerge.formatting import Displayed
 from moerge.inspection import verify
 from moerge.progress import Progress
 from moerge.tokenizer import companion_files
@@ -45,14 +46,19 @@ class Upload:
         return sum(self.files.values())
 
 
-@dataclass(frozen=True)
-class Pushed:
+@dataclass(frozen=True, repr=False)
+class Pushed(Displayed):
     """A finished upload, or with `commit` None one that was only looked at. `removed` are stale weights of the repository."""
 
     upload: Upload
     url: str | None = None
     commit: str | None = None
     removed: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of the upload."""
+        return self.upload.warnings
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
@@ -69,7 +75,7 @@ class Pushed:
         }
 
 
-def prepare(folder: str | Path, repo: str, *, revision: str = "main", progress: Progress = lambda nbytes: None) -> Upload:
+def prepare(folder: str | Path, repo: str, *, revision: str = "main", progress: Progress | bool = False) -> Upload:
     """Verify a checkpoint folder and list what would be uploaded; nothing is sent.
 
     Raises InputError for a damaged checkpoint, a name that is no repository's, and files that are links out of the folder.
@@ -127,7 +133,38 @@ def require_token() -> None:
         raise InputError("no token for the Hub: run `hf auth login`, or set HF_TOKEN to one that may write")
 
 
-def push(upload: Upload, *, private: bool = False, message: str | None = None, show_progress: bool = True) -> Pushed:
+def push(
+    checkpoint: str | Path,
+    repo: str,
+    *,
+    revision: str = "main",
+    private: bool = False,
+    message: str | None = None,
+    progress: Progress | bool = False,
+) -> Pushed:
+    """Verify a checkpoint folder and upload its own files to the Hugging Face Hub, in one commit.
+
+    Args:
+        checkpoint: The folder.
+        repo: The repository, owner/name; made where it does not exist.
+        revision: The branch; made where it does not exist.
+        private: Make a new repository private.
+        message: The commit message.
+        progress: A `Progress`, or True for a display on standard error.
+
+    Returns:
+        The uploaded files and the commit's address.
+
+    Raises:
+        InputError: The checkpoint is damaged, or the Hub does not let this token write there.
+        MachineError: The Hub cannot be reached.
+    """
+    require_token()
+    upload = prepare(checkpoint, repo, revision=revision, progress=progress)
+    return send(upload, private=private, message=message, show_progress=bool(progress))
+
+
+def send(upload: Upload, *, private: bool = False, message: str | None = None, show_progress: bool = True) -> Pushed:
     """Upload what `prepare` found to the Hub, which makes the repository and the branch where they do not exist yet.
 
     All files appear at once, in one commit that also removes weights of an earlier checkpoint; files that are there already

@@ -25,9 +25,11 @@ from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
+from moerge.formatting import Displayed
 from moerge.planning.checks import expected_of, respelled
 from moerge.planning.heads import settle_head
-from moerge.progress import Progress
+from moerge.progress import Advance, Progress, reporter
+from moerge.runtime.loading import check_runnable
 from moerge.tensors.codec import all_finite
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.tensors.tensor import Tensor
@@ -38,8 +40,8 @@ _WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
 """The beginning of the role of a whole model's tensor."""
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Displayed):
     """What `verify` found; no problems means intact. `notes` are what may be of interest."""
 
     checkpoint: Checkpoint
@@ -62,7 +64,7 @@ class Verification:
         }
 
 
-def verify(location: str | Path, *, threads: int | None = None, progress: Progress = lambda nbytes: None) -> Verification:
+def verify(location: str | Path, *, threads: int | None = None, progress: Progress | bool = False) -> Verification:
     """Check that every tensor is present, of the right shape, finite, and what the manifest says, where there is one.
 
     Which tensors have to be there the family's table says and, where it is installed, transformers for the config's class.
@@ -74,12 +76,15 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     problems = _structure(checkpoint, family, manifest)
     compared = Compared()
     if not problems and checkpoint.model_type not in BY_SEQUENCE and not is_adapter(checkpoint):
+        check_runnable(checkpoint.folder)
         compared = compare_with_transformers(checkpoint.folder, checkpoint.config)
         problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
     found: dict[str, str] = {}
-    jobs = (_check(tensor, digests.get(tensor.name), found, progress) for tensor in checkpoint.tensors.values())
-    run_jobs(jobs, threads or default_threads())
+    with reporter(progress) as report:
+        advance = report.phase("verifying", checkpoint.nbytes)
+        jobs = (_check(tensor, digests.get(tensor.name), found, advance) for tensor in checkpoint.tensors.values())
+        run_jobs(jobs, threads or default_threads())
     problems += [found[name] for name in checkpoint.tensors if name in found]
     if manifest:
         problems += damaged_files(checkpoint.folder, manifest)
@@ -131,12 +136,12 @@ def _role_of(checkpoint: Checkpoint, family: Family | None) -> Callable[[str], s
     return family.role_of if family else lambda name: None
 
 
-def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], progress: Progress) -> Job:
+def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: Advance) -> Job:
     elements = tensor.open()
 
     def look(start: int) -> tuple[bytes, bool]:
         chunk = elements.read(start, np.empty(min(CHUNK, tensor.size - start), tensor.dtype.storage))
-        progress(chunk.nbytes)
+        advance(chunk.nbytes)
         return chunk_digest(chunk), all_finite(chunk, tensor.dtype)
 
     results = yield [partial(look, start) for start in range(0, tensor.size, CHUNK)]
@@ -148,8 +153,8 @@ def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], progress: 
         found[tensor.name] = f"tensor {tensor.name!r} in {tensor.files[0].name} holds NaN or infinity"
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Displayed):
     """What a checkpoint is, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
 
     checkpoint: Checkpoint

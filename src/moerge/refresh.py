@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.architecture.sequence import HETEROGENEOUS, MODEL_TYPE
-from moerge.checkpoint.manifest import read_manifest, to_json
+from moerge.checkpoint.manifest import read_manifest, sealed, to_json
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError
@@ -83,7 +83,7 @@ def _manifest(manifest: Mapping[str, Any] | None, written: Mapping[str, bytes], 
         return {}
     files = {name: digest for name, digest in manifest["files"].items() if name not in removed}
     files |= {name: file_digest(content) for name, content in written.items()}
-    return {MANIFEST: to_json({**manifest, "files": dict(sorted(files.items())), "refreshed": {"moerge": version("moerge")}})}
+    return {MANIFEST: sealed({**manifest, "files": dict(sorted(files.items())), "refreshed": {"moerge": version("moerge")}})}
 
 
 def _write(folder: Path, contents: Mapping[str, bytes], removed: list[str]) -> None:

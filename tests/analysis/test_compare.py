@@ -18,6 +18,7 @@ from moerge.comparison import Comparison, compare
 from moerge.comparison.compared import compared_plan, part_of
 from moerge.errors import InputError
 from moerge.recipe import load_recipe
+from recorded import Recorded
 from tiny import EXPERTS, make_models, read_values, write_checkpoint, write_recipe
 from vocabularies import EMBEDDING, SPECIAL, value, write_model
 
@@ -215,17 +216,12 @@ def test_large_tensors(large: Path) -> None:
 
 
 def test_progress_counts_what_is_read(large: Path) -> None:
-    done: list[int] = []
-    totals: list[int] = []
-
-    def progress(total: int) -> Any:
-        totals.append(total)
-        return done.append
-
+    totals = []
     for merge in ({"method": "average"}, {"method": "ties", "density": 0.5}):
-        done.clear()
+        progress = Recorded()
         compare(write_recipe(large, experts=["math", "code"], merge=merge), progress=progress)
-        assert sum(done) == totals[-1]
+        assert [progress.done["bytes"]] == progress.totals("bytes")
+        totals += progress.totals("bytes")
     assert totals[1] == 3 * totals[0]
 
 

@@ -107,7 +107,7 @@ class UploadHub(Hub):
         url = {"url": f"{self.url}/{name}"}
         if name in self.repos:
             return _json({"error": "You already created this model repo", **url}, 409)
-        self.new_repo(name, private=asked.get("visibility") == "private")
+        self.new_repo(name, private=asked.get("visibility") == "private" or asked.get("private") is True)
         return _json(url)
 
     def _branch(self, user: str | None, body: bytes, name: str, branch: str) -> Answer:

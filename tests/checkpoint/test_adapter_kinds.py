@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +10,17 @@ import numpy as np
 import pytest
 
 import moerge
-from hf_models import FAMILIES, GROUPED, load, logits, random_model, save, torch, transformers
+from hf_models import FAMILIES, load, logits, random_model, save, torch, transformers
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
 from moerge.errors import InputError
 from moerge.tensors.views.low_rank import read_float32
+from multimodal import MULTIMODAL
 from tiny import VOCABULARY, read_values, write_tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'moerge[dev]')")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
-_IMAGES = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-
-
-def _mistral3() -> Any:
-    vision = {**_VISION, "image_size": 8, "head_dim": 8, "model_type": "pixtral"}
-    text = {**GROUPED, "head_dim": 8, "model_type": "mistral"}
-    return transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=60, spatial_merge_size=1)
-
-
-def _qwen2_5_vl() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 2e4, "mrope_section": [2, 1, 1]}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 32, "num_heads": 2, "patch_size": 4}
-    vision["fullatt_block_indexes"] = [0]
-    return transformers.Qwen2_5_VLConfig(text_config={**GROUPED, "rope_parameters": rope}, vision_config=vision, **_IMAGES)
-
-
-def _qwen3_5() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    linear = {"key_heads": 2, "value_heads": 4, "key_head_dim": 8, "value_head_dim": 8}
-    text = {
-        **GROUPED,
-        "head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_conv_kernel_dim": 4,
-        **{f"linear_{name}" if "dim" in name else f"linear_num_{name}": value for name, value in linear.items()},
-        "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
-    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16}
-    return transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **_IMAGES)
-
-
-MULTIMODAL: dict[str, Callable[[], Any]] = {
-    "gemma3": FAMILIES["gemma3"],
-    "qwen2_vl": FAMILIES["qwen2_vl"],
-    "mistral3": _mistral3,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_5": _qwen3_5,
-}
 
 
 def trained(base: Any, folder: Path, *, rows: int = 0, **settings: Any) -> Any:
@@ -97,7 +56,7 @@ def test_multimodal_models_under_their_file_names(tmp_path: Path, name: str) -> 
 
 def test_an_adapter_of_the_text_model_alone(tmp_path: Path) -> None:
     """Qwen3.5's adapters are trained on the causal model, whose modules lack what the whole model's have around them."""
-    base = save(random_model(_qwen3_5(), 1), tmp_path / "base")
+    base = save(random_model(MULTIMODAL["qwen3_5"](), 1), tmp_path / "base")
     text = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = trained(text, tmp_path / "adapter", target_modules=["q_proj", "in_proj_qkv"])
     assert any("model.layers.0.linear_attn" in key for key in locate(str(tmp_path / "adapter")).tensors)

@@ -165,3 +165,19 @@ def test_tokens_of_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
             tokenizer["model"]["vocab"][10][0] = "other"
         write_json(folder / "tokenizer.json", tokenizer)
     refuses(write_recipe(tmp_path), tmp_path / "out", 'base and code differ: only base has "w10"; only code has "other"; say')
+
+
+def test_infinity_is_a_number_and_stays_one(tmp_path: Path) -> None:
+    """Python's JSON and transformers read and write it, as the limit of a state-space model's time steps."""
+    for folder in make_models(tmp_path, experts=("code",)).values():
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity],', 1))
+    assert moerge("merge", write_recipe(tmp_path, experts=("code",)), tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+
+
+def test_a_link_to_weights_that_are_gone(tmp_path: Path) -> None:
+    weights = make_models(tmp_path)["code"] / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "blobs" / "gone")
+    refuses(write_recipe(tmp_path), tmp_path / "out", str(weights), "is a link to", "gone: fetch the model again")

@@ -13,11 +13,12 @@ import moerge as library
 from command import moerge
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import Staging, staging_folder
-from moerge.comparison.compare import compare
+from moerge.comparison.flow import compare
 from moerge.errors import SourceChangedError
 from moerge.extraction import extract
 from moerge.files import FileState, SourceFile
 from moerge.merging.pipeline import merge
+from recorded import Recorded
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 TIES = {"merge": {"method": "ties", "scope": "model"}}
@@ -46,17 +47,16 @@ def cut(path: Path) -> None:
 CHANGES = pytest.mark.parametrize("change", [overwrite, replace, cut])
 
 
-def once(action: Callable[[], None]) -> Callable[..., Any]:
-    """A progress function that does something at its first call."""
+def once(action: Callable[[], None]) -> Callable[[object], None]:
+    """A callback that does something at its first call."""
     calls: list[object] = []
 
-    def advance(done: object) -> Any:
-        calls.append(done)
+    def call(argument: object) -> None:
+        calls.append(argument)
         if len(calls) == 1:
             action()
-        return advance
 
-    return advance
+    return call
 
 
 @CHANGES
@@ -124,10 +124,10 @@ def test_other_commands(tmp_path: Path, change: Callable[[Path], None]) -> None:
             tmp_path / "lora",
             base=str(models["base"]),
             rank=2,
-            progress=once(lambda: change(models["math"] / "model.safetensors")),
+            progress=Recorded(once(lambda: change(models["math"] / "model.safetensors"))),
         )
     assert not any("lora" in path.name for path in tmp_path.iterdir())
-    progress = once(lambda: change(models["code"] / "model.safetensors"))
+    progress = Recorded(once(lambda: change(models["code"] / "model.safetensors")))
     with pytest.raises(SourceChangedError, match=r"code/model\.safetensors"):
         compare(write_recipe(tmp_path, experts=("code", "knowledge")), progress=progress)
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,24 +147,23 @@ def test_python_dash_m_and_a_closed_pipe(models: Path) -> None:
 def test_progress_appears_only_on_long_work(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from moerge.cli import progress
+    from moerge import progress
 
     monkeypatch.setattr(progress, "_PATIENCE_SECONDS", 0.0)
-    with progress.Progress("merging", quiet=False) as shown:
-        advance = shown.start(2_000_000_000)
+    with progress.TerminalProgress() as shown:
+        advance = shown.phase("merging", 2_000_000_000)
         advance(1_000_000_000)
-        shown._ended.wait(0.3)
+        time.sleep(0.3)
     assert "merging: " in capfd.readouterr().err
     monkeypatch.setattr(progress, "_PATIENCE_SECONDS", 0.2)
-    with progress.Progress("calibrating", quiet=False, unit="texts") as texts:
-        texts.start(40)(10)
-        texts._ended.wait(0.5)
+    with progress.TerminalProgress() as texts:
+        texts.phase("calibrating", 40, "texts")(10)
+        time.sleep(0.5)
     assert re.fullmatch(r"calibrating: 10 of 40 texts, [\d,.]+/s, \d+ s left\n", capfd.readouterr().err)
-    with progress.Progress("calibrating", quiet=False, unit="texts") as texts:
-        texts.start(40)
-        texts.finish()
+    with progress.TerminalProgress() as texts:
+        texts.phase("calibrating", 40, "texts")
     assert capfd.readouterr().err == ""
-    with progress.Progress("merging", quiet=True) as silent:
-        silent.start(10)(10)
-        silent._ended.wait(0.1)
+    with progress.TerminalProgress(quiet=True) as silent:
+        silent.phase("merging", 10)(10)
+        time.sleep(0.3)
     assert capfd.readouterr().err == ""

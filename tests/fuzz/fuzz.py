@@ -129,16 +129,16 @@ def merged(recipe: Any, out: Path, **options: Any) -> None:
 
 
 def show_plan(plan: Any) -> None:
-    from moerge.cli import show
+    from moerge.cli.views import merging
 
-    show.plan(plan, 1, as_json=False)
+    merging.plan(plan, 1, as_json=False)
 
 
 def looking(*names: str) -> Run:
     def run(folder: Path, rng: Random) -> None:
-        from moerge.cli import show
+        from moerge.cli.views import merging
 
-        show.inspection(moerge.inspect(folder / rng.choice(names)), as_json=False)
+        merging.inspection(moerge.inspect(folder / rng.choice(names)), as_json=False)
 
     return run
 
@@ -355,7 +355,7 @@ def fuzz(folder: Path, cases: int, start: int = 0, kinds: Sequence[str] = tuple(
         if is_fault(end) and not ends[end]:
             print(f"{kind}:{seed}  {end}\n    {what[:300]}", flush=True)
         ends[end] += 1
-        if number % 1000 == 999:
+        if number % 500 == 499:
             print(f"  {number + 1} cases, {time.monotonic() - begun:.0f} s", flush=True)
         if time.monotonic() - begun > seconds:
             break

@@ -79,7 +79,7 @@ def test_a_negative_weight_moves_away_from_the_expert(stack: np.ndarray) -> None
 
 def test_the_default_scale_is_mergemes_one_third() -> None:
     merged_N = merge_tensor("task_arithmetic", np.zeros(1, np.float32), np.full((1, 1), 3, np.float32))
-    np.testing.assert_array_equal(merged_N, [3 * np.float32(1 / 3)])
+    np.testing.assert_array_equal(merged_N, [np.float32(3) * np.float32(1 / 3)])
 
 
 def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:

@@ -15,6 +15,7 @@ from moerge.projectors.divergence import STEPS
 from moerge.projectors.proj_in import ProjectorInFit
 from moerge.projectors.proj_out import ProjectorOutFit
 from moerge.projectors.states import STATES
+from recorded import Recorded
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -86,16 +87,12 @@ def test_the_plan_lists_what_is_fitted(models: Path) -> None:
 
 
 def test_progress_counts_rows_and_states(models: Path) -> None:
-    told: dict[str, int] = {}
-
-    def calibrating(total: int, unit: str) -> Any:
-        told[f"total {unit}"] = total
-        return lambda count: told.__setitem__(unit, told.get(unit, 0) + count)
-
+    progress = Recorded()
     planned = moerge.plan(recipe(models, "progress"))
-    moerge.merge(planned, models / "progress", threads=1, calibrating=calibrating)
+    moerge.merge(planned, models / "progress", threads=1, progress=progress)
     rows = planned.outputs[0].shape[0]
-    assert told == {"total tokens": 4 * rows + 2 * STATES * STEPS, "tokens": 4 * rows + 2 * STATES * STEPS}
+    assert progress.totals("tokens") == [4 * rows + 2 * STATES * STEPS] == [progress.done["tokens"]]
+    assert not progress.totals("texts")
 
 
 def test_threads_change_nothing(models: Path) -> None:

@@ -22,6 +22,7 @@ from moerge.routers.ridge import RidgeRouter
 from moerge.runtime.forced_routing import RunningMoE
 from moerge.runtime.replicas import Crew
 from moerge.texts import overlap
+from recorded import Recorded
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -327,21 +328,15 @@ def test_interrupted_while_calibrating_resumes_to_the_same_bytes(models: Path, m
 @pytest.mark.parametrize("kind", ["ridge", "hidden", "perplexity"])
 def test_progress_counts_texts(kind: str, models: Path) -> None:
     (models / "math.txt").write_text("\n\n".join([*documents("math"), "w5"]))  # one too short for the perplexity router
-    totals, done = [], []
-
-    def calibrating(total: int, unit: str) -> Any:
-        assert unit == "texts"
-        totals.append(total)
-        return done.append
-
+    progress = Recorded()
     router = {"kind": kind, "texts": 13, **({"statistics": "stats"} if kind == "ridge" else {})}
     recipe = tiny.write_recipe(models, moe={"router": router}, calibration={name: f"{name}.txt" for name in NAMES})
     for out in ("once", "again"):  # the second time the ridge router's statistics are at hand
-        moerge.merge(recipe, models / out, calibrating=calibrating)
-    assert totals == [49, 49] and sum(done) == 98
+        moerge.merge(recipe, models / out, progress=progress)
+    assert progress.totals("texts") == [49, 49] and progress.done["texts"] == 98 and not progress.totals("tokens")
     dense = tiny.write_recipe(models, "dense.yaml")
-    moerge.merge(dense, models / "dense", calibrating=calibrating)
-    assert len(totals) == 2
+    moerge.merge(dense, models / "dense", progress=progress)
+    assert len(progress.totals("texts")) == 2
 
 
 def test_the_plan_tells_what_the_router_costs(models: Path) -> None:

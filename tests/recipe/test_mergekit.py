@@ -526,3 +526,9 @@ def test_moved_layers_are_no_recipe_of_ours(here: Path, tmp_path: Path) -> None:
         result = command("plan", file, "--as-recipe")
         assert (result.code, result.out) == (2, "")
         assert result.err.endswith("moerge's own recipes cannot move layers as these slices do: keep this file as it is\n")
+
+
+def test_a_plus_in_a_path_that_is_written_as_a_mapping() -> None:
+    models = [{"model": {"model": {"path": "a+b"}}}, {"model": {"model": {"path": "c+d", "revision": "x"}}}]
+    recipe = load_recipe({"models": [{**model, "parameters": {"weight": 1}} for model in models], "merge_method": "linear"})
+    assert [expert.model for expert in recipe.experts.values()] == ["a+b", "c+d@x"]

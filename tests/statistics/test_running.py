@@ -44,12 +44,10 @@ def gathered(models: Path) -> Statistics:
 
 
 def run(recipe: Path, out: Path, expert: str = "math", **options: Any) -> Any:
-    from contextlib import nullcontext
-
     from moerge import load_recipe
 
     chosen = Options(experts=(expert,), **options)
-    (outcome,) = gather(load_recipe(recipe), out, chosen, lambda *_: nullcontext(lambda tokens: None), lambda forecast: None)
+    (outcome,) = gather(load_recipe(recipe), out, chosen)
     return outcome
 
 

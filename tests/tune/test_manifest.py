@@ -13,10 +13,10 @@ from tune_models import make_moe, write_tuning
 
 from command import moerge
 from moerge.checkpoint.manifest import read_manifest
-from moerge.progress import Watch
 from moerge.texts.overlap import document_hash
 from moerge.tuning import manifest as tuned
 from moerge.tuning.run import tune
+from recorded import Recorded
 
 
 @pytest.fixture(scope="module", params=["native", "routed"])
@@ -97,9 +97,9 @@ def test_held_out_text_that_is_trained_on(folder: Path) -> None:
     )
     assert warning in moerge("tune", path, "--dry-run").err
     assert moerge("tune", path, "--dry-run", "--json").json["warnings"][-1] == warning
-    notes: list[str] = []
-    result = tune(path, folder / "overlap", watch=Watch(note=notes.append), force=True)
-    assert notes[-1] == warning and result is not None
+    progress = Recorded()
+    result = tune(path, folder / "overlap", progress=progress, force=True)
+    assert progress.warnings[-1] == warning and result is not None
     assert result.facts["heldout"]["math"]["trained_on"] == {"math": 2}
 
 

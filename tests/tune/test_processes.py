@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from tune_models import make_moe, rows, write_tuning
 
 from command import moerge, start
-from moerge.progress import Watch
 from moerge.tuning.run import tune
+from recorded import Recorded
 
 TUNINGS = ("native", "routed")
 
@@ -67,15 +67,14 @@ def start_processes(count: int, code: str, **environment: str) -> list[subproces
 
 def interrupted(settings: str, out: str) -> None:
     """Stop in the step after the first training checkpoint, and go on."""
-    done = [0]
 
-    def advance(tokens: int) -> None:
-        done[0] += tokens
-        if done[0] == 4 * 64:
+    def stop(tokens: int) -> None:
+        if progress.done["tokens"] == 4 * 64:
             raise KeyboardInterrupt
 
+    progress = Recorded(stop)
     with pytest.raises(KeyboardInterrupt):
-        tune(settings, out, watch=Watch(lambda total: advance))
+        tune(settings, out, progress=progress)
     tune(settings, out, resume=True)
 
 

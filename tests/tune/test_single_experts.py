@@ -49,7 +49,7 @@ def test_experts_open_one_after_the_other_and_runs_resume(folder: Path) -> None:
     assert {name for name in moved(folder / "moe", folder / "opened") if ".experts." in name} == of_experts(0, 2)
     path = write_tuning(folder, "parts.yaml", **settings)
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "parts", watch=stop_after(4))
+        tune(path, folder / "parts", progress=stop_after(4))
     tune(path, folder / "parts", resume=True)
     assert rows(folder / "parts") == rows(folder / "opened")
     assert moved(folder / "moe", folder / "parts") == moved(folder / "moe", folder / "opened")

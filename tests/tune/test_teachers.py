@@ -76,7 +76,7 @@ def test_teachers_with_different_numbers_of_rows_in_one_batch(folder: Path, wide
     losses = {"distillation": {"weight": 1.0, "top": 70}}
     path = write_tuning(folder, "mixed.yaml", model=str(wide / "base"), data=data, losses=losses, steps=3, save_every=1)
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "mixed", watch=stop_after(3))
+        tune(path, folder / "mixed", progress=stop_after(3))
     for name in teachers:
         for file in (folder / ".mixed.moerge-tuning" / "targets" / name).iterdir():
             found = load_file(file)

@@ -83,7 +83,7 @@ def test_interrupted_and_continued(folder: Path) -> None:
     run(folder, "whole", **settings)
     path = write_tuning(folder, "parts.yaml", **settings)
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "parts", watch=stop_after(3))
+        tune(path, folder / "parts", progress=stop_after(3))
     checkpoint = folder / ".parts.moerge-tuning" / "checkpoints" / "checkpoint-2"
     assert (checkpoint / "trained.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
     result = tune(path, folder / "parts", resume=True)

@@ -18,9 +18,9 @@ from tune_models import moved, rows, run, stop_after, write_texts, write_tuning
 from command import moerge
 from moerge.errors import InputError
 from moerge.modeling import register
-from moerge.progress import Watch
 from moerge.tuning.models import load_sharded
 from moerge.tuning.run import tune
+from recorded import Recorded
 from tiny import read_values
 
 
@@ -44,7 +44,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> 
 
 
 def _umask() -> int:
-    from moerge.files import umask
+    from moerge.system import umask
 
     return umask()
 
@@ -107,7 +107,7 @@ def test_six_steps_are_three_and_three_more(folder: Path, accumulation: int) -> 
     run(folder, whole, **changes)
     path = write_tuning(folder, **changes)
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / parts, watch=stop_after(5))
+        tune(path, folder / parts, progress=stop_after(5))
     assert not (folder / parts).exists()
     assert "an interrupted tuning into" in moerge("tune", path, folder / parts).err
     result = tune(path, folder / parts, resume=True)
@@ -123,7 +123,7 @@ def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("moerge.tuning.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         tune(path, folder / "published")
     assert not (folder / "published").exists()
     result = tune(path, folder / "published", resume=True)
@@ -144,7 +144,7 @@ def test_it_is_said_how_to_continue_where_there_is_something(folder: Path, monke
         stopped = moerge("tune", path, folder / "stopped")
         assert (stopped.code, stopped.err) == (130, "moerge: interrupted\n")
         patch.undo()
-        patch.setattr("moerge.tuning.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         stopped = moerge("tune", path, folder / "stopped", "--quiet")
         assert stopped.code == 130
         assert stopped.err.endswith("\nmoerge: interrupted; continue with the same command and --resume\n")
@@ -153,7 +153,7 @@ def test_it_is_said_how_to_continue_where_there_is_something(folder: Path, monke
 
 def test_what_is_continued_must_be_what_was_begun(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        tune(write_tuning(folder, save_every=2), folder / "other", watch=stop_after(3))
+        tune(write_tuning(folder, save_every=2), folder / "other", progress=stop_after(3))
     failed = moerge("tune", write_tuning(folder, learning_rate=1e-2), folder / "other", "--resume")
     assert (
         failed.code == 2
@@ -203,7 +203,7 @@ def test_held_out_text_is_measured_from_the_untouched_model_on(folder: Path) -> 
     run(folder, "unmeasured", steps=3, save_every=1)
     assert moved(folder / "measured", folder / "unmeasured") == set()
     with pytest.raises(KeyboardInterrupt):
-        tune(write_tuning(folder, **settings), folder / "measured-parts", watch=stop_after(3))
+        tune(write_tuning(folder, **settings), folder / "measured-parts", progress=stop_after(3))
     tune(write_tuning(folder, **settings), folder / "measured-parts", resume=True)
     assert rows(folder / "measured-parts") == found
 
@@ -232,13 +232,13 @@ def test_distillation_pulls_to_each_domains_teacher(folder: Path, tmp_path: Path
     data = {name: {"path": f"{name}.jsonl", "teacher": teacher} for name, teacher in teachers.items()}
     settings: dict[str, Any] = {"model": str(tmp_path / "far"), "data": data, "steps": 30, "learning_rate": 3e-2}
     wanted = {"cross_entropy": 0.0, "distillation": {"weight": 1.0, "top": 64, "hidden": 1.0, "hidden_layers": [1, 2]}}
-    notes: list[str] = []
-    result = tune(write_tuning(folder, **settings, losses=wanted), folder / "distilled", watch=Watch(note=notes.append))
+    progress = Recorded()
+    result = tune(write_tuning(folder, **settings, losses=wanted), folder / "distilled", progress=progress)
     assert result is not None
     found = rows(folder / "distilled")
     first, last = found[0]["distillation"], np.mean([row["distillation"] for row in found[-5:]])
     assert 0 < last < 0.5 * first
-    assert any(f"tokens take {result.facts['target_bytes'] / 1e6:,.3g} MB in " in text for text in notes)
+    assert any(f"tokens take {result.facts['target_bytes'] / 1e6:,.3g} MB in " in text for text in progress.infos)
     assert found[0]["loss"] == pytest.approx(found[0]["distillation"] + found[0]["hidden"], rel=1e-6)
 
 
@@ -248,7 +248,7 @@ def test_targets_on_disk_have_the_size_that_was_told(folder: Path) -> None:
         folder, data=data, losses={"distillation": {"weight": 1.0, "top": 4, "hidden": 0.5}}, steps=2, save_every=1
     )
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "sized", watch=stop_after(2))
+        tune(path, folder / "sized", progress=stop_after(2))
     files = sorted((folder / ".sized.moerge-tuning" / "targets" / "math").iterdir())
     assert len(files) == 8
     data_bytes = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
@@ -265,13 +265,13 @@ def test_an_expert_that_dies_is_named(folder: Path, tmp_path: Path) -> None:
     gate = tensors["model.layers.0.block_sparse_moe.gate.weight"]
     gate[:3], gate[3] = 0.0, -100 * gate[3].sign()
     save_file(tensors, file, {"format": "pt"})
-    notes: list[str] = []
+    progress = Recorded()
     path = write_tuning(tmp_path / "models", train="backbone", steps=21, learning_rate=1e-6, dying=0.5, batch=2)
-    tune(path, tmp_path / "out", watch=Watch(note=notes.append))
+    tune(path, tmp_path / "out", progress=progress)
     found = rows(tmp_path / "out")
     mean = np.mean([row["load"][0] for row in found[:20]], axis=0)
     assert found[18]["dying"] == [] and [0, int(mean.argmin())] in found[19]["dying"]
-    said = [text for text in notes if f"expert {mean.argmin()} of layer 0 is dying" in text]
+    said = [text for text in progress.warnings if f"expert {mean.argmin()} of layer 0 is dying" in text]
     assert len(said) == 1 and said[0].startswith("step 20: ") and said[0].endswith("raise losses.load_balance")
 
 

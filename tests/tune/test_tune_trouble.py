@@ -12,8 +12,8 @@ from tune_models import make_moe, moved, refused, rows, run, write_tuning
 
 from command import moerge
 from moerge.errors import MachineError
-from moerge.progress import Watch
 from moerge.tuning.run import tune
+from recorded import Recorded
 from tiny import make_models, read_tensors, read_values, write_checkpoint
 
 
@@ -71,14 +71,11 @@ def test_weights_that_are_no_numbers_are_not_published(folder: Path) -> None:
 def test_the_row_before_the_first_step_comes_once(folder: Path) -> None:
     path = write_tuning(folder, steps=2, heldout={"math": "math.jsonl"}, save_every=2)
 
-    def begins(total: int) -> Any:
-        return stops
-
     def stops(tokens: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(path, folder / "once", watch=Watch(begins))
+        tune(path, folder / "once", progress=Recorded(stops))
     tune(path, folder / "once", resume=True)
     assert [row["step"] for row in rows(folder / "once")] == [0, 1, 2]
 

@@ -11,9 +11,9 @@ import yaml
 
 import moerge as package
 from command import moerge
-from moerge.progress import Watch
 from moerge.tuning.metrics import read_metrics
 from moerge.tuning.run import tune
+from recorded import Recorded
 from tiny import EXPERTS, make_models, read_tensors, write_recipe
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch": 4, "length": 16, "steps": 6, "device": "cpu"}
@@ -64,16 +64,15 @@ def refused(path: Path, out: Path | None = None) -> str:
     return result.err
 
 
-def stop_after(step: int, tokens: int = 64) -> Watch:
+def stop_after(step: int, tokens: int = 64) -> Recorded:
     """Interrupts training after this step, as Ctrl-C does."""
-    done = [0]
 
-    def advance(amount: int) -> None:
-        done[0] += amount
-        if done[0] >= step * tokens:
+    def stop(amount: int) -> None:
+        if progress.done["tokens"] >= step * tokens:
             raise KeyboardInterrupt
 
-    return Watch(lambda total: advance)
+    progress = Recorded(stop)
+    return progress
 
 
 def moved(before: Path, after: Path) -> set[str]:

@@ -1,9 +1,10 @@
-"""Tensors that the class in a checkpoint's `architectures` needs, as transformers says: asked by loading it without values."""
+"""Tensors that the class in a checkpoint's `architectures` needs, and their names in memory, asked of one without values."""
 
 # mypy: allow-untyped-calls
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,8 +36,26 @@ def compare_with_transformers(folder: Path, config: Mapping[str, Any]) -> Compar
     kind = getattr(transformers, name, None)
     if kind is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
         return Compared(notes=(f"not compared with what the model's code needs: {version} has no {name}",))
-    with without_warnings(), without_progress_bars():
+    with without_warnings(), without_progress_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, about configs of other versions
         return _load(kind, folder, f"{version} needs for a {name}", transformers)
+
+
+def names_in_memory(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names that a checkpoint's tensors have in its class, None where transformers does not have that. Needs transformers."""
+    import torch
+    import transformers
+
+    from moerge.quiet import without_warnings
+
+    named = config.get("architectures")
+    kind = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    if kind is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return None
+    with without_warnings():
+        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return tuple(kind(settings).state_dict())
 
 
 def _load(kind: Any, folder: Path, what: str, transformers: Any) -> Compared:

@@ -145,7 +145,7 @@ def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, An
     return changed(base.config, family_of(base.config), {"vocab_size": rows.pop()}) if len(rows) == 1 else base.config
 
 
-def _ties(base: Checkpoint) -> bool:
+def ties_head(base: Checkpoint) -> bool:
     """Whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
     tied = canonical(base.config, family_of(base.config)).get("tie_word_embeddings")
     return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
@@ -170,7 +170,7 @@ class _Application:
         self.recent = RecentFactors()
         self.family = family_of(base.config)
         self.names = Names(base.tensors)
-        self.tied = _ties(base)
+        self.tied = ties_head(base)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the adapted model, in the base's order."""

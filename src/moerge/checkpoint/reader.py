@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -173,8 +174,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON's")
+def _no_number(text: str) -> float:
+    """Infinity, which some models have as a limit and transformers reads."""
+    if text == "NaN":
+        raise ValueError(f"{text} is no number of JSON's")
+    return float(text)
 
 
 def _label(name: str) -> str:
@@ -193,6 +197,9 @@ def _read_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
             raise InputError(f"{_label(name)}{folder} holds no tensors: fetch or copy it again")
         return tensors
     _refuse_pickles(folder, name)
+    dangling = next((path for path in (single, index) if path.is_symlink()), None)
+    if dangling:
+        raise InputError(f"{_label(name)}{dangling} is a link to {os.readlink(dangling)}, which is gone: fetch the model again")
     raise InputError(f"{_label(name)}{folder} has neither {WEIGHTS} nor {INDEX}: it is not a safetensors checkpoint")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from rich import console as rich_console
@@ -69,22 +70,16 @@ def print_warnings(warnings: Sequence[str]) -> None:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
 
 
-def as_size(nbytes: int) -> str:
-    """Bytes in decimal units."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes} B"
+def view(show: Callable[..., None]) -> Callable[..., None]:
+    """Make a view of a function that prints a result: JSON, or warnings and, unless quiet, what the function prints."""
 
+    @wraps(show)
+    def shown(result: Any, *details: Any, quiet: bool = False, as_json: bool = False) -> None:
+        if as_json:
+            print_json(result.to_json())
+            return
+        print_warnings(getattr(result, "warnings", ()))
+        if not quiet:
+            show(result, *details)
 
-def as_count(number: int) -> str:
-    """A number of parameters or tokens."""
-    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return str(number)
-
-
-def as_time(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return shown

@@ -70,6 +70,9 @@ def check_plan(plan: Plan, wanted: Iterable[str]) -> Plan:
 
     Raises InputError, in one sentence, where a client cannot run the result at all.
     """
+    wanted = tuple(wanted)
+    if not wanted:
+        return plan
     result = Result.of(plan.config, plan.files, joined=plan.recipe.tokenizer == "union")
     findings = [finding for client in dict.fromkeys(wanted) for finding in check_result(result, client)]
     fatal = next((finding for finding in findings if finding.effect == "cannot"), None)

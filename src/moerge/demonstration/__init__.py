@@ -1,6 +1,6 @@
 """`moerge demo`: small experts trained on the spot, merged in six ways, compared."""
 
-from moerge.demonstration.flow import run
+from moerge.demonstration.flow import demo
 from moerge.demonstration.result import DemoResult
 
-__all__ = ["DemoResult", "run"]
+__all__ = ["DemoResult", "demo"]

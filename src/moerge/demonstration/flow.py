@@ -26,14 +26,16 @@ _MARK = ".moerge-demo"
 """A file that says that the folder is the demo's to replace."""
 
 
-def run(out: Path, *, seed: int = 0, force: bool = False, scale: float = 1.0, console: Console | None = None) -> DemoResult:
+def demo(
+    out: str | Path = "moerge-demo", *, seed: int = 0, force: bool = False, scale: float = 1.0, console: Console | None = None
+) -> DemoResult:
     """Train a small base and three experts, merge them in six ways, evaluate all ten, and leave everything in `out`.
 
     `scale` multiplies text and training steps, `force` replaces an earlier demo in `out`. What happens is told to
     `console`, by default standard error. Raises InputError where `out` is in use or torch or transformers is missing,
     MachineError where `out` cannot be written or this Python has no source of its standard library.
     """
-    console = console or Console(stderr=True)
+    out, console = Path(out), console or Console(stderr=True)
     seconds: dict[str, float] = {}
     _check(out, force)
     with _phase("imports", seconds, console):

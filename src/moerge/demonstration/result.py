@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.demonstration.text import DOMAINS
+from moerge.formatting import Displayed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,8 +38,8 @@ class Row:
         return {**self.perplexity, "mean": mean}
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(Displayed):
     """All rows, and the seconds that each phase took."""
 
     out: Path

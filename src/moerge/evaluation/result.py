@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from moerge.formatting import Displayed
+
 Kind = Literal["benchmark", "text"]
 
 
@@ -58,8 +60,8 @@ class Measure:
         return cls(**{**value, "scores": scores, "warnings": tuple(value["warnings"])})
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Displayed):
     """Scores of checkpoints, and differences from the first of them. `digests` are of the tensors, None where moerge did not
     merge them."""
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.evaluation.benchmarks import MAX_NEW_TOKENS, Benchmark
+from moerge.evaluation.benchmarks import MAX_NEW_TOKENS, Benchmark, parse_tasks
 from moerge.evaluation.bootstrap import LEVEL, RESAMPLES
 from moerge.evaluation.data import load_questions
 from moerge.evaluation.identity import identity, routes_sequences, tensors_digest
-from moerge.evaluation.measuring import Advance, BenchmarkTask, Row, Task, TextTask
+from moerge.evaluation.measuring import BenchmarkTask, Row, Task, TextTask
 from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Evaluation, Measure
 from moerge.evaluation.store import Store
 from moerge.evaluation.texts import check_held_out, read_texts
+from moerge.progress import Progress, reporter
 from moerge.runtime.loading import Loaded, load
 
 GIVEN = 256
@@ -54,25 +54,43 @@ class Settings:
     trust_remote_code: bool = False
 
 
-Counting = Callable[[str, int], AbstractContextManager[Advance]]
-"""Called with what is measured now and how many documents it has; what it enters is told the documents done."""
-
-
 def evaluate(
-    checkpoints: Sequence[str | Path],
-    settings: Settings,
+    checkpoints: str | Path | Sequence[str | Path],
+    settings: Settings | None = None,
     *,
-    out: Path | None = None,
+    tasks: Sequence[str] = (),
+    perplexity: Mapping[str, str] | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
-    counting: Counting | None = None,
+    progress: Progress | bool = False,
+    **options: Any,
 ) -> Evaluation:
-    """Measure checkpoints on benchmarks and held-out text; the first one is what the others are compared with.
+    """Measure checkpoints on benchmarks and held-out text, and compare them with the first one.
 
-    `out` is a folder for results, which are complete after every measure; `resume` goes on with an interrupted run there. Needs
-    torch and transformers, and for benchmarks lm_eval. Raises InputError for missing data, a checkpoint that does not load, text
-    that a checkpoint was calibrated on, and code benchmarks without leave to run code; MachineError for a full disk.
+    Needs torch and transformers, and for benchmarks lm_eval.
+
+    Args:
+        checkpoints: A folder or Hub id, or several.
+        settings: All settings at once, instead of `tasks`, `perplexity` and `options`.
+        tasks: Names of benchmarks, such as "gsm8k".
+        perplexity: Files of held-out text by domain.
+        out: A folder for results, which are complete after every measure.
+        resume: Continue an interrupted run in `out`.
+        progress: A `Progress`, or True for a display on standard error.
+        **options: Further fields of `Settings`, such as limit=100.
+
+    Returns:
+        Scores with their errors, and paired differences from the first checkpoint.
+
+    Raises:
+        InputError: Data are missing, a checkpoint does not load or was calibrated on the text, or a benchmark would run code
+            without leave to.
+        MachineError: The disk is full.
     """
-    names = [str(checkpoint) for checkpoint in checkpoints]
+    if settings is None:
+        settings = Settings(parse_tasks(",".join(tasks)) if tasks else (), dict(perplexity or {}), **options)
+    names = [str(checkpoint) for checkpoint in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
+    out = Path(out) if out is not None else None
     _check(names, settings)
     store = Store(out, resume=resume)
     routed = [routes_sequences(name) for name in names]  # of all, so that a wrong path shows at once
@@ -83,13 +101,14 @@ def evaluate(
             f"--given 0: {names[routed.index(True)]} routes by the beginning of a document: give it some characters that are "
             "not predicted"
         )
-    run = _Run(store, settings, _tasks(settings), counting or _uncounted)
-    warnings = run.held_out(names)
-    found: list[_Done] = []
-    for name in names:
-        for measure, rows in run.checkpoint(name, warnings[name]):
-            found.append((measure, rows))
-            store.write(run.evaluation(names, found))
+    with reporter(progress) as report:
+        run = _Run(store, settings, _tasks(settings), report)
+        warnings = run.held_out(names)
+        found: list[_Done] = []
+        for name in names:
+            for measure, rows in run.checkpoint(name, warnings[name]):
+                found.append((measure, rows))
+                store.write(run.evaluation(names, found))
     return run.evaluation(names, found)
 
 
@@ -132,7 +151,7 @@ class _Run:
     store: Store
     settings: Settings
     tasks: Sequence[Task]
-    counting: Counting
+    progress: Progress
 
     def held_out(self, names: Sequence[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
         """Warnings by checkpoint and domain about text that is not held out."""
@@ -159,8 +178,9 @@ class _Run:
     def _measure(self, loaded: Loaded, task: Task, fingerprint: str, warnings: tuple[str, ...]) -> _Done:
         name, started, begun = loaded.name, datetime.now(UTC), time.perf_counter()
         records = self.store.records(name, task.kind, task.name, fingerprint)
-        with self.counting(f"{Path(name).name}, {task.name}", task.documents) as advance:
-            rows, remarks = task.measure(loaded, records, advance)
+        advance = self.progress.phase(f"{Path(name).name}, {task.name}", task.documents, "texts")
+        rows, remarks = task.measure(loaded, records, advance)
+        self.progress.finish()
         measure = Measure(
             checkpoint=name,
             kind=task.kind,
@@ -209,11 +229,6 @@ class _Run:
 def _without_places(task: Task) -> dict[str, Any]:
     """Moving data changes no figure."""
     return {key: value for key, value in task.settings().items() if key not in ("source", "location")}
-
-
-@contextmanager
-def _uncounted(what: str, documents: int) -> Iterator[Advance]:
-    yield lambda done: None
 
 
 def _versions() -> dict[str, str]:

@@ -14,9 +14,9 @@ from moerge.extraction.targets import Target
 
 _USE = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "path/to/this/folder")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "path/to/this/folder")
 ```"""
 
 
@@ -58,7 +58,7 @@ def _short(targets: Sequence[str], modules: Sequence[str]) -> list[str]:
     return shortened if meant == set(targets) else sorted(targets)
 
 
-def adapter_card(found: Extraction) -> bytes:
+def adapter_card(found: Extraction, *, multimodal: bool = False) -> bytes:
     """README.md with the Hub's metadata in front."""
     metadata = {
         "library_name": "peft",
@@ -78,6 +78,6 @@ def adapter_card(found: Extraction) -> bytes:
         "\n".join(rows),
         *(["## Warnings", "\n".join(f"- {warning}" for warning in found.warnings)] if found.warnings else ()),
         "## Use",
-        _USE.format(base=found.base),
+        _USE.format(base=found.base, auto="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"),
     ]
     return ("\n\n".join(parts) + "\n").encode()

@@ -5,25 +5,26 @@ Shapes: R rows and C columns of a stored matrix, K the rank.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from moerge.checkpoint.adapter import holds_vocabulary
+from moerge.checkpoint.adapter import holds_vocabulary, ties_head
+from moerge.checkpoint.locate import locate
 from moerge.checkpoint.reader import ADAPTER_CONFIG
 from moerge.errors import InputError
 from moerge.extraction.card import adapter_card, adapter_config
+from moerge.extraction.naming import is_multimodal, names_for_peft
 from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
 from moerge.extraction.writer import AdapterWriter, Shape
-from moerge.files import check_unchanged
+from moerge.files import check_unchanged, target_of
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
-from moerge.progress import Progress
+from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
 from moerge.tensors.dtypes import FLOATS
 from moerge.tensors.linalg import Map, leading_svd
@@ -31,6 +32,7 @@ from moerge.tensors.source import Source
 from moerge.tensors.streams import WINDOW, Stream, read_values
 from moerge.tensors.threads import default_threads, one_thread_each
 from moerge.tensors.views.low_rank import add_product
+from moerge.tokenizer import has_tokenizer
 
 DEFAULT_RANK = 16
 _PREFIX = "base_model.model."
@@ -49,14 +51,14 @@ def extract(
     modules_to_save: Sequence[str] = (),
     dtype: str = "float32",
     threads: int | None = None,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress | bool = False,
 ) -> Extraction:
     """Write the task vector of `expert` on `base` (folders or Hub ids) as a peft LoRA of the given rank (default 16).
 
     Each matrix becomes its best approximation of that rank (Eckart and Young 1936). With `energy` it gets the smallest rank
     that keeps this share of its squared Frobenius norm, `rank` being the most it may have, if given. `modules` and
     `modules_to_save` are patterns as in a recipe's overrides: what becomes low-rank (default: attention and feed-forward
-    matrices), and what is stored whole. `progress` is called with the bytes to read and returns what is told the bytes done.
+    matrices), and what is stored whole. `progress` is a `Progress`, or True for a display on standard error.
     The result does not depend on `threads`.
     Raises InputError where the models do not fit together, a pattern matches nothing, or `out` exists.
     """
@@ -64,18 +66,21 @@ def extract(
         raise InputError(f"rank is {rank}: it has to be 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy is {energy}: it is a share, above 0 and at most 1")
-    folder = Path(os.path.abspath(out))
+    folder = target_of(out)
     if folder.exists():
         raise InputError(f"{folder} already exists: choose another folder")
     begun = time.perf_counter()
     recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
+    if has_tokenizer(locate(base, name="base", weights=False).folder):
+        recipe["tokenizer"] = "base"
     plan = build_plan(load_recipe(recipe), weights=True)
-    targets = choose_targets(plan, modules, modules_to_save)
+    names = names_for_peft(plan)
+    targets = choose_targets(plan, modules, modules_to_save, names)
     most = rank if rank is not None else DEFAULT_RANK if energy is None else None
-    with AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
-        advance = progress(2 * sum(t.output.nbytes for t in targets)) if progress else lambda nbytes: None
+    with reporter(progress) as report, AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
+        advance = report.phase("extracting", 2 * sum(t.output.nbytes for t in targets))
         with one_thread_each(), ThreadPoolExecutor(threads or default_threads()) as pool:
-            work = _Extraction(plan, writer, most, energy, pool.map)
+            work = _Extraction(plan, names, writer, most, energy, pool.map)
             for target in targets:
                 work.add(target)
                 advance(2 * target.output.nbytes)
@@ -103,15 +108,18 @@ def _factor_names(target: Target) -> tuple[str, str]:
 
 def _saved_names(target: Target, plan: Plan) -> tuple[str, ...]:
     """A whole tensor's names: peft wants a tied embedding under the head's name as well."""
-    tied = plan.models[0].config.get("tie_word_embeddings") and target.output.role == "embedding"
-    return (target.output.name, "lm_head.weight") if tied else (target.output.name,)
+    tied = target.output.role == "embedding" and ties_head(plan.models[0])
+    return (target.name, "lm_head.weight") if tied else (target.name,)
 
 
 class _Extraction:
     """An adapter on its way."""
 
-    def __init__(self, plan: Plan, writer: AdapterWriter, most: int | None, energy: float | None, spread: Map) -> None:
-        self.plan, self.writer, self.most, self.energy, self.spread = plan, writer, most, energy, spread
+    def __init__(
+        self, plan: Plan, names: Mapping[str, str], writer: AdapterWriter, most: int | None, energy: float | None, spread: Map
+    ) -> None:
+        self.plan, self.names, self.writer = plan, names, writer
+        self.most, self.energy, self.spread = most, energy, spread
         self.kept: dict[tuple[str, str], Kept] = {}
         self.ranks: dict[str, int] = {}
         self.saved: dict[str, None] = {}
@@ -186,16 +194,23 @@ class _Extraction:
             rank=rank,
             roles=tuple(self.kept.values()),
             seconds=time.perf_counter() - begun,
-            warnings=(*self.plan.warnings, *self._left_out()),
+            warnings=(*self.plan.warnings, *self._without_tokens(), *self._left_out()),
             revision=revision,
         )
-        modules = [output.name.rpartition(".")[0] for output in self.plan.outputs]
-        tied = bool(self.plan.models[0].config.get("tie_word_embeddings")) and any(
-            holds_vocabulary(f"{name}.weight") for name in self.saved
-        )
+        modules = [name.rpartition(".")[0] for name in self.names.values()]
+        tied = ties_head(self.plan.models[0]) and any(holds_vocabulary(f"{name}.weight") for name in self.saved)
         config = adapter_config(found, list(self.targets.values()), self.ranks, list(self.saved), modules, tied)
-        self.writer.publish({ADAPTER_CONFIG: config, "README.md": adapter_card(found)})
+        self.writer.publish(
+            {ADAPTER_CONFIG: config, "README.md": adapter_card(found, multimodal=is_multimodal(self.plan.models[0]))}
+        )
         return found
+
+    def _without_tokens(self) -> list[str]:
+        """A warning about the expert's tokens that the base, and so the adapter, has no rows for."""
+        counts = self.plan.vocabulary.get("models", {}).get("expert", {})
+        if not counts.get("left_out"):
+            return []
+        return [f"the expert has {counts['left_out']:,} tokens that the base lacks, and an adapter adds none: they are left out"]
 
     def _left_out(self) -> list[str]:
         """A warning about what trained tensors the adapter lacks."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moerge.formatting import Displayed
+
 
 @dataclass
 class Kept:
@@ -34,8 +36,8 @@ class Kept:
             self.ranks = min(low, rank), max(high, rank)
 
 
-@dataclass(frozen=True)
-class Extraction:
+@dataclass(frozen=True, repr=False)
+class Extraction(Displayed):
     """A finished extraction. Shares are fractions of the task vector's squared Frobenius norm.
 
     `base` is as peft looks for it, `revision` its commit if it came from the Hub.

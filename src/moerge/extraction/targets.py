@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moerge.checkpoint.adapter import holds_vocabulary, stores_inputs_first
+from moerge.checkpoint.adapter import holds_vocabulary, stores_inputs_first, ties_head
 from moerge.errors import InputError, suggest
 from moerge.operations.operations import Merge, Output
 from moerge.planning.plan import Plan
@@ -20,16 +20,20 @@ _OTHERS = re.compile(r"embed|norm|wte|wpe|lm_head|router|ln_|\bgate\b")
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the task vector. `kind` is what becomes of it: `lora`, `embedding` (LoRA of one), `whole`, or `left out`."""
+    """One tensor of the task vector, by its `name` in memory.
+
+    `kind` is what becomes of it: `lora`, `embedding` (LoRA of one), `whole`, or `left out`.
+    """
 
     output: Output
     kind: str
+    name: str
     transposed: bool = False
 
     @property
     def module(self) -> str:
         """The module that it belongs to, as peft calls it."""
-        return self.output.name.rpartition(".")[0]
+        return self.name.rpartition(".")[0]
 
     @property
     def pair(self) -> tuple[Source, Source]:
@@ -44,33 +48,35 @@ class Target:
         return re.sub(r"\.\d+(?=\.|$)", ".*", self.output.role or self.output.name)
 
 
-def choose_targets(plan: Plan, modules: Sequence[str], whole: Sequence[str]) -> list[Target]:
+def choose_targets(plan: Plan, modules: Sequence[str], whole: Sequence[str], names: Mapping[str, str]) -> list[Target]:
     """Every tensor of the plan that has a task vector; by default attention and feed-forward matrices become low-rank.
 
-    `modules` are patterns (as in a recipe's overrides) of what becomes low-rank instead, `whole` of what is stored as it is.
+    `names` are those in memory by those in files. `modules` are patterns (as in a recipe's overrides) of what becomes low-rank
+    instead, `whole` of what is stored as it is.
     Raises InputError for a pattern that matches nothing, or something that cannot become low-rank.
     """
     outputs = [o for o in plan.outputs if isinstance(o.operation, Merge) and o.operation.base is not None]
     low_rank, stored = _matched(outputs, modules, "--modules"), _matched(outputs, whole, "--modules-to-save")
     saved = {output.name.rpartition(".")[0] for output in outputs if output.name in stored}
     base = plan.models[0]
-    tied = bool(base.config.get("tie_word_embeddings"))
+    tied = ties_head(base)
     for name, pattern in {**low_rank, **stored}.items():
         _check_head(name, pattern, base.model_type, tied)
+        if name not in names:
+            raise InputError(f"pattern {pattern!r} matches tensor {name!r}, which is none by itself in memory: leave it out")
     found = []
     for output in outputs:
         module = output.name.rpartition(".")[0]
-        wanted = output.name in low_rank if modules else _is_projection(output)
+        wanted = output.name in low_rank if modules else _is_projection(output) and output.name in names
         if module in saved:
-            found.append(Target(output, "whole"))
+            found.append(Target(output, "whole", names.get(output.name, "")))
         elif not wanted:
-            found.append(Target(output, "left out"))
+            found.append(Target(output, "left out", names.get(output.name, "")))
         else:
             _check(output, low_rank.get(output.name, ""), tied)
             embedding = _is_embedding(output)
-            found.append(
-                Target(output, "embedding" if embedding else "lora", embedding or stores_inputs_first(base.model_type, module))
-            )
+            transposed = embedding or stores_inputs_first(base.model_type, module)
+            found.append(Target(output, "embedding" if embedding else "lora", names.get(output.name, ""), transposed))
     return found
 
 

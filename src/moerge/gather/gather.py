@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError, suggest
 from moerge.files import check_unchanged, is_file
+from moerge.formatting import Displayed, as_size
 from moerge.gather.passes import free_memory, passes_within
 from moerge.gather.running import (
     Layout,
@@ -33,7 +33,8 @@ from moerge.operations.operations import Merge
 from moerge.planning.build import build_plan, located
 from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.plan import Plan
-from moerge.recipe import Recipe
+from moerge.progress import SILENT, Progress, reporter
+from moerge.recipe import Recipe, load_recipe
 from moerge.runtime.loading import Loaded, load
 from moerge.statistics.facts import KINDS, Facts, Kind, ModelFacts, Settings, TextFacts
 from moerge.statistics.files import Statistics, StatisticsWriter, add_up, check_replaceable, open_statistics, statistics_file
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     import torch
 
 Wanted = Mapping[Kind, frozenset[str]]
-Counting = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Called with an expert's name and the number of tokens that will run; gives what is told the tokens done."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,8 @@ class Options:
     force: bool = False
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What gathering an expert's statistics takes: `passes` over so many `tokens`, memory for the model and one pass's sums."""
-
-    expert: str
-    passes: int
-    tokens: int
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, repr=False)
+class Outcome(Displayed):
     """One expert's file. `gathered` is False where it was there already; `memory_bytes` is the model and one pass's sums."""
 
     file: Path
@@ -113,10 +102,37 @@ class Outcome:
         }
 
 
-def gather(recipe: Recipe, out: Path, options: Options, counting: Counting, say: Callable[[Forecast], None]) -> Iterator[Outcome]:
+def _forecast(expert: str, passes: int, tokens: int, memory: int) -> str:
+    """A sentence about what a run will take."""
+    runs = "one pass" if passes == 1 else f"{passes} passes"
+    return f"{expert}: {runs} over {tokens:,} tokens, {as_size(memory)} for the model and sums"
+
+
+def stats(
+    recipe: str | Path | Mapping[str, Any] | Recipe, out: str | Path, *, progress: Progress | bool = False, **options: Any
+) -> list[Outcome]:
+    """Gather the statistics that the recipe's methods need, and write `out`/EXPERT.safetensors.
+
+    Args:
+        recipe: A recipe's path, the same structure as a dict, or a `Recipe`.
+        out: The folder to write.
+        progress: A `Progress`, or True for a display on standard error.
+        **options: Fields of `Options`, such as kind="fisher" or texts=200.
+
+    Returns:
+        One outcome for each expert.
+
+    Raises:
+        InputError: The recipe, a model or a text is at fault, or a file holds something else and `force` is not set.
+    """
+    with reporter(progress) as report:
+        return list(gather(load_recipe(recipe), Path(out), Options(**options), report))
+
+
+def gather(recipe: Recipe, out: Path, options: Options, progress: Progress = SILENT) -> Iterator[Outcome]:
     """Write `out`/EXPERT.safetensors for one expert after another, and yield what became of each.
 
-    A file that holds the same already is kept. `say` is told what each run will take before it starts.
+    A file that holds the same already is kept. `progress` receives what each run will take before it starts.
     Raises InputError for a recipe, model or text at fault, and for a file that holds something else unless `force`.
     """
     plan = build_plan(recipe, bind=False)
@@ -125,7 +141,7 @@ def gather(recipe: Recipe, out: Path, options: Options, counting: Counting, say:
         if expert not in recipe.calibration:
             raise InputError(f"{recipe.source}: statistics of {expert} need its text: add '{expert}: FILE' to 'calibration'")
     for expert, names in wanted.items():
-        yield _Gathering(plan, expert, names, out, options).run(counting, say)
+        yield _Gathering(plan, expert, names, out, options).run(progress)
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -219,7 +235,7 @@ class _Gathering:
             location=texts.location, digest=texts.digest, part=options.part, documents=texts.hashes[index - 1 :: count]
         )
 
-    def run(self, counting: Counting, say: Callable[[Forecast], None]) -> Outcome:
+    def run(self, progress: Progress) -> Outcome:
         """Gather, unless the file is there already."""
         model = self._model()
         self.tensors = {tensor.name: tensor for tensor in model.tensors.values()}
@@ -241,13 +257,10 @@ class _Gathering:
         held = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
         groups = passes_within(layout.bytes, self.options.passes, free_memory(loaded.model.device))
         memory = held + max((sum(layout.bytes[name] for name in group) for group in groups), default=0)
-        say(Forecast(self.expert, len(groups), sequences.tokens, memory))
+        progress.info(_forecast(self.expert, len(groups), sequences.tokens, memory))
         facts = self._facts(model, layout, sequences)
-        with (
-            enough_memory(self.expert),
-            StatisticsWriter(self.path, layout.shapes, facts) as writer,
-            counting(self.expert, len(groups) * sequences.tokens) as advance,
-        ):
+        with enough_memory(self.expert), StatisticsWriter(self.path, layout.shapes, facts) as writer, progress:
+            advance = progress.phase(self.expert, len(groups) * sequences.tokens, "tokens")
             for names in groups:
                 for name, total in self._sums(loaded.model, layout, names, sequences, advance).items():
                     check_finite(self.expert, name, total)

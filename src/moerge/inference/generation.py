@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.formatting import Displayed
 from moerge.runtime.loading import Loaded, explained, load
 
 LEAST_TEMPERATURE = 1e-3
 """Below it logits overflow, and the likeliest token is what is meant."""
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, repr=False)
+class Generation(Displayed):
     """What a model wrote after a prompt. `routing` has a sequence-routed model's weight of each expert by name."""
 
     checkpoint: str

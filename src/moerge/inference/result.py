@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moerge import figures
+from moerge.formatting import Displayed
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class TextRoute:
         return self.oracle.accuracy if self.oracle else None
 
 
-@dataclass(frozen=True)
-class Routes:
+@dataclass(frozen=True, repr=False)
+class Routes(Displayed):
     """How texts are routed. `level` is "sequence" or "token".
 
     `digest` is that of the model's tensors, None where moerge did not merge them.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from moerge.distillation import target_bytes
 from moerge.errors import InputError, MachineError
+from moerge.formatting import as_size
 from moerge.learning.chunks import allocate, importances
 from moerge.learning.directions import Directions
 from moerge.learning.model import BASE, MergingModel, Slot, known_config
@@ -26,7 +28,7 @@ from moerge.learning.targets import Sample, Targets
 from moerge.learning.training import History, Trainer, evaluations, interleave
 from moerge.methods.method import TaskVectorMethod
 from moerge.planning.plan import Plan
-from moerge.progress import Watch
+from moerge.progress import SILENT, Advance, Progress
 from moerge.recipe.coefficients import Coefficients, chunk_count, chunk_size
 from moerge.recipe.learning import Learning
 from moerge.recipe.schema import Recipe
@@ -48,13 +50,12 @@ class Learned:
     warnings: tuple[str, ...]
 
 
-def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, watch: Watch | None = None) -> Learned:
+def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, progress: Progress = SILENT) -> Learned:
     """Learn the coefficients of a dense plan's tensors from the recipe's calibration texts.
 
     `plan` is the recipe's, as if it were a dense merge; what its MoE keeps separate does not learn. Raises InputError where
     the recipe does not fit, MachineError where targets do not fit on the disk.
     """
-    watch = watch or Watch()
     tasks = {BASE: "base"} if recipe.includes_base else {}
     tasks |= dict(enumerate(recipe.experts))
     texts = {task: _texts(recipe, name, settings) for task, name in tasks.items()}
@@ -69,7 +70,7 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, watch: Wa
         slots = make_slots(recipe, plan, settings, pool)
         samples = _samples(plan, texts, settings, folder)
         train, heldout = _split(samples, settings)
-        job = _Job(recipe, plan, settings, slots, method.scale, folder, watch)
+        job = _Job(recipe, plan, settings, slots, method.scale, folder, progress)
         job.announce(train, heldout)
         stages = [job.stage(_ones(slots), {}, train, heldout)]
         if settings.extra:
@@ -154,7 +155,8 @@ class _Job:
     slots: Sequence[Slot]
     initial: float
     folder: Path
-    watch: Watch
+    progress: Progress
+    advance: Advance = lambda count: None
     raw: dict[str, torch.Tensor] = field(default_factory=dict)
     importance: dict[str, float] = field(default_factory=dict)
     targets: Targets | None = None
@@ -168,7 +170,7 @@ class _Job:
         looks = len(evaluations(updates, len(heldout), settings.accumulation)) + 1
         steps = stages * (len(train) * settings.epochs + len(heldout) * looks)
         if settings.objective == "entropy":
-            self.watch.begin(steps)
+            self.advance = self.progress.phase("learning", steps, "texts")
             return
         itemsize = getattr(torch, settings.dtype).itemsize
         largest = None if settings.targets == "full" else settings.targets
@@ -176,13 +178,13 @@ class _Job:
         text = known_config(self.plan.config, self.recipe.source).get_text_config()
         nbytes = target_bytes(tokens, text.vocab_size, text.hidden_size, len(layers), largest, itemsize)
         free = shutil.disk_usage(self.folder).free
-        self.watch.note(f"the experts' targets for {tokens:,} tokens take {nbytes / 1e9:.2f} GB in {self.folder.parent}")
+        self.progress.info(f"the experts' targets for {tokens:,} tokens take {nbytes / 1e9:.2f} GB in {self.folder.parent}")
         if nbytes > free:
             raise MachineError(
-                f"no space for the experts' targets in {self.folder.parent}: {nbytes / 1e9:.1f} GB are needed, "
-                f"{free / 1e9:.1f} GB free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
+                f"no space for the experts' targets in {self.folder.parent}: {as_size(nbytes)} are needed, "
+                f"{as_size(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
             )
-        self.watch.begin(steps + len(distinct))
+        self.advance = self.progress.phase("learning", steps + len(distinct), "texts")
 
     def stage(
         self, counts: Mapping[str, int], start: Mapping[str, torch.Tensor], train: Sequence[Sample], heldout: Sequence[Sample]
@@ -200,7 +202,7 @@ class _Job:
         model = MergingModel(self.plan.config, self.slots, self.raw, self.initial, dtype=element, device=device, source=source)
         targets = self._targets(model, (*train, *heldout))
         weights = {task: settings.task_weights[name] for task, name in self._tasks() if name in settings.task_weights}
-        trainer = Trainer(model, self.raw, settings, self.initial, targets, weights, source, self.watch.step)
+        trainer = Trainer(model, self.raw, settings, self.initial, targets, weights, source, partial(self.advance, 1))
         return trainer.fit(train, heldout)
 
     def _tasks(self) -> Iterator[tuple[int, str]]:
@@ -213,7 +215,7 @@ class _Job:
             self.targets = Targets(self.folder, _hidden_layers(self.settings, self.plan), largest)
             if self.settings.objective == "alignment":
                 distinct = {(sample.task, sample.index): sample for sample in samples}
-                self.targets.compute(model, list(distinct.values()), self.watch.step)
+                self.targets.compute(model, list(distinct.values()), partial(self.advance, 1))
         return self.targets
 
     def more_chunks(self, slots: Sequence[Slot]) -> dict[str, int]:

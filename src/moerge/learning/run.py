@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
 from moerge.files import check_unchanged, target_of
+from moerge.formatting import Displayed
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.planning.assemble.heterogeneous import stay_whole
 from moerge.planning.build import build_plan, located
-from moerge.planning.plan import Plan
+from moerge.progress import Progress, reporter
+from moerge.recipe import load_recipe
 from moerge.recipe.coefficients import FILE, Coefficients
 from moerge.recipe.learned import Learnt
 from moerge.recipe.learning import Learning
@@ -27,13 +29,12 @@ from moerge.runtime.extras import require_models_extra
 
 if TYPE_CHECKING:
     from moerge.learning.flow import Learned
-    from moerge.progress import Watch
 
 CURVE, FIGURE = "learning.csv", "coefficients.svg"
 
 
-@dataclass(frozen=True)
-class LearnResult:
+@dataclass(frozen=True, repr=False)
+class LearnResult(Displayed):
     """A finished checkpoint, and the coefficients that it was merged with."""
 
     merged: MergeResult
@@ -54,12 +55,11 @@ class LearnResult:
 
 
 def learn(
-    recipe: Recipe,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path,
     *,
     force: bool = False,
-    watch: Watch | None = None,
-    progress: Callable[[Plan], Callable[[int], None]] | None = None,
+    progress: Progress | bool = False,
 ) -> LearnResult:
     """Learn coefficients as the recipe's `learn` section says, merge with them, and write the checkpoint folder `out`.
 
@@ -72,6 +72,7 @@ def learn(
     from moerge.learning.slots import check_recipe
     from moerge.runtime.loading import usable_device
 
+    recipe = load_recipe(recipe)
     target, settings = target_of(out), recipe.learn or Learning()
     if recipe.moe is not None and recipe.moe.by_sequence and stay_whole(recipe, located(recipe)):
         raise InputError(
@@ -89,7 +90,8 @@ def learn(
             "replace it with --force"
         )
     dense = whole if recipe.moe is None else build_plan(recipe.model_copy(update={"moe": None}), weights=True)
-    learned = learn_coefficients(recipe, dense, settings, watch)
+    with reporter(progress) as report:
+        learned = learn_coefficients(recipe, dense, settings, report)
     learned.coefficients.write(kept)
     plan = build_plan(with_coefficients(recipe, learned.coefficients), weights=True)
     check_unchanged(whole.sources)
@@ -99,7 +101,7 @@ def learn(
         calibration=(*plan.calibration, *learned.texts),
         warnings=(*plan.warnings, *learned.warnings),
     )
-    merged = merge(plan, target, force=force, progress=progress)
+    merged = merge(plan, target, force=force, progress=report)
     kept.unlink()
     return LearnResult(merged, learned.coefficients, tuple(learned.coefficients.learning["stages"]), learned.warnings)
 

@@ -13,13 +13,11 @@ from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, Fitter, Unit
 from moerge.operations.operations import Fit, Output
 from moerge.planning.plan import Plan
+from moerge.progress import SILENT, Progress
 from moerge.tensors.codec import decode, encode
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
 from moerge.tensors.threads import one_thread_each
 from moerge.texts import Texts
-
-Calibrating = Callable[[int, Unit], Callable[[int], None]]
-"""Told how many texts or tokens there are; returns what is told of those that are done."""
 
 
 def fit_outputs(
@@ -27,20 +25,20 @@ def fit_outputs(
     staging: Staging,
     files: Callable[[], Mapping[str, bytes]],
     threads: int,
-    calibrating: Calibrating | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[str, ...]:
     """Compute and store what `plan` leaves to fitters, one after the other; returns what the user should know about it.
 
     `files()` make the staging folder a checkpoint that loads. What an interrupted run has completed is kept, unless a fitter
-    was not done with all of its tensors. Nothing depends on `threads`. `calibrating` is called with a number of texts or tokens
-    before the first fitter that counts those, and returns what is told of those that are done.
+    was not done with all of its tensors. Nothing depends on `threads`. `progress` gets a phase for
+    each unit that fitters count, texts or tokens.
     """
     remarks: tuple[str, ...] = ()
     fittings = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fittings]
     pending = [fitting for fitting, _ in fittings if not all(map(staging.finished, fitting.outputs))]
     if pending:
         staging.add(files())
-    counters = _Counters([fitting.fitter for fitting in pending], plan.calibration, calibrating)
+    counters = _Counters([fitting.fitter for fitting in pending], plan.calibration, progress)
     for fitting, context in fittings:
         if fitting in pending:
             counter = counters.of(fitting.fitter)
@@ -69,20 +67,17 @@ class _Counter:
 class _Counters:
     """A counter for each fitter; those that count the same thing count towards one total."""
 
-    def __init__(self, fitters: Sequence[Fitter], calibration: Sequence[Texts], calibrating: Calibrating | None) -> None:
-        self._fitters, self._calibration, self._calibrating = fitters, calibration, calibrating
+    def __init__(self, fitters: Sequence[Fitter], calibration: Sequence[Texts], progress: Progress) -> None:
+        self._fitters, self._calibration, self._progress = fitters, calibration, progress
         self._tell: dict[Unit, Callable[[int], None]] = {}
 
     def of(self, fitter: Fitter) -> _Counter:
         """Where the total is shown once the first of those that count it begins."""
         if fitter.counts not in self._tell:
             total = sum(other.steps(self._calibration) for other in self._fitters if other.counts == fitter.counts)
-            self._tell[fitter.counts] = self._calibrating(total, fitter.counts) if self._calibrating and total else _ignore
+            name = "calibrating" if fitter.counts == "texts" else "fitting projectors"
+            self._tell[fitter.counts] = self._progress.phase(name, total, fitter.counts)
         return _Counter(fitter.steps(self._calibration), self._tell[fitter.counts])
-
-
-def _ignore(count: int) -> None:
-    """Nobody watches."""
 
 
 def _context(plan: Plan, staging: Staging, outputs: tuple[Output, ...]) -> FitContext:

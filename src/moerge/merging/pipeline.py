@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,19 +16,20 @@ from typing import Any
 
 from moerge.checkpoint.manifest import damaged_files, read_manifest, sealed, to_json
 from moerge.checkpoint.reader import open_folder
-from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, clear, interrupted
+from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
 from moerge.files import check_target, check_unchanged, target_of
+from moerge.formatting import Displayed, as_size, as_time
 from moerge.merging.card import model_card
-from moerge.merging.fitting import Calibrating, fit_outputs
+from moerge.merging.fitting import fit_outputs
 from moerge.merging.integers import unlike_integers
 from moerge.merging.manifest import build_manifest
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
 from moerge.planning.statistics import differing
-from moerge.progress import Progress
+from moerge.progress import Progress, reporter
 from moerge.recipe import Recipe, load_recipe
 from moerge.tensors.digest import file_digest
 from moerge.tensors.threads import default_threads
@@ -37,8 +38,8 @@ SHARD_BYTES = 5_000_000_000
 """Largest shard by default, as transformers writes them."""
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Displayed):
     """A finished merge. Times are in seconds; `publish_seconds` is spent making the files durable and naming them.
 
     `was_complete`: there was nothing left to resume, and nothing was done.
@@ -51,6 +52,10 @@ class MergeResult:
     publish_seconds: float
     nonfinite_inputs: tuple[str, ...]
     was_complete: bool = False
+
+    def headline(self) -> str:
+        """The folder, and how long it took."""
+        return f"{self.folder}, {self.plan.headline()}, {as_time(self.merge_seconds + self.publish_seconds)}"
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""
@@ -85,8 +90,7 @@ def merge(
     threads: int | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
-    progress: Callable[[Plan], Progress] | None = None,
-    calibrating: Calibrating | None = None,
+    progress: Progress | bool = False,
     clients: Sequence[str] = (),
 ) -> MergeResult:
     """Carry out a plan (or a recipe) and write the checkpoint folder `out`.
@@ -94,8 +98,7 @@ def merge(
     `resume` continues an interrupted merge into `out`, and is content with a complete one of the same plan; `force` replaces a
     checkpoint that moerge made there before.
     The result does not depend on `threads` (default: the cores available), and its tensors not on `max_shard_bytes`.
-    `progress` is called with the plan once work starts and returns what is told the bytes done, from any thread; `calibrating`,
-    with a number and "texts" or "tokens" once something is computed from as many of them, and returns what is told those done.
+    `progress` is a `Progress` that receives the phases of the work, or True for a display on standard error.
     `clients` are as in `plan`, asked before anything is written; the files do not depend on them.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk, SourceChangedError where a
     model's file was changed since the plan was made.
@@ -106,7 +109,7 @@ def merge(
     if resume and (written := _manifest_of(target)):
         plan = _complete(plan)
         if _is_result(target, written, plan, max_shard_bytes):
-            clear(target)
+            workspace(target).clear()
             return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
     start = check_start(plan, target, resume=resume, force=force)
     plan = _complete(plan)
@@ -115,18 +118,16 @@ def merge(
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
-    with Staging(target, shards, fingerprint, start) as staging:
-        execution = Execution(staging, allow_nonfinite)
-        if progress is not None:
-            execution.advance = progress(plan)
+    with reporter(progress) as report, Staging(target, shards, fingerprint, start) as staging:
+        execution = Execution(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
         execution.run(plan.outputs, threads)
-        remarks = fit_outputs(plan, staging, partial(_files, plan), threads, calibrating)
+        remarks = fit_outputs(plan, staging, partial(_files, plan), threads, report)
         remarks = (*remarks, *differing(plan.statistics, plan.outputs, staging.inputs), *unlike_integers(plan))
         if remarks:
             plan = replace(plan, warnings=(*plan.warnings, *remarks))
         merged = time.perf_counter()
         check_unchanged(plan.sources)
-        staging.publish(_with_manifest(plan, staging), replace=force)
+        staging.complete(_with_manifest(plan, staging), replace=force)
     return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite))
 
 
@@ -169,10 +170,11 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
     """How writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
     sources = [(model.name, folder) for model in plan.models for folder in model.folders]
-    if being_written(target):
-        raise InputError(busy(target))
+    work = workspace(target)
+    if work.in_use:
+        raise work.busy()
     check_target(target, sources, marks=(MANIFEST,), force=force)
-    left = interrupted(target)
+    left = work.interrupted
     if left and not (resume or force):
         raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
     _check_space(plan, target, staged=left and resume)
@@ -183,6 +185,4 @@ def _check_space(plan: Plan, target: Path, *, staged: bool) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if not staged and free < plan.output_bytes:
-        raise MachineError(
-            f"no space for {target}: it needs {plan.output_bytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free"
-        )
+        raise MachineError(f"no space for {target}: it needs {as_size(plan.output_bytes)}, {parent} has {as_size(free)} free")

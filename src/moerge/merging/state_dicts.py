@@ -27,7 +27,7 @@ def merge_state_dicts(
     base: Mapping[str, Any] | None,
     experts: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
     *,
-    method: str,
+    method: str | MergeMethod,
     weights: Sequence[float] | None = None,
     statistics: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None,
     threads: int | None = None,
@@ -36,6 +36,8 @@ def merge_state_dicts(
 ) -> dict[str, Any]:
     """Merge state dicts that share names and shapes; `parameters` are the method's, such as density=0.8.
 
+    `method` is a name, or a method object with its parameters, such as `Ties(density=0.8)`.
+
     Values are NumPy arrays (float32, float16, or ml_dtypes' bfloat16) or torch tensors on the CPU; the result has the kind
     and element types of `base`, or of the first expert where the method needs no base. Experts are called "expert0", ...
     unless given by name, which is what seeded methods draw by. The inputs are not changed. `statistics` are for methods that
@@ -43,17 +45,17 @@ def merge_state_dicts(
     x^T x over the inputs x of each linear layer [out, in] under that of its weight; other tensors are averaged.
     Raises InputError for differing names or shapes, and for unknown methods or parameters.
     """
-    chosen = Document({}, f"merge_state_dicts(method={method!r})").build(merge_method(method), parameters)
+    chosen = _method(method, parameters)
     named = dict(experts) if isinstance(experts, Mapping) else {f"expert{i}": expert for i, expert in enumerate(experts)}
     if not named:
         raise InputError("merge_state_dicts needs at least one expert")
     chosen.check_experts(list(named))
     chosen = chosen.for_experts(list(named))
     if chosen.uses_task_vectors and base is None:
-        raise InputError(f"{method} works on task vectors (expert minus base), so it needs a base{chosen.or_without_base}")
+        raise InputError(f"{chosen.name} works on task vectors (expert minus base), so it needs a base{chosen.or_without_base}")
     if chosen.exact_experts not in (None, len(named)):
         plural = "s" if chosen.exact_experts != 1 else ""
-        raise InputError(f"{method} merges exactly {chosen.exact_experts} state dict{plural}, not {len(named)}")
+        raise InputError(f"{chosen.name} merges exactly {chosen.exact_experts} state dict{plural}, not {len(named)}")
     factors = _factors(chosen, weights, list(named))
     used = _statistics(chosen, list(named), statistics)
     used_base = base if chosen.uses_task_vectors else None
@@ -70,6 +72,14 @@ def merge_state_dicts(
     store = _Memory(outputs)
     Execution(store, allow_nonfinite).run(outputs, threads or default_threads())
     return {output.name: _like(like[output.name], store.arrays[output.name], output) for output in outputs}
+
+
+def _method(method: str | MergeMethod, parameters: Mapping[str, Any]) -> MergeMethod:
+    if isinstance(method, str):
+        return Document({}, f"merge_state_dicts(method={method!r})").build(merge_method(method), dict(parameters))
+    if parameters:
+        raise InputError(f"merge_state_dicts: {next(iter(parameters))!r} has no effect: the method object has its parameters")
+    return method
 
 
 class _Memory:

@@ -199,14 +199,14 @@ def cancel(weights: Sequence[float]) -> bool:
     return bool(abs(weights_K.sum()) <= _ROUNDING * np.abs(weights_K).sum())
 
 
-_METHODS: Registry[type[MergeMethod]] = Registry("moerge.methods", "merge method")
+METHODS: Registry[type[MergeMethod]] = Registry("moerge.methods", "merge method")
 
 
 def merge_method(name: str) -> type[MergeMethod]:
     """The method class called `name`; InputError suggests the nearest known one."""
-    return _METHODS.get(name)
+    return METHODS.get(name)
 
 
-def merge_methods() -> list[str]:
-    """Names of all merge methods, built-in and from other packages."""
-    return _METHODS.names()
+def merge_methods() -> dict[str, type[MergeMethod]]:
+    """Return all merge methods by name, built-in and from other packages; `model_fields` of one are its hyperparameters."""
+    return {name: METHODS.get(name) for name in METHODS.names()}

@@ -13,6 +13,7 @@ from typing import Any
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
+from moerge.formatting import Displayed, as_count, as_size
 from moerge.operations.estimate import whole_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
 from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
@@ -36,8 +37,8 @@ _OPERATIONS_PER_SECOND, _OPERATIONS_PER_SECOND_ON_A_DEVICE = 2e11, 2e13
 without instructions for it a sixth."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Displayed):
     """Outputs in order, with the config and files that go beside them.
 
     `models` holds the base first, where there is one; `experts` names the MoE's experts in the order of their indices, and
@@ -58,6 +59,18 @@ class Plan:
     notes: tuple[str, ...] = ()
     client_warnings: tuple[str, ...] = ()
     client_notes: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """Kind, parameters and bytes of the result."""
+        kind = f"MoE of {len(self.experts)} experts" if self.experts else "dense model"
+        return f"{kind}, {as_count(self.parameters)} parameters, {as_size(self.output_bytes)}, {len(self.warnings)} warnings"
+
+    def figures(self) -> Mapping[str, Any]:
+        """The operations: tensors and bytes of each."""
+        return {
+            f"{row['action']} {row['hyperparameters']}".strip(): f"{row['tensors']} tensors, {as_size(row['bytes'])}"
+            for row in self.operations
+        }
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:

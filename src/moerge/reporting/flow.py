@@ -10,6 +10,7 @@ from typing import Any
 
 from moerge.errors import InputError
 from moerge.files import whole_file
+from moerge.formatting import Displayed
 from moerge.reporting.card import Update, updates
 from moerge.reporting.collect import collect
 from moerge.reporting.data import Collected
@@ -20,8 +21,8 @@ NAME = "report.html"
 _MARK = b'<meta name="generator" content="moerge '
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Displayed):
     """What was found in a folder, under a title."""
 
     folder: Path

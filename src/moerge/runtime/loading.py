@@ -12,8 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moerge.architecture.moe_format import GROUPED_BYTES
 from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.architecture.sizes import MAX_MODULES

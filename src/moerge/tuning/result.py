@@ -19,6 +19,7 @@ from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.companions import model_companions
 from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.reader import Checkpoint, read_json
+from moerge.formatting import Displayed
 from moerge.quiet import without_progress_bars
 from moerge.tensors.digest import combined_digest, running_digest
 from moerge.tokenizer import companion_files
@@ -31,8 +32,8 @@ _FORMAT = 1
 _PIECE = 1 << 24
 
 
-@dataclass(frozen=True)
-class TuneResult:
+@dataclass(frozen=True, repr=False)
+class TuneResult(Displayed):
     """A finished tuning: the folder, tune.json's facts, and the last step's row."""
 
     folder: Path

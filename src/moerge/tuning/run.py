@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.staging import MANIFEST, machine_errors
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import check_unchanged, target_of
-from moerge.progress import Watch
+from moerge.progress import Advance, Progress, reporter
 from moerge.tuning.launch import check_device, check_launch, explain, on_main, rank
 from moerge.tuning.models import is_sharded, load_sharded, locate_models, skeleton_of
 from moerge.tuning.settings import Request, load_tuning
@@ -67,20 +68,21 @@ def tune(
     resume: bool = False,
     force: bool = False,
     seed: int | None = None,
-    watch: Watch | None = None,
+    progress: Progress | bool = False,
 ) -> TuneResult | None:
     """Tune as TUNE.yaml says and write the checkpoint folder `out`; None on all processes but the first.
 
     `resume` continues an interrupted tuning into `out` from its last complete training checkpoint, with the losses that it
-    would have had; `force` replaces a checkpoint that moerge made there. `watch` hears tokens done and facts.
+    would have had; `force` replaces a checkpoint that moerge made there.
+    `progress` is a `Progress`, or True for a display on standard error.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
     require_tune_extra()
     request = load_tuning(tuning, seed=seed)
     processes = check_launch(request)
     work = Work(target_of(out))
-    with closing(work):
-        job = _Job(request, work, watch or Watch(), check_device(request), processes)
+    with closing(work), reporter(progress) as report:
+        job = _Job(request, work, report, check_device(request), processes)
         arguments = job.arguments()
         try:
             on_main(lambda: job.prepare(resume=resume, force=force))
@@ -103,11 +105,11 @@ def tune(
 class _Job:
     request: Request
     work: Work
-    watch: Watch
+    progress: Progress
     device: str
     processes: int
     result: TuneResult | None = None
-    begun: bool = False
+    advance: Advance | None = None
     adapted: Any = None
 
     def prepare(self, *, resume: bool, force: bool) -> None:
@@ -143,21 +145,20 @@ class _Job:
         assert lessons is not None
         amount = lessons.sequences * settings.length
         size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
-        self.watch.note(f"the teachers' targets for {amount:,} tokens take {size}")
+        self.progress.info(f"the teachers' targets for {amount:,} tokens take {size}")
         if self.work.fresh:
             remedy = "lower losses.distillation.top, or write to another disk"
             check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
-        self._begin(amount)
         tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
-        run_teachers(self.request, lessons, teachers, tokens, config, self.device, self.watch.advance)
+        run_teachers(self.request, lessons, teachers, tokens, config, self.device, self._begin(amount))
 
-    def _begin(self, lessons: int = 0) -> None:
-        """Say how many tokens are to come, once."""
+    def _begin(self, lessons: int = 0) -> Advance:
+        """Start the one phase of all tokens to come; returns its callback."""
         settings = self.request.settings
-        if not self.begun:
+        if self.advance is None:
             left = settings.total_steps - _step(self.work.latest())
-            self.watch.begin(lessons + left * settings.batch * settings.length)
-            self.begun = True
+            self.advance = self.progress.phase("tuning", lessons + left * settings.batch * settings.length, "tokens")
+        return self.advance
 
     @cached_property
     def models(self) -> dict[str, Checkpoint]:
@@ -170,7 +171,7 @@ class _Job:
         from moerge.tuning.outlook import make_outlook
 
         skeleton, tokenizer = skeleton_of(self.models[""].folder)
-        warn = self.watch.warn if rank() == 0 else lambda text: None
+        warn = self.progress.warning if rank() == 0 else lambda text: None
         outlook = make_outlook(self.request, self.work, self.models, tokenizer, skeleton, self.processes, warn)
         return outlook, tokenizer, skeleton.config
 
@@ -208,7 +209,7 @@ class _Job:
         )
         if self.processes == 1 and found.n_gpu > 1:
             found._n_gpu = 1  # else Trainer splits batches over all GPUs in threads
-            self.watch.warn("several GPUs are here and one is used: torchrun --nproc_per_node N starts a process for each")
+            self.progress.warning("several GPUs are here and one is used: torchrun --nproc_per_node N starts a process for each")
         return found
 
     def train(self, arguments: Any) -> None:
@@ -228,7 +229,7 @@ class _Job:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         done = _step(checkpoint)
-        self.metrics = Metrics(self.work.metrics, settings.dying, self.watch.warn)
+        self.metrics = Metrics(self.work.metrics, settings.dying, self.progress.warning)
         if rank() == 0:
             self.metrics.begin(done)
         self._begin()
@@ -244,7 +245,7 @@ class _Job:
             metrics=self.metrics,
             layers=lessons.files.layers if lessons else (),
             heldout=forecast.heldout,
-            advance=self.watch.advance,
+            advance=self._begin(),
         )
         trainer.remove_callback(PrinterCallback)
         if rank() == 0 and (board := _tensorboard(self.work.board)):
@@ -323,7 +324,7 @@ class _Job:
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
-        self.work.publish({MANIFEST: sealed(made)}, replace=force)
+        self.work.complete({MANIFEST: sealed(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 

@@ -16,6 +16,7 @@ from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.reader import Checkpoint
 from moerge.distillation import TargetFiles, target_bytes
 from moerge.errors import InputError, MachineError
+from moerge.formatting import as_size
 from moerge.runtime.loading import load
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import skeleton_of
@@ -68,9 +69,7 @@ def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
     """MachineError where the disk is too full."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if nbytes > free:
-        raise MachineError(
-            f"no space for {what} in {folder}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free; {remedy}"
-        )
+        raise MachineError(f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}")
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moerge.methods import Block, TaskVectorMethod
+from moerge.plugins import Block, TaskVectorMethod
 
 
 class Median(TaskVectorMethod):

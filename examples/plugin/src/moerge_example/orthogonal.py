@@ -6,8 +6,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moerge.operations.fitter import FitContext
-from moerge.routers.base import FittedRouter
+from moerge.plugins import FitContext, FittedRouter
 
 
 class OrthogonalRouter(FittedRouter):

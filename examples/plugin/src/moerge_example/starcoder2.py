@@ -1,6 +1,6 @@
 """StarCoder2: LayerNorms and projections with biases, and a feed-forward layer without a gate."""
 
-from moerge.architecture import Family, TensorRule
+from moerge.plugins import Family, TensorRule
 
 _LAYER = "model.layers.{layer}"
 _MODULES = [  # role, name, output size, input size

@@ -40,11 +40,11 @@ def extract(
     json: AsJson = False,
 ) -> None:
     """Write what an expert learned as a LoRA adapter of its base, and say how much of it is kept."""
-    from moerge.cli import show_adapters
-    from moerge.cli.progress import Progress
+    from moerge.cli.views import adapters as views
     from moerge.extraction import extract as run_extract
+    from moerge.progress import TerminalProgress
 
-    with Progress("extracting", quiet=quiet) as progress:
+    with TerminalProgress(quiet=quiet) as progress:
         found = run_extract(
             expert,
             out,
@@ -55,9 +55,9 @@ def extract(
             modules_to_save=modules_to_save or (),
             dtype=dtype,
             threads=threads,
-            progress=progress.start,
+            progress=progress,
         )
-    show_adapters.extraction(found, quiet=quiet, as_json=json)
+    views.extraction(found, quiet=quiet, as_json=json)
 
 
 COMMANDS = (extract,)

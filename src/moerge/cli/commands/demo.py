@@ -20,7 +20,7 @@ def demo(
     from rich.console import Console
 
     from moerge.cli.console import print_json
-    from moerge.demonstration import run as run_demo
+    from moerge.demonstration import demo as run_demo
 
     result = run_demo(out, seed=seed, force=force, console=Console(stderr=True) if json else Console())
     if json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,12 +74,13 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Measure checkpoints on the paper's six benchmarks and on held-out text, with errors and differences from the first one."""
-    from moerge.cli import show_evaluation
+    from moerge.cli.views import evaluation as views
     from moerge.evaluation.benchmarks import parse_tasks
     from moerge.evaluation.run import Settings
     from moerge.evaluation.run import evaluate as run_evaluate
     from moerge.evaluation.store import holds_results
     from moerge.evaluation.texts import parse_texts
+    from moerge.progress import TerminalProgress
 
     chosen: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     chosen |= {"window": window, "given": given, "seed": seed, "device": device, "dtype": dtype}
@@ -89,21 +88,10 @@ def evaluate(
     chosen |= {"trust_remote_code": trust_remote_code}
     settings = Settings(parse_tasks(tasks) if tasks else (), parse_texts(perplexity), **chosen)
     if allow_code_execution and any(benchmark.runs_code for benchmark in settings.benchmarks):
-        show_evaluation.wall(quiet=quiet)
+        views.wall(quiet=quiet)
     with resumable(lambda: out is not None and holds_results(out)):
-        found = run_evaluate(checkpoints, settings, out=out, resume=resume, counting=_counting(quiet))
-    show_evaluation.evaluation(found, quiet=quiet, as_json=json)
-
-
-def _counting(quiet: bool) -> Any:
-    from moerge.cli.progress import Progress
-
-    @contextmanager
-    def counting(what: str, documents: int) -> Iterator[Callable[[int], None]]:
-        with Progress(what, quiet=quiet, unit="texts") as progress:
-            yield progress.start(documents)
-
-    return counting
+        found = run_evaluate(checkpoints, settings, out=out, resume=resume, progress=TerminalProgress(quiet=quiet))
+    views.evaluation(found, quiet=quiet, as_json=json)
 
 
 evaluate.__name__ = "eval"

@@ -26,20 +26,18 @@ def push(
     import sys
 
     from moerge import hub
-    from moerge.checkpoint.reader import open_folder
-    from moerge.cli import show_hub
-    from moerge.cli.progress import Progress
+    from moerge.cli.views import hub as views
+    from moerge.progress import TerminalProgress
 
     if not dry_run:  # before minutes of verifying
         hub.require_token()
-    with Progress("verifying", quiet=quiet) as progress:
-        advance = progress.start(open_folder(checkpoint).nbytes)
-        upload = hub.prepare(checkpoint, repo, revision=revision, progress=advance)
+    with TerminalProgress(quiet=quiet) as progress:
+        upload = hub.prepare(checkpoint, repo, revision=revision, progress=progress)
     if dry_run:
-        show_hub.pushed(hub.Pushed(upload), quiet=quiet, as_json=json)
+        views.pushed(hub.Pushed(upload), quiet=quiet, as_json=json)
         return
     shown = not quiet and not json and sys.stderr.isatty()
-    show_hub.pushed(hub.push(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
+    views.pushed(hub.send(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
 
 
 COMMANDS = (push,)

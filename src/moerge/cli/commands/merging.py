@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,7 @@ from moerge.cli.interruption import resumable
 from moerge.cli.options import AsJson, CheckpointName, For, Quiet, RecipeFile, Seed, Threads
 
 if TYPE_CHECKING:
-    from moerge.operations.fitter import Unit
+    pass
 
 
 def plan(
@@ -25,15 +23,15 @@ def plan(
     as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a mergekit file as a recipe of moerge's own.")] = False,
 ) -> None:
     """Print what a recipe amounts to; no tensor is read."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.merging.pipeline import plan as make_plan
     from moerge.tensors.threads import default_threads
 
     planned = make_plan(recipe, seed=seed, clients=clients)
     if as_recipe:
-        show.recipe(planned)
+        views.recipe(planned)
         return
-    show.plan(planned, threads or default_threads(), as_json=json)
+    views.plan(planned, threads or default_threads(), as_json=json)
 
 
 def merge(
@@ -51,10 +49,10 @@ def merge(
 ) -> None:
     """Merge as the recipe says and write the checkpoint folder OUT."""
     from moerge.checkpoint.staging import staging_folder
-    from moerge.cli import show
     from moerge.cli.console import parse_size
-    from moerge.cli.progress import Progress
+    from moerge.cli.views import merging as views
     from moerge.merging.pipeline import merge as run_merge
+    from moerge.progress import TerminalProgress
     from moerge.recipe import load_recipe
 
     options: dict[str, Any] = {
@@ -66,42 +64,30 @@ def merge(
         "clients": clients,
     }
     loaded = load_recipe(recipe, seed=seed)
-    with ExitStack() as stack:
-        shown = [stack.enter_context(Progress("merging", quiet=quiet))]
-
-        def calibrating(count: int, unit: Unit) -> Callable[[int], None]:
-            shown[-1].finish()
-            what = "calibrating" if unit == "texts" else "fitting projectors"
-            shown.append(stack.enter_context(Progress(what, quiet=quiet, unit=unit)))
-            return shown[-1].start(count)
-
-        options |= {"progress": lambda planned: shown[0].start(planned.work_bytes), "calibrating": calibrating}
-        with resumable(lambda: staging_folder(out).exists()):
-            result = run_merge(loaded, out, **options)
-    show.merge(result, quiet=quiet, as_json=json)
+    with TerminalProgress(quiet=quiet) as progress, resumable(lambda: staging_folder(out).exists()):
+        result = run_merge(loaded, out, progress=progress, **options)
+    views.merge(result, quiet=quiet, as_json=json)
 
 
 def verify(checkpoint: CheckpointName, threads: Threads = None, quiet: Quiet = False, json: AsJson = False) -> None:
     """Check that every tensor is present, finite, of the right shape, and what the manifest says."""
-    from moerge.checkpoint.locate import locate
-    from moerge.cli import show
-    from moerge.cli.progress import Progress
+    from moerge.cli.views import merging as views
     from moerge.inspection import verify as run_verify
+    from moerge.progress import TerminalProgress
 
-    total = locate(checkpoint).nbytes
-    with Progress("verifying", quiet=quiet) as progress:
-        found = run_verify(checkpoint, threads=threads, progress=progress.start(total))
-    show.verification(found, quiet=quiet, as_json=json)
+    with TerminalProgress(quiet=quiet) as progress:
+        found = run_verify(checkpoint, threads=threads, progress=progress)
+    views.verification(found, quiet=quiet, as_json=json)
     if found.problems:
         raise typer.Exit(2)
 
 
 def inspect(checkpoint: CheckpointName, json: AsJson = False) -> None:
     """Show a checkpoint's family, sizes, roles, tokenizer, and how it was made."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.inspection import inspect as run_inspect
 
-    show.inspection(run_inspect(checkpoint), as_json=json)
+    views.inspection(run_inspect(checkpoint), as_json=json)
 
 
 def refresh(
@@ -110,10 +96,10 @@ def refresh(
     json: AsJson = False,
 ) -> None:
     """Replace the code that a sequence-routed checkpoint carries by this moerge's, for a newer transformers."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.refresh import refresh as run_refresh
 
-    show.refreshed(run_refresh(checkpoint), quiet=quiet, as_json=json)
+    views.refreshed(run_refresh(checkpoint), quiet=quiet, as_json=json)
 
 
 COMMANDS = (plan, merge, verify, inspect, refresh)

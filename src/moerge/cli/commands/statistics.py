@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,30 +46,18 @@ def stats(
     json: AsJson = False,
 ) -> None:
     """Run each expert over its own text and write what 'method: fisher' and 'method: regmean' need."""
-    from moerge.cli import show_statistics
+    from moerge.cli.views import statistics as views
     from moerge.gather.gather import Options, add_folders, gather, parse_part
+    from moerge.progress import TerminalProgress
     from moerge.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     chosen: dict[str, Any] = {"kind": kind, "experts": tuple(expert), "part": parse_part(part), "texts": texts, "tokens": tokens}
     chosen |= {"labels": labels, "seed": seed, "batch_size": batch_size, "passes": passes, "dtype": dtype, "device": device}
     options = Options(**chosen, force=force)
-    if add:
-        outcomes = add_folders(loaded, out, add, options)
-    else:
-        outcomes = gather(loaded, out, options, _counting(quiet), partial(show_statistics.forecast, quiet=quiet))
-    show_statistics.outcomes(outcomes, out, quiet=quiet, as_json=json)
-
-
-def _counting(quiet: bool) -> Any:
-    from moerge.cli.progress import Progress
-
-    @contextmanager
-    def counting(expert: str, total: int) -> Iterator[Callable[[int], None]]:
-        with Progress(expert, quiet=quiet, unit="tokens") as progress:
-            yield progress.start(total)
-
-    return counting
+    progress = TerminalProgress(quiet=quiet)
+    outcomes = add_folders(loaded, out, add, options) if add else gather(loaded, out, options, progress)
+    views.outcomes(outcomes, out, quiet=quiet, as_json=json)
 
 
 COMMANDS = (stats,)

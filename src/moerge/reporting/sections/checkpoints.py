@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from moerge.formatting import as_size, listed, plural, short_names
 from moerge.reporting.blocks import Block, Cell, Code, Column, Facts, Fold, Heading, Listing, Section, Table, Text, count, words
 from moerge.reporting.data import Checkpoint, Collected
-from moerge.reporting.sections.labels import listed, plural, short_names, size
 
 
 def checkpoints(found: Collected) -> Section | None:
@@ -81,7 +81,7 @@ def _checkpoint(checkpoint: Checkpoint) -> Iterator[Block]:
         [
             ("folder", f"`{checkpoint.folder}`"),
             ("model type", checkpoint.model_type),
-            ("parameters", f"{checkpoint.parameters:,} ({size(checkpoint.bytes)})"),
+            ("parameters", f"{checkpoint.parameters:,} ({as_size(checkpoint.bytes)})"),
             ("stored as", ", ".join(f"{name} {plural(number, 'parameter')}" for name, number in checkpoint.dtypes.items())),
             ("layers, width", f"{checkpoint.layers}, {checkpoint.hidden_size}"),
             *(

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from moerge.formatting import listed, short_names
 from moerge.reporting.blocks import (
     Block,
     Code,
@@ -25,7 +26,6 @@ from moerge.reporting.blocks import (
     words,
 )
 from moerge.reporting.data import Collected, Learning, Tuned, Tuning
-from moerge.reporting.sections.labels import listed, short_names
 from moerge.reporting.svg import Line, lines
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
+from moerge.formatting import listed, plural, short_names
 from moerge.reporting.blocks import (
     Block,
     Cell,
@@ -25,7 +26,6 @@ from moerge.reporting.blocks import (
 )
 from moerge.reporting.data import Collected, Difference, Evaluation, Score
 from moerge.reporting.sections.demo import demo, demo_glance
-from moerge.reporting.sections.labels import listed, plural, short_names
 from moerge.reporting.svg import Dot, dots
 
 _ENOUGH = 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from moerge.formatting import listed, plural, short_names
 from moerge.reporting.blocks import (
     Block,
     Cell,
@@ -21,7 +22,6 @@ from moerge.reporting.blocks import (
     words,
 )
 from moerge.reporting.data import Collected, Route, TextRoute
-from moerge.reporting.sections.labels import listed, plural, short_names
 from moerge.reporting.svg import Bar, stacked_bars, stacked_columns
 
 _MEANING = {

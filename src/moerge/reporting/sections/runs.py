@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from moerge.formatting import plural
 from moerge.reporting.blocks import Block, Column, Listing, Section, Table, Text, words
 from moerge.reporting.data import Collected
-from moerge.reporting.sections.labels import plural
 
 _COMMANDS = {
     "evaluations": "Benchmarks and held-out text, with standard errors: `moerge eval CHECKPOINT... --out DIR/NAME`.",

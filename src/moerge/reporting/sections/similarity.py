@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from moerge.formatting import listed
 from moerge.reporting.blocks import (
     Block,
     Column,
@@ -21,7 +22,6 @@ from moerge.reporting.blocks import (
     words,
 )
 from moerge.reporting.data import Collected, Comparison, ExpertRow, PairRow
-from moerge.reporting.sections.labels import listed
 from moerge.reporting.svg import Bar, Line, lines, stacked_bars
 
 _MOST_LINES = 6

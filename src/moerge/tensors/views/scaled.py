@@ -38,7 +38,8 @@ class Scaled(Sized):
 
     @property
     def _where(self) -> str:
-        return f"{self.files[0].path}: the statistic of tensor {self.name!r}"
+        place = f"{self.files[0].path}: " if self.files else ""
+        return f"{place}the statistic of tensor {self.name!r}"
 
     def open(self) -> _ScaledElements:
         """Access to the products."""

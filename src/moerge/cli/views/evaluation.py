@@ -1,24 +1,18 @@
-"""Figures of checkpoints with their errors."""
+"""Print results of `moerge eval`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from moerge.cli.console import Table, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, print_warnings, say, show_table, view
 from moerge.evaluation import sandbox
 from moerge.evaluation.result import Difference, Evaluation, Score
+from moerge.formatting import short_names
 
 
-def evaluation(found: Evaluation, *, quiet: bool, as_json: bool) -> None:
+@view
+def evaluation(found: Evaluation) -> None:
     """Print a table of the benchmarks, one of the texts, and the differences."""
-    if as_json:
-        print_json(found.to_json())
-        return
-    print_warnings(found.warnings)
-    if quiet:
-        return
     _benchmarks(found)
     _texts(found)
     _differences(found)
@@ -30,12 +24,6 @@ def wall(*, quiet: bool) -> None:
         print_warnings([sandbox.describe_wall()])
     elif not quiet:
         print(sandbox.describe_wall(), file=sys.stderr)
-
-
-def short_names(checkpoints: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, or the whole where two have the same."""
-    last = {name: Path(name).name or name for name in checkpoints}
-    return {name: short if list(last.values()).count(short) == 1 else name for name, short in last.items()}
 
 
 def _benchmarks(found: Evaluation) -> None:

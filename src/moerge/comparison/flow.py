@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from moerge.comparison.similarity import Similarity, measure, summarise, work_by
 from moerge.comparison.verdict import Verdict, advise, judge
 from moerge.errors import InputError
 from moerge.files import check_unchanged, write_whole
+from moerge.formatting import Displayed
+from moerge.progress import Progress, reporter
 from moerge.recipe import Recipe, load_recipe
 from moerge.tensors.threads import default_threads
 
-Progress = Callable[[int], None]
 
-
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Displayed):
     """How alike a recipe's experts are, and what that means for merging them.
 
     `models` are locations by name, the base first where there is one. `separate` are the roles that the recipe keeps separate.
@@ -83,13 +83,13 @@ def compare(
     *,
     density: float | None = None,
     threads: int | None = None,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress | bool = False,
 ) -> Comparison:
     """Compare a recipe's experts tensor by tensor, without merging them.
 
     `density` is what TIES is asked about, in (0, 1], by default the recipe's, or 1 where its method has none. Memory is that of a
-    few blocks for each thread; the figures do not depend on `threads`. `progress` is called with the bytes to read and returns
-    what is told the bytes read, from any thread. Raises InputError for models that cannot be merged, and for NaN or infinity.
+    few blocks for each thread; the figures do not depend on `threads`. `progress` is a
+    `Progress`, or True for a display on standard error. Raises InputError for models that cannot be merged, NaN and infinity.
     """
     if density is not None and not 0 < density <= 1:
         raise InputError(f"the density {density} is not in (0, 1]")
@@ -98,8 +98,9 @@ def compare(
     if not plan.complete:  # only now, since a download may take hours
         commits = {model.name: model.revision for model in plan.models}
         plan = compared_plan(loaded, density=density, weights=True, commits=commits)
-    advance = progress(work_bytes(plan)) if progress else lambda nbytes: None
-    similarity = summarise(plan, measure(plan, threads or default_threads(), advance))
+    with reporter(progress) as report:
+        advance = report.phase("comparing", work_bytes(plan))
+        similarity = summarise(plan, measure(plan, threads or default_threads(), advance))
     check_unchanged(plan.sources)
     verdicts = judge(similarity)
     return Comparison(

@@ -1,14 +1,15 @@
-"""How alike experts are, and what that means for merging them."""
+"""Print results of `moerge compare`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from moerge.cli.console import Table, as_count, as_percent, print_json, print_warnings, say, show_table
-from moerge.comparison.compare import Comparison
+from moerge.cli.console import Table, as_percent, print_json, print_warnings, say, show_table
+from moerge.comparison.flow import Comparison
 from moerge.comparison.verdict import Verdict
 from moerge.figures import available, short
+from moerge.formatting import as_count
 
 _COLOURS = {"merge": "green", "merge with care": "yellow", "keep separate": "red"}
 

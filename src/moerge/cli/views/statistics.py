@@ -1,22 +1,13 @@
-"""What became of each expert's statistics."""
+"""Print results of `moerge stats`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from moerge.cli.console import as_count, as_size, as_time, print_json, say
-from moerge.gather.gather import Forecast, Outcome
-
-
-def forecast(found: Forecast, *, quiet: bool) -> None:
-    """Say on standard error what a run will take."""
-    if not quiet:
-        passes = "one pass" if found.passes == 1 else f"{found.passes} passes"
-        memory = as_size(found.memory_bytes)
-        say(
-            f"{found.expert}: {passes} over {found.tokens:,} tokens, {memory} for the model and sums", stderr=True, soft_wrap=True
-        )
+from moerge.cli.console import print_json, say
+from moerge.formatting import as_count, as_size, as_time
+from moerge.gather.gather import Outcome
 
 
 def outcomes(found: Iterable[Outcome], out: Path, *, quiet: bool, as_json: bool) -> None:
