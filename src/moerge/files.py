@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from moerge.errors import InputError, MachineError, SourceChangedError
 
@@ -82,6 +85,7 @@ def check_unchanged(files: Iterable[SourceFile]) -> None:
         file.check_here()
 
 
+_IN_USE, _SECONDS_TO_LOCK = ".in-use", 60
 LONGEST_LABEL = 80
 """Characters of a name in a recipe that files are called after: at most three bytes each, as long as nobody is out to do harm."""
 
@@ -221,3 +225,26 @@ def umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder, removed at the end. Those of this prefix whose process was killed are removed before."""
+    for old in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError), open(old / _IN_USE, "rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > _SECONDS_TO_LOCK and _lock(file):
+                shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, open(Path(folder) / _IN_USE, "wb") as file:
+        _lock(file)
+        yield Path(folder)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file; False where another process has it, or nobody can say."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
