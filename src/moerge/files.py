@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moerge.errors import InputError, MachineError, SourceChangedError
+from moerge.system import lock
 
 LONGEST_NAME = 230
 """Bytes: 255 on the usual file systems, with room for the names of what lies beside a target until it is complete."""
@@ -211,40 +212,16 @@ def write_whole(path: Path, content: bytes) -> None:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def make_durable(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def umask() -> int:
-    """The process's; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
     """A temporary folder, removed at the end. Those of this prefix whose process was killed are removed before."""
-    for old in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError), open(old / _IN_USE, "rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > _SECONDS_TO_LOCK and _lock(file):
-                shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder, open(Path(folder) / _IN_USE, "wb") as file:
-        _lock(file)
-        yield Path(folder)
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file; False where another process has it, or nobody can say."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
+    with tempfile.TemporaryDirectory(prefix=prefix) as name, open(Path(name) / _IN_USE, "wb") as file:
+        folder = Path(name)
+        lock(file)
+        with open(folder / _IN_USE, "rb") as again:
+            locks_work = not lock(again)
+        for old in folder.parent.glob(f"{prefix}*") if locks_work else ():
+            with suppress(OSError), open(old / _IN_USE, "rb") as left:
+                if time.time() - os.fstat(left.fileno()).st_mtime > _SECONDS_TO_LOCK and lock(left):
+                    shutil.rmtree(old, ignore_errors=True)
+        yield folder

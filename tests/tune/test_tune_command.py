@@ -44,7 +44,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> 
 
 
 def _umask() -> int:
-    from moerge.files import umask
+    from moerge.system import umask
 
     return umask()
 
@@ -123,7 +123,7 @@ def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("moerge.tuning.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         tune(path, folder / "published")
     assert not (folder / "published").exists()
     result = tune(path, folder / "published", resume=True)
@@ -144,7 +144,7 @@ def test_it_is_said_how_to_continue_where_there_is_something(folder: Path, monke
         stopped = moerge("tune", path, folder / "stopped")
         assert (stopped.code, stopped.err) == (130, "moerge: interrupted\n")
         patch.undo()
-        patch.setattr("moerge.tuning.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         stopped = moerge("tune", path, folder / "stopped", "--quiet")
         assert stopped.code == 130
         assert stopped.err.endswith("\nmoerge: interrupted; continue with the same command and --resume\n")

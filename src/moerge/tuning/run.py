@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.staging import MANIFEST, machine_errors
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import check_unchanged, scratch_folder, target_of
 from moerge.progress import Advance, Progress, reporter
@@ -322,7 +323,7 @@ class _Job:
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
-        self.work.publish({MANIFEST: sealed(made)}, replace=force)
+        self.work.complete({MANIFEST: sealed(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 
