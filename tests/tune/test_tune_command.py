@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from command import moerge
 from moerge.errors import InputError
 from moerge.modeling import register
 from moerge.tuning.models import load_sharded
-from moerge.tuning.run import tune
+from moerge.tuning.run import _Job, tune
 from recorded import Recorded
 from tiny import read_values
 
@@ -361,3 +362,12 @@ def test_a_loss_that_is_no_number_stops(folder: Path) -> None:
     failed = moerge("tune", write_tuning(folder, learning_rate=1e6, clip=0.0, steps=9, save_every=20), folder / "nan")
     assert failed.code == 2 and "is not a number after step" in failed.err and "lower learning_rate" in failed.err
     assert not (folder / "nan").exists()
+
+
+def test_a_model_that_changes_while_it_is_tuned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder / "moe" / "model.safetensors"
+    gather = _Job.gather
+    monkeypatch.setattr(_Job, "gather", lambda self: (os.utime(source), gather(self))[1])
+    result = moerge("tune", write_tuning(folder, "changed.yaml", steps=1), folder / "changed", "--quiet")
+    assert result.code == 1 and str(source) in result.err
+    assert not (folder / "changed").exists()
