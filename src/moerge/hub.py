@@ -55,6 +55,11 @@ class Pushed(Displayed):
     commit: str | None = None
     removed: tuple[str, ...] = ()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of the upload."""
+        return self.upload.warnings
+
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
         return {

@@ -83,8 +83,9 @@ def _has(config: Any, name: str) -> bool:
 def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
     """config.json that transformers 4.5x and 5.x both read right, for tensors of element type `dtype`."""
     written = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
-    known = canonical(config, family)
-    nested = written.get(family.nested) if family else None
+    known, nested = canonical(config, family), written.get(nested_key(config, family))
+    if family is None and isinstance(nested, Mapping):  # which of its parts reads what is not known
+        return {**written, "torch_dtype": dtype, "dtype": dtype}
     language = dict(nested) if isinstance(nested, Mapping) else written
     write_rope(language, known, family.rope_scaling_keys if family else {})
     for name, key in family.keys.items() if family else ():

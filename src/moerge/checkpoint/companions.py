@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moerge.errors import InputError
+from moerge.errors import InputError, MachineError
 from moerge.files import read_file, unreadable
 
 _PROCESSORS = ("*processor*config*.json", "config_sentence_transformers.json", "sentence_*_config.json", "modules.json")
@@ -53,6 +53,8 @@ def _read(folder: Path, name: str) -> bytes:
         if not any(place in real.parents for place in allowed):
             raise InputError(f"{path} is a link to {real}, outside of the model's folder: put the file itself there")
         return read_file(real)
+    except MachineError:
+        raise
     except OSError as error:
         raise unreadable(path, error) from None
 

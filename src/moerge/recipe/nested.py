@@ -32,7 +32,10 @@ def take_recipes(document: Document, folder: Path, trail: Trail, read: Read) -> 
 
     sections: dict[str, Any] = {key: document.data[key] for key in ("base", "experts") if key in document.data}
     if "base" in sections:
-        sections["base"] = plain(("base",), "base", sections["base"])
+        base = sections["base"]
+        if isinstance(base, dict) and set(base) == {"model", "adapter"}:
+            sections["base_adapter"], base = base["adapter"], base["model"]
+        sections["base"] = plain(("base",), "base", base)
     if isinstance(sections.get("experts"), dict):
         experts = {}
         for name, value in sections["experts"].items():

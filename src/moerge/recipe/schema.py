@@ -126,6 +126,7 @@ class Recipe(_Strict):
     """
 
     base: str | None = Field(default=None, min_length=1)
+    base_adapter: str | None = Field(default=None, min_length=1)
     experts: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=LONGEST_LABEL)],
         Annotated[Expert, BeforeValidator(_expert)],

@@ -14,6 +14,7 @@ from typing import Any
 
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
+from moerge.files import read_file
 
 DEEPEST, MOST_FOLDERS = 5, 5000
 """Folders below the one that was named, and how many of them are looked into."""
@@ -90,7 +91,7 @@ def _read(path: Path, top: Path) -> Source:
 
 
 def _parse(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+    text = read_file(path).decode("utf-8")
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     if path.suffix == ".jsonl":

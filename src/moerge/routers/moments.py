@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moerge.checkpoint.header import build_header, read_header
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import whole_file
 from moerge.tensors.dtypes import F32

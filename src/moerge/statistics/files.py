@@ -15,10 +15,11 @@ from types import TracebackType
 import numpy as np
 
 from moerge.checkpoint.header import build_header, read_header, read_metadata
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import SourceFile
 from moerge.statistics.facts import Facts, Kind, TextFacts, differing_settings, parse_facts
+from moerge.system import flush
 from moerge.tensors.dtypes import F32
 from moerge.tensors.tensor import Tensor
 
@@ -157,7 +158,8 @@ class StatisticsWriter:
             self._file.seek(0)
             self._file.write(struct.pack("<Q", len(text)) + text)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file.fileno())
+            self._file.close()  # Windows renames no open file
             os.replace(self._aside, self.path)
         return facts
 

@@ -29,7 +29,7 @@ class Metrics:
         """Training continues after this step, or begins with its first."""
         rows = [row for row in read_metrics(self.file) if row["step"] <= step] if step and self.file.exists() else []
         with whole_file(self.file) as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for row in rows:
             self.watch.see(row.get("load"))
             self.last = row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.staging import MANIFEST, machine_errors
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
-from moerge.files import check_unchanged, target_of
+from moerge.files import check_unchanged, scratch_folder, target_of
 from moerge.progress import Advance, Progress, reporter
 from moerge.tuning.launch import check_device, check_launch, explain, on_main, rank
 from moerge.tuning.models import is_sharded, load_sharded, locate_models, skeleton_of
@@ -53,8 +53,8 @@ def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> 
 
     request = load_tuning(tuning, seed=seed)
     models = locate_models(request, weights=False)
-    with tempfile.TemporaryDirectory(prefix="moerge-tune-") as folder:
-        work = Work(Path(folder) / "out")
+    with scratch_folder("moerge-tune-") as folder:
+        work = Work(folder / "out")
         skeleton, tokenizer = skeleton_of(models[""].folder)
         processes = request.settings.processes or 1
         return make_outlook(request, work, models, tokenizer, skeleton, processes, lambda text: None)
@@ -323,7 +323,7 @@ class _Job:
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
-        self.work.publish({MANIFEST: sealed(made)}, replace=force)
+        self.work.complete({MANIFEST: sealed(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 

@@ -12,6 +12,7 @@ from moerge.architecture import Family
 from moerge.checkpoint.companions import read_companions
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.files import read_file
 from moerge.planning.vocab.config import SPECIAL_IDS, find_key
 from moerge.recipe.schema import Recipe
 from moerge.tokenizer import SETTINGS, TEMPLATES, Vocabulary, read_object, special_tokens, write_object
@@ -147,7 +148,7 @@ def _from_file(recipe: Recipe, settings: Mapping[str, _Settings], source: str, f
     assert recipe.chat_template is not None
     path = recipe.folder / Path(recipe.chat_template).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
     except (OSError, ValueError):
         raise InputError(
             f"{recipe.source}: chat_template: {recipe.chat_template!r} is neither a model that it can be taken from "
