@@ -22,7 +22,7 @@ LONGEST_NAME = 230
 
 
 class FileState(NamedTuple):
-    """What tells that a file was overwritten or replaced."""
+    """The state by which a file that was overwritten or replaced is noticed."""
 
     size: int
     modified_ns: int
@@ -99,7 +99,7 @@ def as_path(value: Any, what: str) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file of this name; there is none of a name that no file can have."""
+    """Return whether there is a file of this name; there is none of a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):

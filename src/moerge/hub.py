@@ -32,7 +32,7 @@ _REPO = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to the Hub: sizes in bytes by file name, and warnings about what will be public."""
+    """The files for the Hub: sizes in bytes by file name, and warnings about what will be public."""
 
     checkpoint: Checkpoint
     repo: str
@@ -57,7 +57,7 @@ class Pushed(Displayed):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Those of the upload."""
+        """Return the upload's warnings."""
         return self.upload.warnings
 
     def to_json(self) -> dict[str, Any]:

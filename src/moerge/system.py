@@ -1,4 +1,4 @@
-"""What operating systems and file systems do differently: locks, places in files, space, names, durability.
+"""Differences of operating systems and file systems: locks, places in files, space, names, durability.
 
 Everything here works without what only some of them have. Where a file system lacks a guarantee, a warning says so once.
 """

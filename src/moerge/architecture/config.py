@@ -76,7 +76,7 @@ def changed(config: Mapping[str, Any], family: Family | None, changes: Mapping[s
 
 
 def _has(config: Any, name: str) -> bool:
-    """Whether a config has a key, or the language model's part of it does."""
+    """Return whether a config has a key, or the language model's part of it does."""
     return isinstance(config, Mapping) and (name in config or _has(config.get(nested_key(config, None)), name))
 
 
@@ -116,7 +116,7 @@ def _spread(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _telling(value: Any) -> Any:
-    """What matters of a value that may be another model's config."""
+    """Reduce a value that may be another model's config to what matters of it."""
     if not isinstance(value, Mapping):
         return value
     return {key: _telling(inner) for key, inner in value.items() if key not in _HARMLESS}

@@ -16,7 +16,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Compared:
-    """What keeps a checkpoint from running, and what else there is to say."""
+    """The problems that keep a checkpoint from running, and notes."""
 
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

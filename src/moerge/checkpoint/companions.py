@@ -60,7 +60,7 @@ def _read(folder: Path, name: str) -> bytes:
 
 
 def is_inside(name: str) -> bool:
-    """Whether this is the name of a file in a folder, or in a folder of that."""
+    """Return whether this is the name of a file in a folder, or in a folder of that."""
     parts = PurePosixPath(name).parts
     return (
         bool(parts)
@@ -87,7 +87,7 @@ class Companions:
 
 
 def model_companions(folder: Path, config: Mapping[str, Any], *, others: Sequence[str]) -> Companions:
-    """What a model with this config has beside its weights and the files that match `others`, which are somebody else's."""
+    """Return the files that a model with this config has beside its weights and those that match `others`."""
     files = read_companions(folder, _PROCESSORS)
     for module in _sentence_modules(files):
         files |= read_companions(folder, [f"{module}/*.json", f"{module}/*.safetensors", f"{module}/*.txt"])

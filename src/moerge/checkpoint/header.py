@@ -106,7 +106,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file that `read_header` accepts says beside its tensors."""
+    """Return the metadata in the header of a safetensors file that `read_header` accepts."""
     try:
         with open_file(path) as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))

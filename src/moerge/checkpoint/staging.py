@@ -37,7 +37,7 @@ Start = Literal["new", "resume", "restart"]
 
 
 def staging_folder(target: Path) -> Path:
-    """Where a checkpoint is built before it gets its name: a hidden sibling, so that renaming is atomic."""
+    """Return the hidden sibling folder in which a checkpoint is built, so that the final rename is atomic."""
     return workspace(target).root
 
 
@@ -169,7 +169,7 @@ class Staging(Workspace):
             self._append(entry)
 
     def finished(self, output: TensorSpec) -> bool:
-        """Whether the journal has this output and its bytes are still what the journal says."""
+        """Return whether the journal has this output and its bytes are still what the journal says."""
         entry = self._entries.get(output.name)
         if entry is None:
             return False

@@ -1,4 +1,4 @@
-"""How results look: sizes, numbers and tables for people, JSON for programs."""
+"""The layout of results: sizes, numbers and tables for people, JSON for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many passes over the text the memory asks for."""
+"""The number of passes over the text that fit into memory."""
 
 from __future__ import annotations
 

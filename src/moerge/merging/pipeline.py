@@ -71,7 +71,7 @@ class MergeResult(Displayed):
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None, clients: Sequence[str] = ()) -> Plan:
-    """What a recipe amounts to, without reading a tensor; Hub models' weights are not downloaded.
+    """Plan a recipe without reading a tensor; Hub models' weights are not downloaded.
 
     `recipe` is a YAML file's path or the same structure as a dict, whose relative paths start from the working directory.
     `seed` replaces the recipe's seeds. `clients` are programs that are to run the result, such as "llama.cpp" (see
@@ -168,7 +168,7 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
 
 
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
-    """How writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
+    """Decide how writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
     sources = [(model.name, folder) for model in plan.models for folder in model.folders]
     work = workspace(target)
     if work.in_use:

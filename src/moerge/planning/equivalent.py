@@ -53,7 +53,7 @@ def equivalent_recipe(plan: Plan) -> dict[str, Any]:
 
 
 def _in_place(plan: Plan) -> bool:
-    """Whether every layer stands where it stood, and none is left out."""
+    """Return whether every layer stands where it stood, and none is left out."""
     model = next(model for model in plan.models if model.name == plan.recipe.config)
     made = max(_number(output.name) for output in plan.outputs)
     moved = any(source.tensor.name != output.name for output in plan.outputs for source in output.operation.sources)
@@ -82,12 +82,12 @@ def _place(location: str, folder: Path) -> str:
 
 
 def _is_float(output: Output) -> bool:
-    """Whether a tensor is merged: others are copied from the `config` model anyway."""
+    """Return whether a tensor is merged: others are copied from the `config` model anyway."""
     return output.dtype.is_float
 
 
 def _section(output: Output) -> Section:
-    """How a tensor is merged, as the keys of a `merge` section, with all weights."""
+    """Return the keys of a `merge` section for a tensor, with all weights."""
     operation = output.operation
     if isinstance(operation, Copy):
         return {"method": "passthrough", "model": operation.source.model}

@@ -52,12 +52,12 @@ def take_recipes(document: Document, folder: Path, trail: Trail, read: Read) -> 
 
 
 def is_recipe(value: Any) -> bool:
-    """Whether a mapping is meant as a recipe."""
+    """Return whether a mapping is meant as a recipe."""
     return isinstance(value, dict) and ("experts" in value or is_mergekit(value))
 
 
 def is_recipe_file(location: str, folder: Path) -> bool:
-    """Whether text names a recipe's file."""
+    """Return whether text names a recipe's file."""
     return location.endswith(_SUFFIXES) and not (folder / Path(location).expanduser()).is_dir()
 
 

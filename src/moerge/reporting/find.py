@@ -1,4 +1,4 @@
-"""What lies in a folder: files that commands of moerge wrote, known by what they hold. Nothing that a file names is opened."""
+"""The files of moerge's commands in a folder, known by their content. Nothing that a file names is opened."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def _parse(path: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The same with only characters that a page can show: no control characters, no half surrogates, no change of direction."""
+    """Return the value with only characters that a page can show: no control characters, no half surrogates, no change of
+    direction.
+    """
     if isinstance(value, str):
         return "".join(character if _shown(character) else "\N{REPLACEMENT CHARACTER}" for character in value)
     if isinstance(value, dict):

@@ -31,12 +31,12 @@ _NUMBER = 1.2345678901234567e-300
 
 
 def stored_name(kind: Kind, tensor: str) -> str:
-    """What a tensor's statistic is called in the file."""
+    """Return the name of a tensor's statistic in the file."""
     return f"{kind}:{tensor}"
 
 
 def statistics_file(folder: Path, expert: str) -> Path:
-    """Where an expert's statistics lie."""
+    """Return the path of an expert's statistics."""
     return folder / f"{expert}.safetensors"
 
 
@@ -83,7 +83,7 @@ class Used:
 
     @property
     def label(self) -> str:
-        """What their tensors' model is called in digests and messages."""
+        """Return the name of their tensors' model in digests and messages."""
         return f"statistics of {self.model}"
 
 

@@ -78,7 +78,7 @@ class Splitter:
         return found if 0 < len(found) <= _MOST_PIECES and all(number in self._tokens.surfaces for number in found) else None
 
     def _covers(self, found: Sequence[int], surface: bytes) -> bool:
-        """Whether the pieces are the whole text: models without a token for what is unknown leave characters out."""
+        """Return whether the pieces are the whole text: models without a token for what is unknown leave characters out."""
         texts = [self._tokens.surfaces[number] for number in found]
         if self._kind in ("byte-level", "metaspace"):
             return b"".join(text[0] for text in texts) == surface

@@ -1,4 +1,4 @@
-"""What happened in each step, as a line of JSON; and experts that are dying. Shapes: L routed layers, E experts."""
+"""Metrics of each step, as a line of JSON; and experts that are dying. Shapes: L routed layers, E experts."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def require_tune_extra() -> None:
 
 
 def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
-    """What a tuning will do: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
+    """Plan a tuning: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
     require_tune_extra()
     from moerge.tuning.outlook import make_outlook
 
@@ -280,7 +280,7 @@ class _Job:
         return model
 
     def gather(self) -> None:
-        """Of a sharded model, put the parts together on the disk."""
+        """Put the parts of a sharded model together on the disk."""
         if self.request.settings.sharding == "none":
             return
         from moerge.quiet import without_progress_bars
@@ -295,7 +295,7 @@ class _Job:
             self.trainer.accelerator.wait_for_everyone()
 
     def _gathered(self, source: Checkpoint) -> Any:
-        """Of a sharded model, the whole that `gather` put together, on this process alone."""
+        """Load what `gather` put together of a sharded model, on this process alone."""
         from moerge.runtime.loading import load
 
         begin = source.folder if self.adapted else self.work.gathered

@@ -28,7 +28,7 @@ def extraction(found: Extraction) -> None:
 
 
 def adapter_rows(table: Table, adapter: Mapping[str, Any]) -> None:
-    """What an adapter is, as rows of a table of facts."""
+    """Add an adapter's settings as rows to a table of facts."""
     ranks, alpha = ", ".join(map(str, adapter["ranks"])), adapter["alpha"]
     facts = [adapter["type"], *adapter["variants"], *([f"rank {ranks}"] if ranks else []), *([f"alpha {alpha}"] if alpha else [])]
     table.add_row("adapter", ", ".join(facts))

@@ -1,4 +1,4 @@
-"""What files for `mergekit-yaml` and `mergekit-moe` share."""
+"""The common parts of files for `mergekit-yaml` and `mergekit-moe`."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class _Reader:
 
     @property
     def base_name(self) -> str | None:
-        """What the base is called: "base" where it is the ancestor alone, by its own name where it is merged too."""
+        """Return the base's name: "base" where it is the ancestor alone, its own name where it is merged too."""
         return None if self.base is None else self.roster.names.get(self.base, "base")
 
     def parts(self) -> tuple[Part, ...]:
@@ -218,7 +218,7 @@ def _slices(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _differences(name: str, foreign: Foreign, parts: Sequence[Part], settings: Settings) -> list[str]:
-    """Where the result differs from mergekit's on purpose: only where a parameter that matters is set."""
+    """Return notes where the result differs from mergekit's on purpose: only where a parameter that matters is set."""
     scopes = [settings, *(part.settings for part in parts), *(source.settings for part in parts for source in part.sources)]
     used = {key for scope in scopes for key, setting in scope.items() if any(set(v) - {0, 1} for _, v in setting.entries)}
     return [

@@ -1,4 +1,4 @@
-"""What a mergekit file calls models, and the names they get here."""
+"""The models of a mergekit file, and the names they get here."""
 
 from __future__ import annotations
 
