@@ -15,7 +15,8 @@ ROOT = Path(moerge.__file__).parent
 
 FLOORS = """
 cli
-reporting demonstration hub doctor
+reporting
+demonstration hub doctor
 learning tuning evaluation extraction inspection comparison inference gather refresh
 merging
 clients
@@ -33,7 +34,7 @@ checkpoint
 architecture
 modeling
 tensors
-distillation
+distillation results
 progress files registry quiet formatting
 errors system
 """

@@ -14,7 +14,7 @@ import slow
 
 from adapters import low_rank, write_adapter
 from moerge import figures
-from moerge.comparison import Comparison, compare
+from moerge.comparison import Comparison, compare, write_comparison
 from moerge.comparison.compared import compared_plan, part_of
 from moerge.errors import InputError
 from moerge.recipe import load_recipe
@@ -99,7 +99,7 @@ def test_thresholds_of_the_model(folder: Path, models: slow.Models) -> None:
     flat = {name: {"all": slow.vector(model, list(models["base"])).astype(np.float32)} for name, model in models.items()}
     (row,) = [row for row in found.similarity.rows_of("model") if row.expert == "code"]
     wanted = slow.expert(flat, "code", ["all"], [1, 1, 1], 0.3)
-    assert_equal(row.to_json(), {key: wanted[key] for key in ("trimmed", "outvoted", "survives")})
+    assert_equal(row.model_dump(), {key: wanted[key] for key in ("trimmed", "outvoted", "survives")})
 
 
 def rows_of(found: Comparison) -> Any:
@@ -198,7 +198,7 @@ def test_threads_change_no_byte(large: Path, tmp_path: Path, scope: str, monkeyp
     recipe = write_recipe(large, experts=["math", "code"], merge={"method": "ties", "density": 0.5, "scope": scope})
     written = [tmp_path / str(threads) for threads in (1, 3)]
     for out in written:
-        compare(recipe, threads=int(out.name)).write(out)
+        write_comparison(compare(recipe, threads=int(out.name)), out)
     files = sorted(path.name for path in written[0].iterdir())
     assert len(files) == 4
     for name in files:
@@ -211,7 +211,7 @@ def test_large_tensors(large: Path) -> None:
     names = [name for name in models["base"] if "mlp" in name]
     (pair,) = found.similarity.pairs_of("role", "ffn")
     assert_equal(pair.to_json(), slow.pair(models, "math", "code", names))
-    rows = {row.expert: row.to_json() for row in found.similarity.rows_of("role", "ffn")}
+    rows = {row.expert: row.model_dump() for row in found.similarity.rows_of("role", "ffn")}
     assert_equal(rows["code"], slow.expert(models, "code", names, [1, 1], 0.5))
 
 

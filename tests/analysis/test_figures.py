@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moerge import figures
+from moerge.comparison.advice import assess
 from moerge.comparison.charts import charts
 from moerge.comparison.similarity import Expert, Pair, Region, Similarity
-from moerge.comparison.verdict import judge
 
 pytest.importorskip("matplotlib")
 
@@ -28,11 +29,19 @@ def similarity(layers: int, experts: tuple[str, ...], *, anchored: bool = True) 
     for region in regions:
         cosine = 0.9 if "norm" in region.role else 0.01 * (region.layer or 0)
         for a, b in itertools.combinations(experts, 2):
-            pairs.append(Pair(region, a, b, 1000, cosine, 0.4, 0.5 - cosine / 2, 0.4, 1.0, 0.2, 0.98))
+            measured = (cosine, 0.4, 0.5 - cosine / 2, 0.4, 1.0, 0.2, 0.98)
+            pairs.append(Pair(**region._asdict(), a=a, b=b, parameters=1000, **named(Pair, "cosine", measured)))
         for name in experts:
             measured = (0.15, 0.98, 0.9, 0.4, 0.1, 0.2, 0.7) if anchored else ()
-            rows.append(Expert(region, name, 1000, 1.0, *measured))
+            about = {**region._asdict(), "expert": name, "parameters": 1000, "norm": 1.0}
+            rows.append(Expert(**about, **named(Expert, "relative_norm", measured)))
     return Similarity(experts, anchored, (0.8,) if anchored else (), tuple(pairs), tuple(rows))
+
+
+def named(kind: type[Pair | Expert], first: str, values: tuple[float, ...]) -> dict[str, Any]:
+    """Values by the fields of a row, from `first` on."""
+    fields = list(kind.model_fields)
+    return dict(zip(fields[fields.index(first) :], values, strict=False))
 
 
 def texts(svg: bytes) -> list[str]:
@@ -125,6 +134,6 @@ def test_csv_has_one_column_a_key() -> None:
 
 def test_a_role_that_one_expert_has_alone_can_be_merged() -> None:
     found = similarity(1, ("a", "b"))
-    alone = Expert(Region("role", None, "head"), "a", 10, 1.0)
-    (head,) = [v for v in judge(Similarity(("a", "b"), True, (), found.pairs, (*found.rows, alone))) if v.role == "head"]
+    alone = Expert(scope="role", layer=None, role="head", expert="a", parameters=10, norm=1.0)
+    (head,) = [v for v in assess(Similarity(("a", "b"), True, (), found.pairs, (*found.rows, alone))) if v.role == "head"]
     assert (head.answer, head.reason, head.cosine) == ("merge", "only one expert has it", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from command import moerge as command
 from moerge import figures
 from moerge.inference.figure import write_routes
-from moerge.inference.result import Oracle, Routes, TextRoute
+from moerge.inference.result import TextRoute, routes_of
 from tiny import EXPERTS, write_recipe
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
@@ -265,11 +264,20 @@ def test_files_and_table(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "route.csv").read_text().splitlines()[1].endswith(",,")
 
 
+TWO = ("first expert", "second expert")
+
+
+def text_route(documents: int, alpha_E: tuple[float, ...], first_E: tuple[float, ...], **more: Any) -> TextRoute:
+    """The routing of a text by the experts of `TWO`."""
+    alpha, first = (dict(zip(TWO, values, strict=True)) for values in (alpha_E, first_E))
+    return TextRoute(**{"documents": documents, "alpha": alpha, "first": first, "entropy": 0.5, "accuracy": None, **more})
+
+
 def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs moerge[figures]")
-    oracle = Oracle((0.5, 0.5), (1.0, 2.0), 0.5)
-    texts = tuple(TextRoute(name, 7, (0.25, 0.75), (0.0, 1.0), 0.5, None, oracle) for name in ("poems", "prose"))
-    routes = Routes("model", "token", ("first expert", "second expert"), texts)
+    oracle = {"oracle_accuracy": 0.5, "best": dict.fromkeys(TWO, 0.5), "loss": dict(zip(TWO, (1.0, 2.0), strict=True))}
+    texts = {name: text_route(7, (0.25, 0.75), (0.0, 1.0), **oracle) for name in ("poems", "prose")}
+    routes = routes_of("model", "token", TWO, texts)
     write_routes(routes, tmp_path)
     before = (tmp_path / "route.svg").read_bytes()
     assert (tmp_path / "route.png").read_bytes().startswith(b"\x89PNG")
@@ -285,8 +293,8 @@ def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
         assert colour.lower().encode() in before
     write_routes(routes, tmp_path)
     assert (tmp_path / "route.svg").read_bytes() == before
-    plain = replace(routes, texts=tuple(replace(text, oracle=None) for text in texts))
-    write_routes(plain, tmp_path)
+    plain = {name: text_route(7, (0.25, 0.75), (0.0, 1.0)) for name in texts}
+    write_routes(routes_of("model", "token", TWO, plain), tmp_path)
     without = (tmp_path / "route.svg").read_bytes()
     assert b"thin bars" not in without
     assert before.count(b"clip-path=") - without.count(b"clip-path=") == 4  # a thin bar for each text and expert
@@ -295,8 +303,9 @@ def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
 def test_layers_have_a_figure_and_a_table_of_their_own(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs moerge[figures]")
     alpha_LE = ((0.25, 0.75), (0.5, 0.5), (1.0, 0.0))
-    texts = tuple(TextRoute(name, 7, (0.5, 0.5), (0.0, 1.0), 0.5, None, None, alpha_LE) for name in ("a", "b", "c", "d"))
-    write_routes(Routes("model", "token", ("first expert", "second expert"), texts), tmp_path)
+    layers = tuple(dict(zip(TWO, alpha_E, strict=True)) for alpha_E in alpha_LE)
+    texts = {name: text_route(7, (0.5, 0.5), (0.0, 1.0), layers=layers) for name in ("a", "b", "c", "d")}
+    write_routes(routes_of("model", "token", TWO, texts), tmp_path)
     rows = list(csv.DictReader((tmp_path / "route-layers.csv").read_text().splitlines()))
     assert len(rows) == 4 * 3 * 2
     assert rows[3] == {"text": "a", "documents": "7", "layer": "1", "expert": "second expert", "alpha": "0.500000"}
@@ -309,21 +318,21 @@ def test_layers_have_a_figure_and_a_table_of_their_own(tmp_path: Path) -> None:
 
 def test_without_matplotlib_there_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "available", lambda: False)
-    write_routes(Routes("model", "token", ("a",), (TextRoute("x", 1, (1.0,), (1.0,), 0.0, None),)), tmp_path)
+    write_routes(routes_of("model", "token", TWO, {"x": text_route(1, (1.0, 0.0), (1.0, 0.0))}), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["route.csv", "route.json"]
 
 
 def test_figures_of_known_routes() -> None:
-    texts = (
-        TextRoute("a", 10, (1.0, 0.0), (1.0, 0.0), 0.0, 1.0),
-        TextRoute("b", 10, (0.5, 0.5), (0.8, 0.2), math.log(2), 0.2),
-        TextRoute("c", 10, (0.0, 1.0), (0.0, 1.0), 0.0, None),
-    )
-    even = Routes("model", "sequence", ("a", "b"), texts)
+    texts = {
+        "a": text_route(10, (1.0, 0.0), (1.0, 0.0), accuracy=1.0),
+        "b": text_route(10, (0.5, 0.5), (0.8, 0.2), accuracy=0.2),
+        "c": text_route(10, (0.0, 1.0), (0.0, 1.0)),
+    }
+    even = routes_of("model", "sequence", TWO, texts)
     assert even.accuracy == pytest.approx(0.6)
-    assert even.load_E == (0.5, 0.5)
+    assert even.load == dict.fromkeys(TWO, 0.5)
     assert even.balance == pytest.approx(1.0)
-    assert Routes("model", "sequence", ("a", "b"), texts[:1]).balance == 2.0
+    assert routes_of("model", "sequence", TWO, {"a": texts["a"]}).balance == 2.0
 
 
 def test_bad_calls(folder: Path, tmp_path: Path) -> None:

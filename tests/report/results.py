@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.manifest import read_manifest, to_json, weights_digest
 from moerge.comparison import compare
-from moerge.demonstration.result import DemoResult, Row
+from moerge.demonstration.result import DemoResult, demo_model
 from moerge.evaluation.result import Difference, Evaluation, Measure, Score
-from moerge.inference.routes import Oracle, Routes, TextRoute
+from moerge.inference.result import Routes, TextRoute, routes_of
 from moerge.merging.pipeline import merge
 from moerge.recipe.coefficients import Coefficients
 from tiny import make_models, write_recipe
@@ -34,7 +33,7 @@ def make_results(folder: Path) -> Path:
     merge(recipe, folder / "merged" / "dense", threads=1)
     routed = write_recipe(models, "moe.yaml", experts=("math", "code"), merge={"method": "ties"}, moe={})
     merge(routed, folder / "merged" / "routed", threads=1)
-    compared = replace(compare(recipe, threads=1), source="recipe.yaml", models={name: name for name in EXPERTS})
+    compared = compare(recipe, threads=1).model_copy(update={"recipe": "recipe.yaml", "models": {name: name for name in EXPERTS}})
     write(folder / "compare" / "compare.json", compared.to_json())
     write(folder / "route" / "route.json", token_routes(digest(folder / "merged" / "routed")).to_json())
     write(folder / "routing" / "route.json", sequence_routes().to_json())
@@ -63,17 +62,41 @@ def digest(folder: Path) -> str:
 
 def token_routes(digest: str | None = None) -> Routes:
     """A token-routed model on two texts, one of which has an expert of its name."""
-    layers = ((0.2, 0.7, 0.1), (0.3, 0.5, 0.2))
-    oracle = Oracle((0.25, 0.75, 0.0), (2.0, 1.5, 2.5), 0.75)
-    math = TextRoute("math", 8, (0.25, 0.6, 0.15), (0.2, 0.7, 0.1), 0.9, 0.7, oracle, layers)
-    poems = TextRoute("poems", 1200, (0.5, 0.25, 0.25), (0.6, 0.2, 0.2), 1.04, None, oracle, layers[::-1])
-    return Routes("merged/routed", "token", EXPERTS, (math, poems), digest=digest)
+    layers = tuple(shares(*alpha) for alpha in ((0.2, 0.7, 0.1), (0.3, 0.5, 0.2)))
+    oracle = {"oracle_accuracy": 0.75, "best": shares(0.25, 0.75, 0.0), "loss": shares(2.0, 1.5, 2.5)}
+    math = text(8, (0.25, 0.6, 0.15), (0.2, 0.7, 0.1), 0.9, 0.7, layers=layers, **oracle)
+    poems = text(1200, (0.5, 0.25, 0.25), (0.6, 0.2, 0.2), 1.04, None, layers=layers[::-1], **oracle)
+    return routes_of("merged/routed", "token", EXPERTS, {"math": math, "poems": poems}, digest=digest)
+
+
+def shares(*values: float) -> dict[str, float]:
+    """A value for each expert."""
+    return dict(zip(EXPERTS, values, strict=True))
+
+
+def text(documents: int, alpha: Any, first: Any, entropy: float, accuracy: float | None, **more: Any) -> TextRoute:
+    """The routing of a text."""
+    by_expert = {"alpha": shares(*alpha), "first": shares(*first)}
+    return TextRoute(documents=documents, **by_expert, entropy=entropy, accuracy=accuracy, **more)
 
 
 def sequence_routes() -> Routes:
     """A sequence-routed model on one text, without an oracle."""
-    math = TextRoute("math", 8, (0.0, 1.0, 0.0), (0.0, 1.0, 0.0), 0.0, 1.0)
-    return Routes("merged/by-sequence", "sequence", EXPERTS, (math,), ("text 'math' was seen before",))
+    math = text(8, (0.0, 1.0, 0.0), (0.0, 1.0, 0.0), 0.0, 1.0)
+    return routes_of("merged/by-sequence", "sequence", EXPERTS, {"math": math}, warnings=("text 'math' was seen before",))
+
+
+def score(checkpoint: str, kind: Any, on: str, metric: str, *figures: Any, **more: Any) -> Any:
+    """A score, or with `against` a difference."""
+    names = ("value", "standard_error", "low", "high", "documents")
+    about = {"checkpoint": checkpoint, "kind": kind, "on": on, "metric": metric}
+    return (Difference if more else Score)(**about, **dict(zip(names, figures, strict=True)), **more)
+
+
+def measure(checkpoint: str, kind: Any, on: str, fingerprint: str, seconds: float, **more: Any) -> Measure:
+    """A measure of a fixed time."""
+    about = {"checkpoint": checkpoint, "kind": kind, "on": on, "fingerprint": fingerprint, "seconds": seconds}
+    return Measure(**about, started="2026-11-18T12:00:00+00:00", **more)
 
 
 def evaluation(folder: Path) -> Evaluation:
@@ -82,16 +105,22 @@ def evaluation(folder: Path) -> Evaluation:
     digests = {"models/base": None, "merged/dense": digest(folder / "merged" / "dense")}
     measures = []
     for index, name in enumerate(names):
-        shares = Score(name, "benchmark", "gsm8k", "exact_match", 0.25 + 0.25 * index, 0.0685, 0.14, 0.64, 40)
-        bits = Score(name, "text", "math", "bits_per_byte", 1.5 - 0.2 * index, 0.04, 1.2, 1.6, 30)
-        perplexity = Score(name, "text", "math", "perplexity", 9.0 - index, 0.5, 7.5, 10.0, 30)
-        started = "2026-11-18T12:00:00+00:00"
-        measures.append(Measure(name, "benchmark", "gsm8k", f"b{index}", started, 3.5, (shares,)))
-        measures.append(Measure(name, "text", "math", f"t{index}", started, 1.25, (perplexity, bits), None, ("one is short",)))
-    better = Difference("merged/dense", "text", "math", "nats_per_byte", -0.14, 0.02, -0.18, -0.1, 30, against="models/base")
-    unclear = Difference("merged/dense", "benchmark", "gsm8k", "exact_match", 0.25, 0.13, -0.01, 0.5, 40, against="models/base")
+        exact = score(name, "benchmark", "gsm8k", "exact_match", 0.25 + 0.25 * index, 0.0685, 0.14, 0.64, 40)
+        bits = score(name, "text", "math", "bits_per_byte", 1.5 - 0.2 * index, 0.04, 1.2, 1.6, 30)
+        perplexity = score(name, "text", "math", "perplexity", 9.0 - index, 0.5, 7.5, 10.0, 30)
+        measures.append(measure(name, "benchmark", "gsm8k", f"b{index}", 3.5, scores=(exact,)))
+        measures.append(measure(name, "text", "math", f"t{index}", 1.25, scores=(perplexity, bits), warnings=("one is short",)))
+    better = score("merged/dense", "text", "math", "nats_per_byte", -0.14, 0.02, -0.18, -0.1, 30, against="models/base")
+    unclear = score("merged/dense", "benchmark", "gsm8k", "exact_match", 0.25, 0.13, -0.01, 0.5, 40, against="models/base")
     settings = {"limit": 40, "bootstrap": {"resamples": 2000, "seed": 0}}
-    return Evaluation(names, tuple(measures), (better, unclear), settings, {"moerge": "0.1.0", "torch": "2.13.0"}, digests)
+    return Evaluation(
+        checkpoints=names,
+        digests=digests,
+        settings=settings,
+        versions={"moerge": "0.1.0", "torch": "2.13.0"},
+        measures=tuple(measures),
+        differences=(better, unclear),
+    )
 
 
 def coefficients(path: Path) -> None:
@@ -122,7 +151,7 @@ def demo() -> DemoResult:
     }
     kinds = ("base", "expert", "dense", "moe")
     rows = [
-        Row(name, kind, dict(zip(("math", "code"), values, strict=True)))
+        demo_model(name, kind, dict(zip(("math", "code"), values, strict=True)))
         for (name, values), kind in zip(perplexities.items(), kinds, strict=True)
     ]
-    return DemoResult(Path("out"), 0, tuple(rows), {"training": 60.0})
+    return DemoResult(out=Path("out"), seed=0, models=tuple(rows), seconds={"training": 60.0})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from browser import Browser, Page
 
-from moerge.reporting import report
+from moerge.reporting import report, write_report
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ PICK = """
 @pytest.fixture(scope="module")
 def html(shared_results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report(shared_results, title="An experiment").write(path)
+    write_report(report(shared_results, title="An experiment"), path)
     return path
 
 
@@ -89,7 +89,7 @@ def test_long_names_fit_on_a_phone(browser: Browser, results: Path) -> None:
     for path in [*results.rglob("route.json"), *results.rglob("results.json"), *results.rglob("compare.json")]:
         held = path.read_text().replace("merged/", "merged/a-model-with-a-name-that-says-all-about-it-")
         path.write_text(held.replace('"math"', '"mathematics-of-the-secondary-school-and-beyond-it"'))
-    report(results, title="report_of_an_experiment_whose_name_has_no_spaces").write(results / "report.html")
+    write_report(report(results, title="report_of_an_experiment_whose_name_has_no_spaces"), results / "report.html")
     page = browser.open(results / "report.html", width=375)
     page.run(OPEN)
     assert page.run("document.documentElement.scrollWidth") == 375
@@ -162,7 +162,7 @@ def test_a_hostile_page_runs_nothing(browser: Browser, results: Path) -> None:
     path.write_text(
         path.read_text().replace('"poems"', r'"<img src=x onerror=\"window.pwned=1\"><script>window.pwned=1</script>"')
     )
-    report(results, title="<script>window.pwned = 1</script>").write(results / "report.html")
+    write_report(report(results, title="<script>window.pwned = 1</script>"), results / "report.html")
     page = browser.open(results / "report.html")
     assert page.run("typeof window.pwned") == "undefined"
     assert page.run("document.querySelectorAll('img').length") == 0

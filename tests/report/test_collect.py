@@ -36,7 +36,8 @@ def test_one_of_everything(results: Path) -> None:
     dense, routed = found.checkpoints
     assert (dense.parameters, dense.bytes, dense.dtypes) == (5968, 11936, {"BF16": 5968})
     assert routed.experts == ("base", "math", "code")
-    assert {row.scope for row in found.comparisons[0].pairs} == {"layer", "role", "model"}
+    embedded = found.comparisons[0].to_json()["pairs"]
+    assert {row["scope"] for row in embedded} == {"layer", "role", "model"}  # parts are in the file
     assert found.tunings[0].load == ((1, (0.375, 0.625)), (2, (0.375, 0.625)), (3, (0.375, 0.625)))
     assert found.learnings[0].coefficients == {"math": ((0.0,), (0.1,)), "code": ((0.4,), (0.4,))}
 

@@ -14,7 +14,7 @@ from results import evaluation, write
 from command import moerge
 from moerge.errors import InputError
 from moerge.reporting import report
-from moerge.reporting.card import BEGIN, END
+from moerge.reporting.card import BEGIN, END, write_card
 
 
 def card(results: Path, name: str = "dense") -> Path:
@@ -23,7 +23,7 @@ def card(results: Path, name: str = "dense") -> Path:
 
 def update(results: Path) -> None:
     for made in report(results).card_updates():
-        made.write()
+        write_card(made)
 
 
 def test_the_numbers_are_in_the_card_and_the_checkpoint_is_intact(results: Path) -> None:

@@ -31,7 +31,7 @@ class Chart:
 def charts(found: Similarity) -> dict[str, Chart]:
     """All pictures that a comparison has, by the name of their files."""
     what = "task vectors" if found.anchored else "parameters"
-    pairs, layered = _pair_count(found), any(pair.region.layer is not None for pair in found.pairs)
+    pairs, layered = _pair_count(found), any(pair.layer is not None for pair in found.pairs)
     size = max((row.parameters for row in found.rows_of("model")), default=0)
     over = f"mean over {pairs} pairs of experts" if pairs > 1 else "one pair of experts"
     over += f", {size / 1e6:,.3g} million parameters each"
@@ -55,7 +55,7 @@ def charts(found: Similarity) -> dict[str, Chart]:
 
 def _grid(found: Similarity, title: str, label: str, value: Value, centre: float) -> Chart:
     conflict = centre != 0
-    values = [value(pair) for pair in found.pairs_of("part") if not _is_norm(pair.region.role)]
+    values = [value(pair) for pair in found.pairs_of("part") if not _is_norm(pair.role)]
     low, high = around(centre, values, least=0.05, most=max(centre, 1 - centre))
     scale = Scale(label, figures.GOOD_IS_LOW if conflict else figures.GOOD_IS_HIGH, low, high)
     return Chart(title, _described(title, found), partial(draw_grid, found, title, value, scale))
@@ -73,12 +73,12 @@ def _described(title: str, found: Similarity) -> str:
 def draw_grid(found: Similarity, title: str, value: Value, scale: Scale) -> Figure:
     """Layers down, parts across, the mean over pairs as colour; parts outside of layers stand below in words."""
     rows = found.pairs_of("part")
-    layers = sorted({pair.region.layer for pair in rows if pair.region.layer is not None})
-    parts = list(dict.fromkeys(pair.region.role for pair in rows if pair.region.layer is not None))
+    layers = sorted({pair.layer for pair in rows if pair.layer is not None})
+    parts = list(dict.fromkeys(pair.role for pair in rows if pair.layer is not None))
     parts.sort(key=_is_norm)  # last: they are few numbers, and often alike where nothing else is
     cells: dict[tuple[int | None, str], list[float | None]] = {}
     for pair in rows:
-        cells.setdefault((pair.region.layer, pair.region.role), []).append(value(pair))
+        cells.setdefault((pair.layer, pair.role), []).append(value(pair))
     grid_RC = [[_mean(cells.get((layer, part), [])) for part in parts] for layer in layers]
     numbered = len(layers) * len(parts) <= figures.MOST_CELLS_WITH_NUMBERS
     width, height = (0.46, 0.27) if numbered else (0.32, 0.15)
@@ -122,7 +122,7 @@ def draw_pairs(found: Similarity) -> Figure:
     for axes, (a, b) in zip(panels, pairs, strict=True):
         for index, role in enumerate(roles):
             rows = [pair for pair in found.pairs_of("layer", role) if (pair.a, pair.b) == (a, b)]
-            _line(axes, index, role, [(pair.region.layer, pair.cosine) for pair in rows])
+            _line(axes, index, role, [(pair.layer, pair.cosine) for pair in rows])
         axes.set_title(f"{a} and {b}")
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     _finish(figure, panels, roles)
@@ -137,7 +137,7 @@ def draw_drift(found: Similarity) -> Figure:
     for axes, role in zip(panels, roles, strict=True):
         for index, expert in enumerate(found.experts):
             rows = [row for row in found.rows_of("layer", role) if row.expert == expert]
-            _line(axes, index, expert, [(row.region.layer, row.relative_norm) for row in rows])
+            _line(axes, index, expert, [(row.layer, row.relative_norm) for row in rows])
         axes.set_title(role)
     drifts = [row.relative_norm or 0.0 for role in roles for row in found.rows_of("layer", role)]
     panels[0].set_ylim(0, 1.05 * max(drifts, default=0.0) or 1.0)
@@ -158,7 +158,7 @@ def draw_ties(found: Similarity, title: str) -> Figure:
             range(len(rows)), widths, 0.8, left=left, color=figures.colour(index), label=share, edgecolor="white", linewidth=0.6
         )
         left = [before + width for before, width in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(rows)), [f"{row.region.role}: {row.expert}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row.role}: {row.expert}" for row in rows])
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="share of the task vector's sum of magnitudes, %")
     figure.suptitle(title, fontsize=9)
@@ -197,7 +197,7 @@ def _finish(figure: Figure, panels: Sequence[Any], labels: Sequence[str]) -> Non
 
 
 def _roles_in_layers(found: Similarity) -> list[str]:
-    return list(dict.fromkeys(pair.region.role for pair in found.pairs_of("layer") if pair.region.layer is not None))
+    return list(dict.fromkeys(pair.role for pair in found.pairs_of("layer") if pair.layer is not None))
 
 
 def _pair_count(found: Similarity) -> int:

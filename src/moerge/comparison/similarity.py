@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from moerge.comparison.compared import Part, densities, operation_of, part_of
 from moerge.comparison.sums import ExpertSums, PairSums, TensorSums, names_of, read, statistic
@@ -15,13 +15,13 @@ from moerge.execution.schedule import Job, run_jobs
 from moerge.methods.method import Measurement
 from moerge.operations.operations import Merge
 from moerge.planning.plan import Plan
+from moerge.results import Data, Share
 
 Scope = Literal["part", "layer", "role", "model"]
 """What a row is about: a part of a layer (attention.q), a role in a layer (figure 4), a role in all layers, or everything."""
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """Tensors that are looked at as one long vector. `layer` is None for all layers, and outside of them."""
 
     scope: Scope
@@ -29,8 +29,13 @@ class Region:
     role: str
 
 
-@dataclass(frozen=True)
-class Pair:
+class _InRegion(Data):
+    scope: Scope
+    layer: int | None
+    role: str
+
+
+class Pair(_InRegion):
     """Two experts in a region: their task vectors or, without a base, their parameters.
 
     `sign_conflict` is the share of all parameters with entries of opposite sign, `sign_conflict_changed` that among the
@@ -39,7 +44,6 @@ class Pair:
     it over sqrt(||theta_i|| ||theta_j||): sqrt(2) for unrelated parameters. None where a vector is zero.
     """
 
-    region: Region
     a: str
     b: str
     parameters: int
@@ -51,13 +55,8 @@ class Pair:
     relative_distance: float | None
     parameter_cosine: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        """A flat mapping."""
-        return _flat(self)
 
-
-@dataclass(frozen=True)
-class Expert:
+class Expert(_InRegion):
     """An expert in a region.
 
     `norm` is that of its task vector or, without a base, of its parameters; all that follows needs a base. `relative_norm` is
@@ -67,7 +66,6 @@ class Expert:
     wrong sign, and merges `survives`.
     """
 
-    region: Region
     expert: str
     parameters: int
     norm: float
@@ -75,13 +73,9 @@ class Expert:
     base_cosine: float | None = None
     changed: float | None = None
     averaged: float | None = None
-    trimmed: float | None = None
-    outvoted: float | None = None
-    survives: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """A flat mapping."""
-        return _flat(self)
+    trimmed: Share | None = None
+    outvoted: Share | None = None
+    survives: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -99,16 +93,16 @@ class Similarity:
 
     def pairs_of(self, scope: Scope, role: str | None = None) -> list[Pair]:
         """The pairs' rows of one scope, of one role or of all."""
-        return [pair for pair in self.pairs if pair.region.scope == scope and role in (None, pair.region.role)]
+        return [pair for pair in self.pairs if pair.scope == scope and role in (None, pair.role)]
 
     def rows_of(self, scope: Scope, role: str | None = None) -> list[Expert]:
         """The experts' rows of one scope, of one role or of all."""
-        return [row for row in self.rows if row.region.scope == scope and role in (None, row.region.role)]
+        return [row for row in self.rows if row.scope == scope and role in (None, row.role)]
 
     @property
     def roles(self) -> list[str]:
         """All roles."""
-        return list(dict.fromkeys(row.region.role for row in self.rows_of("role")))
+        return list(dict.fromkeys(row.role for row in self.rows_of("role")))
 
 
 def measure(plan: Plan, threads: int, advance: Callable[[int], None] = lambda nbytes: None) -> list[TensorSums]:
@@ -137,7 +131,7 @@ def work_bytes(plan: Plan) -> int:
     return sum((1 + op.method.measures) * sum(source.tensor.nbytes for source in op.values) for op in operations)
 
 
-def summarise(plan: Plan, sums: Sequence[TensorSums]) -> Similarity:
+def summarize(plan: Plan, sums: Sequence[TensorSums]) -> Similarity:
     """The figures of all regions from the sums of every tensor."""
     anchored = any(operation_of(output).base is not None for output in plan.outputs)
     experts: dict[tuple[Region, str], list[ExpertSums]] = defaultdict(list)
@@ -175,10 +169,10 @@ def _by_region(parts: Sequence[Part], sums: Sequence[TensorSums]) -> Iterator[tu
 def _pair(region: Region, a: str, b: str, sums: PairSums) -> Pair:
     distance = math.sqrt(max(0.0, sums.square_a + sums.square_b - 2 * sums.dot))
     return Pair(
-        region,
-        a,
-        b,
-        int(sums.parameters),
+        **region._asdict(),
+        a=a,
+        b=b,
+        parameters=int(sums.parameters),
         cosine=_cosine(sums.dot, sums.square_a, sums.square_b),
         sign_conflict=sums.conflicts / sums.parameters,
         sign_conflict_changed=_ratio(sums.conflicts, sums.both),
@@ -191,14 +185,12 @@ def _pair(region: Region, a: str, b: str, sums: PairSums) -> Pair:
 
 def _expert(region: Region, name: str, sums: ExpertSums, anchored: bool) -> Expert:
     norm = math.sqrt(sums.square)
+    about = {**region._asdict(), "expert": name, "parameters": int(sums.parameters), "norm": norm}
     if not anchored:
-        return Expert(region, name, int(sums.parameters), norm)
+        return Expert(**about)
     theta_square = sums.base_square + 2 * sums.base_dot + sums.square
     return Expert(
-        region,
-        name,
-        int(sums.parameters),
-        norm,
+        **about,
         relative_norm=_ratio(norm, math.sqrt(sums.base_square)),
         base_cosine=_cosine(sums.base_square + sums.base_dot, sums.base_square, theta_square),
         changed=sums.changed / sums.parameters,
@@ -216,8 +208,3 @@ def _cosine(dot: float, square_a: float, square_b: float) -> float | None:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _flat(row: Pair | Expert) -> dict[str, Any]:
-    fields = asdict(row)
-    return {**fields.pop("region"), **fields}

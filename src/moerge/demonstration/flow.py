@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moerge.demonstration.progress import counting
 from moerge.demonstration.recipes import NAMES, write_recipes
-from moerge.demonstration.result import DemoResult, Row
+from moerge.demonstration.result import DemoModel, DemoResult, demo_model
 from moerge.demonstration.runtime import import_models_extra
 from moerge.demonstration.text import Corpus, make_corpora, write_corpora
 from moerge.demonstration.train import TRAININGS, total_steps, train_models
@@ -52,8 +52,8 @@ def demo(
             for name, recipe in recipes.items():
                 _merge(recipe, out / "merged" / name, console)
         with _phase("evaluation", seconds, console):
-            rows = _evaluate(out, corpora)
-        result = DemoResult(out, seed, rows, seconds)
+            measured = _evaluate(out, corpora)
+        result = DemoResult(out=out, seed=seed, models=measured, seconds=seconds)
         (out / "results.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
         (out / "results.md").write_text(result.to_markdown(), encoding="utf-8")
     console.print(result)
@@ -101,17 +101,17 @@ def _merge(recipe: Path, out: Path, console: Console) -> None:
         raise failure(done.stderr.strip().removeprefix("moerge: ") or f"{shlex.join(command)} failed")
 
 
-def _evaluate(out: Path, corpora: Mapping[str, Corpus]) -> tuple[Row, ...]:
+def _evaluate(out: Path, corpora: Mapping[str, Corpus]) -> tuple[DemoModel, ...]:
     from moerge.demonstration.evaluate import perplexities
 
     kinds = {f"models/{name}": "base" if name == "base" else "expert" for name in TRAININGS}
     kinds |= {f"merged/{name}": name.split("-")[1] for name in NAMES}
-    rows = []
+    models = []
     with counting(len(kinds)) as advance:
         for path, kind in kinds.items():
-            rows.append(Row(path, kind, perplexities(out / path, corpora)))
+            models.append(demo_model(path, kind, perplexities(out / path, corpora)))
             advance(f"evaluating {path}")
-    return tuple(rows)
+    return tuple(models)
 
 
 def _next_steps(out: Path) -> str:

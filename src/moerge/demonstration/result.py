@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moerge.demonstration.text import DOMAINS
-from moerge.formatting import Displayed
+from moerge.results import Amount, Data, Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,35 +21,27 @@ FOOTNOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model: its folder inside the demo's, what it is, and its perplexity on each domain."""
+class DemoModel(Data):
+    """One model: its folder inside the demo's, its kind (base, expert, dense or moe), and its perplexity on each of `COLUMNS`."""
 
-    path: str
+    model: str
     kind: str
-    """base, expert, dense or moe."""
-    perplexity: Mapping[str, float]
-
-    @property
-    def cells(self) -> dict[str, float]:
-        """The value of each of `COLUMNS`."""
-        mean = math.exp(sum(map(math.log, self.perplexity.values())) / len(self.perplexity))
-        return {**self.perplexity, "mean": mean}
+    perplexity: Mapping[str, Amount]
 
 
-@dataclass(frozen=True, repr=False)
-class DemoResult(Displayed):
-    """All rows, and the seconds that each phase took."""
+def demo_model(model: str, kind: str, by_domain: Mapping[str, float]) -> DemoModel:
+    """A model with the geometric mean of its perplexities."""
+    mean = math.exp(sum(map(math.log, by_domain.values())) / len(by_domain))
+    return DemoModel(model=model, kind=kind, perplexity={**by_domain, "mean": mean})
 
-    out: Path
+
+class DemoResult(Result):
+    """All models, and the seconds that each phase took."""
+
+    out: Path = Path()
     seed: int
-    rows: tuple[Row, ...]
-    seconds: Mapping[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        models = [{"model": row.path, "kind": row.kind, "perplexity": row.cells} for row in self.rows]
-        return {"out": str(self.out), "seed": self.seed, "models": models, "seconds": dict(self.seconds)}
+    models: tuple[DemoModel, ...]
+    seconds: Mapping[str, float] = {}
 
     def to_markdown(self) -> str:
         """The table and its footnote."""
@@ -59,7 +50,7 @@ class DemoResult(Displayed):
             "",
             "| model | kind | " + " | ".join(COLUMNS) + " |",
             "|---|---|" + "---:|" * len(COLUMNS),
-            *(f"| {row.path} | {row.kind} | " + " | ".join(self._values(row)) + " |" for row in self.rows),
+            *(f"| {row.model} | {row.kind} | " + " | ".join(self._values(row)) + " |" for row in self.models),
             "",
             FOOTNOTE,
         ]
@@ -73,12 +64,12 @@ class DemoResult(Displayed):
         table.add_column("model", no_wrap=True)
         for heading in COLUMNS:
             table.add_column(heading, justify="right", no_wrap=True)
-        for row, following in zip(self.rows, (*self.rows[1:], None), strict=True):
+        for row, following in zip(self.models, (*self.models[1:], None), strict=True):
             ends_section = following is None or (following.kind != row.kind and row.kind != "base")
-            table.add_row(row.path, *self._values(row), end_section=ends_section)
+            table.add_row(row.model, *self._values(row), end_section=ends_section)
         return table
 
-    def _values(self, row: Row) -> Iterator[str]:
-        for column, value in row.cells.items():
-            best = value == min(other.cells[column] for other in self.rows)
+    def _values(self, row: DemoModel) -> Iterator[str]:
+        for column, value in row.perplexity.items():
+            best = value == min(other.perplexity[column] for other in self.models)
             yield f"{value:.2f}" + ("*" if best else " ")

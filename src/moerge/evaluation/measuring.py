@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,8 +206,11 @@ def _columns(rows: Sequence[Row]) -> Array:
 
 
 def _score(checkpoint: str, task: Task, found: Estimate, metric: str, documents: int) -> Score:
-    return Score(checkpoint, task.kind, task.name, metric, found.value, found.standard_error, found.low, found.high, documents)
+    figures = dataclasses.asdict(found)
+    if not all(math.isfinite(figure) for figure in figures.values() if figure is not None):
+        raise InputError(f"{checkpoint} on {task.name}: {metric} is infinite: this is no model of such text")
+    return Score(checkpoint=checkpoint, kind=task.kind, on=task.name, metric=metric, documents=documents, **figures)
 
 
 def _difference(score: Score, against: str) -> Difference:
-    return Difference(**vars(score), against=against)
+    return Difference(**dict(score), against=against)

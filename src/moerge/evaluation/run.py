@@ -166,7 +166,7 @@ class _Run:
             fingerprint = Records.key(which, task.kind, task.name, _without_places(task), self.settings.dtype, _version("moerge"))
             earlier = self.store.earlier(fingerprint)
             if earlier is not None:
-                yield replace(earlier[0], checkpoint=name), earlier[1]
+                yield earlier[0].model_copy(update={"checkpoint": name}), earlier[1]
                 continue
             loaded = loaded or self._load(name)
             yield self._measure(loaded, task, fingerprint, warnings.get(task.name, ()) if task.kind == "text" else ())

@@ -91,9 +91,8 @@ def _read(path: Path) -> Sequence[Measure]:
     if not path.exists():
         return ()
     try:
-        found = json.loads(read_file(path))
-        return [Measure.from_json(measure) for measure in found["measures"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return Evaluation.model_validate_json(read_file(path)).measures
+    except (OSError, ValueError):
         raise InputError(f"{path} is damaged, or another moerge wrote it: name another folder with --out") from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ def write_routes(routes: Routes, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "route.json").write_bytes(to_json(routes.to_json()))
         (folder / "route.csv").write_text(routes.to_csv(), encoding="utf-8")
-        if any(text.alpha_LE for text in routes.texts):
+        if any(text.layers for text in routes.texts.values()):
             (folder / "route-layers.csv").write_text(routes.layers_csv(), encoding="utf-8")
         if figures.available():
             write(routes, folder)
@@ -42,15 +42,15 @@ def write(routes: Routes, folder: Path) -> tuple[Path, ...]:
     """
     title, spoken = f"Where {routes.checkpoint} routes texts", _spoken(routes)
     written = figures.save(draw(routes), folder, "route", title, spoken)
-    if any(text.alpha_LE for text in routes.texts):
+    if any(text.layers for text in routes.texts.values()):
         written += figures.save(draw_layers(routes), folder, "route-layers", f"{title}, layer by layer", spoken)
     return written
 
 
 def _spoken(routes: Routes) -> str:
     shares = {
-        text.name: ", ".join(f"{expert} {100 * alpha:.0f}%" for expert, alpha in zip(routes.experts, text.alpha_E, strict=True))
-        for text in routes.texts
+        name: ", ".join(f"{expert} {100 * text.alpha[expert]:.0f}%" for expert in routes.experts)
+        for name, text in routes.texts.items()
     }
     return "Mean weight of each expert. " + ". ".join(f"{name}: {share}" for name, share in shares.items()) + "."
 
@@ -59,19 +59,23 @@ def _spoken(routes: Routes) -> str:
 def draw(routes: Routes) -> Figure:
     """Texts below each other, the mean weight of every expert; below it, thin, how often each has the lowest loss."""
     count = len(routes.texts)
-    judged = any(text.oracle for text in routes.texts)
+    judged = any(text.best for text in routes.texts.values())
     figure = new_figure(6.4, 1.6 + 0.55 * count)
     axes = figure.subplots()
-    _stack(axes, list(range(count)), [text.alpha_E for text in routes.texts], 0.5, routes.experts)
-    rows = [(row + 0.35, text.oracle.best_E) for row, text in enumerate(routes.texts) if text.oracle]
-    _stack(axes, [row for row, _ in rows], [best_E for _, best_E in rows], 0.14)
-    axes.set_yticks(range(count), [f"{text.name}\nn = {text.documents}" for text in routes.texts])
+    _stack(axes, range(count), [_in_order(routes, text.alpha) for text in routes.texts.values()], 0.5, routes.experts)
+    best = {row + 0.35: _in_order(routes, text.best) for row, text in enumerate(routes.texts.values()) if text.best}
+    _stack(axes, list(best), list(best.values()), 0.14)
+    axes.set_yticks(range(count), [f"{name}\nn = {text.documents}" for name, text in routes.texts.items()])
     axes.invert_yaxis()
     per = "documents" if routes.level == "sequence" else "tokens and layers"
     below = "\nthin bars: documents on which the expert alone has the lowest loss, %" if judged else ""
     axes.set(xlim=(0, 100), xlabel=f"mean weight over {per}, %; n documents{below}", ylabel="text")
     figure.legend(loc="outside upper center", ncols=min(len(routes.experts), 5), frameon=False)
     return figure
+
+
+def _in_order(routes: Routes, shares: Mapping[str, float]) -> list[float]:
+    return [shares[expert] for expert in routes.experts]
 
 
 def _stack(
@@ -88,20 +92,22 @@ def _stack(
 @chart
 def draw_layers(routes: Routes) -> Figure:
     """A panel for each text, a column for each layer, the mean weight of every expert."""
-    texts = [text for text in routes.texts if text.alpha_LE]
+    alphas = {name: [_in_order(routes, alpha) for alpha in text.layers or ()] for name, text in routes.texts.items()}
+    texts = [name for name, alpha_LE in alphas.items() if alpha_LE]
     across = min(_ACROSS, len(texts))
     down = -(-len(texts) // across)
     figure = new_figure(1.0 + 2.4 * across, 1.0 + 1.9 * down)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    for axes, text in zip(panels.flat, texts, strict=False):
-        layers, bottom = range(len(text.alpha_LE)), [0.0] * len(text.alpha_LE)
-        for index, column in enumerate(zip(*text.alpha_LE, strict=True)):
+    for axes, name in zip(panels.flat, texts, strict=False):
+        alpha_LE = alphas[name]
+        layers, bottom = range(len(alpha_LE)), [0.0] * len(alpha_LE)
+        for index, column in enumerate(zip(*alpha_LE, strict=True)):
             heights = [100 * share for share in column]
             style = {"color": figures.colour(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.4}
-            label = routes.experts[index] if text is texts[0] else None
+            label = routes.experts[index] if name == texts[0] else None
             axes.bar(layers, heights, 0.9, bottom=bottom, label=label, **style)
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
-        axes.set(title=f"{text.name} (n = {text.documents})", ylim=(0, 100))
+        axes.set(title=f"{name} (n = {routes.texts[name].documents})", ylim=(0, 100))
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels.flat[len(texts) :]:
         axes.set_visible(False)

@@ -5,14 +5,16 @@ Shapes: D documents, E experts, L layers, T tokens, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from moerge.checkpoint.manifest import weights_digest
 from moerge.errors import InputError
-from moerge.inference.result import Oracle, Routes, TextRoute, mean_of_rows
-from moerge.inference.weighing import Weighed, Weigher, weigher
+from moerge.inference.probe import DocumentRouting, router_probe
+from moerge.inference.result import Routes, TextRoute, mean_of_rows, routes_of
 from moerge.runtime.loading import Loaded, load
 from moerge.texts import check_disjoint, read_documents
 
@@ -41,36 +43,46 @@ def route(
         raise InputError("no text to route: name at least one with --text NAME=FILE")
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_remote_code=trust_remote_code)
     warnings = check_disjoint(documents, texts, loaded.manifest, loaded.name, allow=allow_calibration_text)
-    chosen = weigher(loaded)
-    found = []
-    for name, listed in documents.items():
-        weighed = [chosen.weigh(loaded.encode(document, tokens), oracle) for document in listed]
-        found.append(_summary(name, weighed, chosen))
+    probe = router_probe(loaded)
+    routed = {
+        name: _summary(name, [probe.route(loaded.encode(document, tokens), oracle) for document in listed], probe.experts)
+        for name, listed in documents.items()
+    }
     digest = weights_digest(loaded.manifest) if loaded.manifest else None
-    return Routes(loaded.name, chosen.level, chosen.experts, tuple(found), warnings, digest)
+    return routes_of(loaded.name, probe.level, probe.experts, routed, warnings=warnings, digest=digest)
 
 
-def _summary(name: str, weighed: Sequence[Weighed], chosen: Weigher) -> TextRoute:
-    first_E = mean_of_rows([document.first_E for document in weighed])
+def _summary(name: str, routings: Sequence[DocumentRouting], experts: Sequence[str]) -> TextRoute:
+    if not all(math.isfinite(value) for routing in routings for value in (routing.entropy, *routing.loss_E)):
+        raise InputError(f"text {name!r}: the model computes NaN or infinity on it, so there is no routing to show")
+    layers = [mean_of_rows(alpha_DE) for alpha_DE in zip(*(routing.alpha_LE for routing in routings), strict=True)]
+    first = _by_expert(experts, [routing.first_E for routing in routings])
     return TextRoute(
-        name=name,
-        documents=len(weighed),
-        alpha_E=mean_of_rows([document.alpha_E for document in weighed]),
-        first_E=first_E,
-        entropy=sum(document.entropy for document in weighed) / len(weighed),
-        accuracy=first_E[chosen.experts.index(name)] if name in chosen.experts else None,
-        oracle=_oracle([document for document in weighed if document.loss_E]),
-        alpha_LE=tuple(map(mean_of_rows, zip(*(document.alpha_LE for document in weighed), strict=True))),
+        documents=len(routings),
+        alpha=_by_expert(experts, [routing.alpha_E for routing in routings]),
+        first=first,
+        entropy=sum(routing.entropy for routing in routings) / len(routings),
+        accuracy=first.get(name),
+        layers=tuple(dict(zip(experts, alpha_E, strict=True)) for alpha_E in layers) or None,
+        **_oracle([routing for routing in routings if routing.loss_E], experts),
     )
 
 
-def _oracle(weighed: Sequence[Weighed]) -> Oracle | None:
-    if not weighed:
-        return None
-    best = [min(range(len(document.loss_E)), key=document.loss_E.__getitem__) for document in weighed]
-    best_E = mean_of_rows([[float(expert == index) for expert in range(len(weighed[0].loss_E))] for index in best])
-    accuracy = sum(document.first_E[index] for document, index in zip(weighed, best, strict=True)) / len(weighed)
-    return Oracle(best_E, mean_of_rows([document.loss_E for document in weighed]), accuracy)
+def _oracle(routings: Sequence[DocumentRouting], experts: Sequence[str]) -> dict[str, Any]:
+    """Compare the routing of documents with the expert that alone has the lowest loss."""
+    if not routings:
+        return {}
+    best = [min(range(len(experts)), key=routing.loss_E.__getitem__) for routing in routings]
+    return {
+        "oracle_accuracy": sum(routing.first_E[index] for routing, index in zip(routings, best, strict=True)) / len(routings),
+        "best": _by_expert(experts, [[float(expert == index) for expert in range(len(experts))] for index in best]),
+        "loss": _by_expert(experts, [routing.loss_E for routing in routings]),
+    }
+
+
+def _by_expert(experts: Sequence[str], values_DE: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means over documents, by expert."""
+    return dict(zip(experts, mean_of_rows(values_DE), strict=True))
 
 
 def parse_texts(given: Sequence[str]) -> dict[str, str]:

@@ -17,8 +17,10 @@ from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
+from moerge.evaluation.result import Difference, Evaluation, Score
 from moerge.files import read_file, whole_file
-from moerge.reporting.data import Checkpoint, Collected, Difference, Evaluation, Route, Score
+from moerge.inference.result import Routes
+from moerge.reporting.data import Checkpoint, Collected
 from moerge.tensors.digest import file_digest
 
 BEGIN, END = "<!-- moerge: measured -->", "<!-- moerge: end of measured -->"
@@ -33,13 +35,13 @@ class Measured:
 
     scores: tuple[Score, ...] = ()
     differences: tuple[Difference, ...] = ()
-    routes: tuple[Route, ...] = ()
+    routes: tuple[Routes, ...] = ()
     made: str = ""
     """When and with which versions."""
 
 
 @dataclass(frozen=True)
-class Update:
+class CardUpdate:
     """A card that is about to be written. `warning` says that it was edited by hand before, or is empty."""
 
     folder: Path
@@ -47,17 +49,18 @@ class Update:
     manifest: bytes
     warning: str = ""
 
-    def write(self) -> None:
-        """Replace the card, and its digest in the manifest. Raises InputError where they cannot be written."""
-        try:
-            for name, content in ((CARD, self.card), (MANIFEST, self.manifest)):
-                with whole_file(self.folder / name) as beside:
-                    beside.write_bytes(content)
-        except OSError as error:
-            raise InputError(f"cannot write the model card in {self.folder}: {error.strerror or error}") from None
+
+def write_card(update: CardUpdate) -> None:
+    """Replace the card, and its digest in the manifest. Raises InputError where they cannot be written."""
+    try:
+        for name, content in ((CARD, update.card), (MANIFEST, update.manifest)):
+            with whole_file(update.folder / name) as beside:
+                beside.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"cannot write the model card in {update.folder}: {error.strerror or error}") from None
 
 
-def updates(top: Path, found: Collected) -> tuple[Update, ...]:
+def updates(top: Path, found: Collected) -> tuple[CardUpdate, ...]:
     """A new card for each checkpoint in `top` that something was measured of; nothing is written yet.
 
     Results belong to the checkpoint whose tensors have the digest that they name, wherever it lies. Raises InputError where no
@@ -107,7 +110,7 @@ def _versions(evaluation: Evaluation) -> str:
     return ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
 
 
-def updated(folder: Path, measured: Measured) -> Update:
+def updated(folder: Path, measured: Measured) -> CardUpdate:
     """The card of a checkpoint with what was measured, and the manifest with the card's digest."""
     path, manifest = folder / CARD, read_manifest(folder)
     assert manifest is not None  # or it would not have been found
@@ -122,7 +125,7 @@ def updated(folder: Path, measured: Measured) -> Update:
     card = with_metadata(with_section(text, section(measured), path), folder.resolve().name, measured.scores, path).encode()
     manifest["files"] = {**manifest["files"], CARD: file_digest(card)}
     note = f"{path} was changed after the merge: its text stays as it is, and `moerge verify` takes it as right from now on"
-    return Update(folder, card, sealed(manifest), note if edited else "")
+    return CardUpdate(folder, card, sealed(manifest), note if edited else "")
 
 
 def section(measured: Measured) -> str:

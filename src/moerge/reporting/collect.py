@@ -157,13 +157,13 @@ def _as(kind: type[data.File]) -> Callable[[Source], data.File]:
 
 _READERS: dict[str, Callable[[Source], data.File]] = {
     "checkpoints": _checkpoint,
-    "comparisons": _as(data.Comparison),
-    "routes": _as(data.Route),
+    "comparisons": _as(data.ComparisonFile),
+    "routes": _as(data.RouteFile),
     "learnings": _learning,
     "tunings": _tuning,
     "tuned": _as(data.Tuned),
-    "evaluations": _as(data.Evaluation),
-    "demos": _as(data.Demo),
+    "evaluations": _as(data.EvaluationFile),
+    "demos": _as(data.DemoFile),
 }
 
 

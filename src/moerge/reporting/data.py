@@ -1,7 +1,7 @@
 """The data of a report, checked: the page shows nothing else, and embeds it as JSON.
 
-Each class reads one kind of file. What a file has beyond the fields is left out, so that a newer file still shows; what is of the
-wrong kind is refused, and the page says so. `path` is the file's, below the folder that the report is of.
+What a file has beyond the fields is left out, so that a newer file still shows; what is of the wrong kind is refused, and the
+page says so.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, field_serializer
 
-Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]
-Amount = Annotated[float, Field(ge=0)]
-
-
-class Data(BaseModel):
-    """Base: frozen, numbers are finite."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+from moerge.comparison.result import Comparison
+from moerge.comparison.similarity import Expert, Pair
+from moerge.demonstration.result import DemoResult
+from moerge.evaluation.result import Evaluation
+from moerge.inference.result import Routes
+from moerge.results import Data
 
 
 class File(Data):
@@ -97,43 +95,8 @@ class Checkpoint(File):
     digest: str = ""
 
 
-class TextRoute(Data):
-    """The routing of one text, as in `moerge.inference.result.TextRoute`; mappings are by expert."""
-
-    documents: int
-    alpha: Mapping[str, Share]
-    first: Mapping[str, Share]
-    entropy: float
-    accuracy: Share | None
-    oracle_accuracy: Share | None = None
-    best: Mapping[str, Share] | None = None
-    loss: Mapping[str, float] | None = None
-    layers: tuple[Mapping[str, Share], ...] | None = None
-
-
-class Route(File):
+class RouteFile(Routes, File):
     """The result of `moerge route --out`."""
-
-    checkpoint: str
-    level: str
-    digest: str | None = None
-    experts: tuple[str, ...]
-    texts: Annotated[Mapping[str, TextRoute], Field(min_length=1)]
-    accuracy: Share | None
-    oracle_accuracy: Share | None = None
-    load: Mapping[str, Share]
-    balance: Amount
-    warnings: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _same_experts(self) -> Route:
-        known = set(self.experts)
-        for name, text in self.texts.items():
-            if any(set(shares) != known for shares in (text.alpha, text.first, *(text.layers or ()))):
-                raise ValueError(f"text {name!r} has other experts than the rest")
-        if not known or set(self.load) != known:
-            raise ValueError("the load is not that of the experts")
-        return self
 
 
 class Update(Data):
@@ -183,134 +146,20 @@ class Tuned(File):
     seconds: float | None = None
 
 
-class PairRow(Data):
-    """Two experts in a region, as in `moerge.comparison.similarity.Pair`. Parts of layers are left out: their files have them."""
+class ComparisonFile(Comparison, File):
+    """The result of `moerge compare --out`. The page's JSON leaves out parts of layers: their files have them."""
 
-    scope: str
-    layer: int | None
-    role: str
-    a: str
-    b: str
-    parameters: int
-    cosine: float | None
-    sign_conflict_changed: float | None
-    relative_distance: float | None
-    parameter_cosine: float | None
+    @field_serializer("pairs", "rows")
+    def _without_parts(self, rows: Sequence[Pair | Expert]) -> list[dict[str, Any]]:
+        return [row.model_dump(mode="json") for row in rows if row.scope != "part"]
 
 
-class ExpertRow(Data):
-    """An expert in a region, as in `moerge.comparison.similarity.Expert`."""
-
-    scope: str
-    layer: int | None
-    role: str
-    expert: str
-    parameters: int
-    norm: float
-    relative_norm: float | None = None
-    averaged: float | None = None
-    trimmed: Share | None = None
-    outvoted: Share | None = None
-    survives: Share | None = None
+class EvaluationFile(Evaluation, File):
+    """The result of `moerge eval --out`."""
 
 
-class Verdict(Data):
-    """A verdict on a role, and its reason."""
-
-    role: str
-    answer: str
-    reason: str
-    parameters: int
-    cosine: float | None
-    sign_conflict: float | None
-    drift: float | None
-    distance: float | None
-
-
-def _without_parts(value: Any) -> Any:
-    return (
-        [row for row in value if not (isinstance(row, dict) and row.get("scope") == "part")] if isinstance(value, list) else value
-    )
-
-
-class Comparison(File):
-    """The result of `moerge compare --out`. `unheeded` are roles that should stay separate and that the recipe merges."""
-
-    recipe: str
-    models: Mapping[str, str]
-    experts: tuple[str, ...]
-    compared: str
-    densities: tuple[float, ...] = ()
-    unheeded: tuple[str, ...] = ()
-    advice: str
-    verdicts: tuple[Verdict, ...]
-    pairs: Annotated[tuple[PairRow, ...], BeforeValidator(_without_parts)]
-    rows: Annotated[tuple[ExpertRow, ...], BeforeValidator(_without_parts)]
-    warnings: tuple[str, ...] = ()
-
-
-class Score(Data):
-    """A figure, as in `moerge.evaluation.result.Score`: `low` and `high` are a 95% interval, over documents."""
-
-    checkpoint: str
-    kind: str
-    on: str
-    metric: str
-    value: float
-    standard_error: Amount | None
-    low: float | None
-    high: float | None
-    documents: int
-
-
-class Difference(Score):
-    """A checkpoint's figure less that of another, on the same documents."""
-
-    against: str
-
-
-class Measure(Data):
-    """The result of one checkpoint on one benchmark or text, and its time."""
-
-    checkpoint: str
-    kind: str
-    on: str
-    started: str
-    seconds: float
-    scores: tuple[Score, ...]
-    warnings: tuple[str, ...] = ()
-
-
-class Evaluation(File):
-    """The result of `moerge eval --out`. `digests` are those of the checkpoints' tensors, where moerge merged them."""
-
-    checkpoints: Annotated[tuple[str, ...], Field(min_length=1)]
-    settings: Mapping[str, Any]
-    versions: Mapping[str, str]
-    measures: tuple[Measure, ...]
-    differences: tuple[Difference, ...] = ()
-    digests: Mapping[str, str | None] = {}
-
-    @property
-    def scores(self) -> tuple[Score, ...]:
-        """Return the scores of all measures."""
-        return tuple(score for measure in self.measures for score in measure.scores)
-
-
-class DemoModel(Data):
-    """A model of the demo, and its perplexities by domain."""
-
-    model: str
-    kind: str
-    perplexity: Mapping[str, Amount]
-
-
-class Demo(File):
+class DemoFile(DemoResult, File):
     """The result of `moerge demo`."""
-
-    seed: int
-    models: tuple[DemoModel, ...]
-    seconds: Mapping[str, float] = {}
 
 
 class Collected(Data):
@@ -318,13 +167,13 @@ class Collected(Data):
 
     folder: str
     checkpoints: tuple[Checkpoint, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
-    routes: tuple[Route, ...] = ()
+    comparisons: tuple[ComparisonFile, ...] = ()
+    routes: tuple[RouteFile, ...] = ()
     learnings: tuple[Learning, ...] = ()
     tunings: tuple[Tuning, ...] = ()
     tuned: tuple[Tuned, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    demos: tuple[Demo, ...] = ()
+    evaluations: tuple[EvaluationFile, ...] = ()
+    demos: tuple[DemoFile, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property

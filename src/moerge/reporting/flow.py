@@ -11,7 +11,7 @@ from typing import Any
 from moerge.errors import InputError
 from moerge.files import whole_file
 from moerge.formatting import Displayed
-from moerge.reporting.card import Update, updates
+from moerge.reporting.card import CardUpdate, updates
 from moerge.reporting.collect import collect
 from moerge.reporting.data import Collected
 from moerge.reporting.find import plain
@@ -29,13 +29,18 @@ class Report(Displayed):
     title: str
     found: Collected
 
-    def card_updates(self) -> tuple[Update, ...]:
-        """New model cards for the checkpoints that something was measured of, to `write`. Raises InputError if there are none."""
+    def card_updates(self) -> tuple[CardUpdate, ...]:
+        """New model cards, for `write_card`, of the checkpoints with measurements. Raises InputError if there are none."""
         return updates(self.folder, self.found)
 
     def to_json(self) -> dict[str, Any]:
         """Return the data that the page shows and embeds."""
-        return {"format": FORMAT, "moerge": version("moerge"), "title": self.title, **self.found.model_dump(mode="json")}
+        return {
+            "format": FORMAT,
+            "moerge": version("moerge"),
+            "title": self.title,
+            **self.found.model_dump(mode="json", by_alias=True),
+        }
 
     def to_html(self) -> str:
         """The page. Raises InputError where jinja2 is not installed (the extra `report`)."""
@@ -46,16 +51,17 @@ class Report(Displayed):
 
         return render(self.title, sections(self.found), self.to_json())
 
-    def write(self, path: Path) -> None:
-        """Write the page, whole or not at all. Raises InputError where another file is in the way, or nothing can be written."""
-        page = self.to_html().encode()
-        try:
-            if path.exists() and _MARK not in path.read_bytes()[:5000]:
-                raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
-            with whole_file(path) as beside:
-                beside.write_bytes(page)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page, whole or not at all. Raises InputError where another file is in the way, or nothing can be written."""
+    page = report.to_html().encode()
+    try:
+        if path.exists() and _MARK not in path.read_bytes()[:5000]:
+            raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
+        with whole_file(path) as beside:
+            beside.write_bytes(page)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def report(folder: str | Path, *, title: str | None = None) -> Report:

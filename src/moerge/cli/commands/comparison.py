@@ -26,6 +26,7 @@ def compare(
     """Show how alike a recipe's experts are, per layer and role, and which roles can be merged."""
     from moerge.cli.views import comparison as views
     from moerge.comparison import compare as run_compare
+    from moerge.comparison import write_comparison
     from moerge.figures import check_folder
     from moerge.progress import TerminalProgress
 
@@ -33,7 +34,7 @@ def compare(
         check_folder(out, "--out")
     with TerminalProgress(quiet=quiet) as progress:
         found = run_compare(recipe, density=density, threads=threads, progress=progress)
-    written = found.write(out) if out is not None else ()
+    written = write_comparison(found, out) if out is not None else ()
     views.comparison(found, written, quiet=quiet, as_json=json)
 
 

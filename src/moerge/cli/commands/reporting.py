@@ -29,14 +29,16 @@ def report(
     """Put what was merged, compared, routed, learned and measured on one HTML page that needs no network."""
     from moerge.cli.views import reporting as views
     from moerge.reporting import report as make_report
+    from moerge.reporting import write_report
+    from moerge.reporting.card import write_card
     from moerge.reporting.flow import NAME
 
     made = make_report(folder, title=title)
     cards = made.card_updates() if update_card else ()
     path = out or folder / NAME
-    made.write(path)
+    write_report(made, path)
     for card in cards:
-        card.write()
+        write_card(card)
     views.reported(made, path, cards, quiet=quiet, as_json=json)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moerge.cli.console import Table, as_percent, print_json, print_warnings, say, show_table
-from moerge.comparison.flow import Comparison
-from moerge.comparison.verdict import Verdict
+from moerge.comparison.advice import MergeAdvice
+from moerge.comparison.result import Comparison
 from moerge.figures import available, short
 from moerge.formatting import as_count
 
-_COLOURS = {"merge": "green", "merge with care": "yellow", "keep separate": "red"}
+_COLORS = {"merge": "green", "merge with care": "yellow", "keep separate": "red"}
 
 
 def comparison(found: Comparison, written: Sequence[Path], *, quiet: bool, as_json: bool) -> None:
@@ -23,20 +23,20 @@ def comparison(found: Comparison, written: Sequence[Path], *, quiet: bool, as_js
     anchored = found.similarity.anchored
     what = "task vectors" if anchored else "parameters (the recipe has no base, so there are no task vectors)"
     if not quiet:
-        say((found.source, "bold"), f": {what} of {', '.join(found.similarity.experts)}")
+        say((found.recipe, "bold"), f": {what} of {', '.join(found.experts)}")
         show_table(_table(found.verdicts, anchored))
         say(_legend(found))
     for verdict in found.verdicts:
-        say((f"{verdict.role}: {verdict.answer}", _COLOURS[verdict.answer]), f". {verdict.reason}")
+        say((f"{verdict.role}: {verdict.answer}", _COLORS[verdict.answer]), f". {verdict.reason}")
     say(("advice:", "bold"), f" {found.advice}")
-    if found.unheeded:
-        say(f"this recipe merges {', '.join(found.unheeded)}, against the verdict")
+    if found.ignored_advice:
+        say(f"this recipe merges {', '.join(found.ignored_advice)}, against the verdict")
     if written and not quiet:
         drawn = "" if available() else " (no figures: pip install 'moerge[figures]')"
         say(f"written: {', '.join(path.name for path in written)} in {written[0].parent}{drawn}")
 
 
-def _table(verdicts: Sequence[Verdict], anchored: bool) -> Table:
+def _table(verdicts: Sequence[MergeAdvice], anchored: bool) -> Table:
     drift = ["drift"] if anchored else []
     table = Table("role", "size", "cosine", "least", "opposite", *drift, "distance", "verdict")
     for column in table.columns[1:-1]:

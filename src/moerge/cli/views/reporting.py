@@ -9,10 +9,10 @@ from pathlib import Path
 from moerge.checkpoint.source_cards import CARD
 from moerge.cli.console import print_json, print_warnings, say
 from moerge.reporting import Report
-from moerge.reporting.card import Update
+from moerge.reporting.card import CardUpdate
 
 
-def reported(made: Report, path: Path, cards: Sequence[Update], *, quiet: bool, as_json: bool) -> None:
+def reported(made: Report, path: Path, cards: Sequence[CardUpdate], *, quiet: bool, as_json: bool) -> None:
     """Print where the page is, how many files of each kind went into it, and which model cards are new."""
     if as_json:
         print_json({"report": str(path), "cards": [str(card.folder / CARD) for card in cards], **made.to_json()})

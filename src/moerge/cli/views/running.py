@@ -24,12 +24,14 @@ def routes(found: Routes) -> None:
     table.collapse_padding = True  # room for the names of a few experts on a narrow terminal
     for column in table.columns[1:]:
         column.justify = "right"
-    for text in found.texts:
-        shares = [f"{100 * alpha:.0f} ({100 * first:.0f})" for alpha, first in zip(text.alpha_E, text.first_E, strict=True)]
+    for name, text in found.texts.items():
+        shares = [f"{100 * text.alpha[expert]:.0f} ({100 * text.first[expert]:.0f})" for expert in found.experts]
         oracle = [as_percent(text.oracle_accuracy)] if judged else []
-        table.add_row(text.name, str(text.documents), *shares, f"{text.entropy:.2f}", as_percent(text.accuracy), *oracle)
+        table.add_row(name, str(text.documents), *shares, f"{text.entropy:.2f}", as_percent(text.accuracy), *oracle)
     oracle = [as_percent(found.oracle_accuracy)] if judged else []
-    table.add_row("mean", "", *(f"{100 * alpha:.0f}" for alpha in found.load_E), "", as_percent(found.accuracy), *oracle)
+    table.add_row(
+        "mean", "", *(f"{100 * found.load[expert]:.0f}" for expert in found.experts), "", as_percent(found.accuracy), *oracle
+    )
     show_table(table)
     say(_legend(found))
 

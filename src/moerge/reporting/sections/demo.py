@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from moerge.demonstration.result import DemoModel, DemoResult
 from moerge.reporting.blocks import Block, Column, Figure, Grid, Key, Table, number, words
-from moerge.reporting.data import Demo, DemoModel
 from moerge.reporting.svg import Dot, dots
 
 _KINDS = {"base": (0, "base"), "expert": (1, "expert"), "dense": (2, "dense merge"), "moe": (3, "mixture of experts")}
 
 
-def demo(file: Demo) -> list[Block]:
+def demo(file: DemoResult) -> list[Block]:
     """A figure for each domain, and the table."""
     domains = list(dict.fromkeys(["mean", *(domain for model in file.models for domain in model.perplexity)]))
     figures = [_domain(file, domain) for domain in domains]
@@ -24,7 +24,7 @@ def demo(file: Demo) -> list[Block]:
     return [Grid(title, figures, legend, [_table(file, domains)], note)]
 
 
-def demo_glance(file: Demo) -> list[str]:
+def demo_glance(file: DemoResult) -> list[str]:
     """The best merged model and the base, in a sentence."""
     best, base = _best(_merged(file), "mean"), next((model for model in file.models if model.kind == "base"), None)
     if best is None or base is None or "mean" not in base.perplexity:
@@ -35,7 +35,7 @@ def demo_glance(file: Demo) -> list[str]:
     ]
 
 
-def _merged(file: Demo) -> list[DemoModel]:
+def _merged(file: DemoResult) -> list[DemoModel]:
     return [model for model in file.models if model.kind not in ("base", "expert")]
 
 
@@ -44,7 +44,7 @@ def _best(models: Sequence[DemoModel], domain: str) -> DemoModel | None:
     return min(having, key=lambda model: model.perplexity[domain]) if having else None
 
 
-def _domain(file: Demo, domain: str) -> Figure:
+def _domain(file: DemoResult, domain: str) -> Figure:
     having = [model for model in file.models if domain in model.perplexity]
     points = []
     for model in having:
@@ -55,7 +55,7 @@ def _domain(file: Demo, domain: str) -> Figure:
     return Figure(domain, described, dots(points, "perplexity", reference=None if base is None else (base, "base")))
 
 
-def _table(file: Demo, domains: Sequence[str]) -> Table:
+def _table(file: DemoResult, domains: Sequence[str]) -> Table:
     best: Mapping[str, DemoModel | None] = {domain: _best(_merged(file), domain) for domain in domains}
     columns = [Column("model"), Column("kind"), *(Column(domain, numeric=True) for domain in domains)]
     rows = []

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
+from moerge.evaluation.result import Difference, Evaluation, Score
 from moerge.formatting import listed, plural, short_names
 from moerge.reporting.blocks import (
     Block,
@@ -24,7 +25,7 @@ from moerge.reporting.blocks import (
     number,
     words,
 )
-from moerge.reporting.data import Collected, Difference, Evaluation, Score
+from moerge.reporting.data import Collected
 from moerge.reporting.sections.demo import demo, demo_glance
 from moerge.reporting.svg import Dot, dots
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from moerge.formatting import listed, plural, short_names
+from moerge.inference.result import Routes, TextRoute
 from moerge.reporting.blocks import (
     Block,
     Cell,
@@ -21,7 +22,7 @@ from moerge.reporting.blocks import (
     percent,
     words,
 )
-from moerge.reporting.data import Collected, Route, TextRoute
+from moerge.reporting.data import Collected
 from moerge.reporting.svg import Bar, stacked_bars, stacked_columns
 
 _MEANING = {
@@ -75,7 +76,7 @@ def routing(found: Collected, colours: Mapping[str, int]) -> Section | None:
     return Section("routing", "Where texts go", blocks, _glance(named))
 
 
-def _legend(routes: Iterable[Route], colours: Mapping[str, int]) -> list[Key]:
+def _legend(routes: Iterable[Routes], colours: Mapping[str, int]) -> list[Key]:
     experts = list(dict.fromkeys(expert for route in routes for expert in route.experts))
     own = [Key(expert, colours[expert]) for expert in experts if colours[expert] or expert == "base"]
     return own + [Key(f"others ({len(experts) - len(own)})", 0)] * (len(own) < len(experts))
@@ -85,13 +86,13 @@ def _by_colour(shares: Mapping[str, float], experts: Sequence[str], colours: Map
     return [(colours[expert], shares[expert]) for expert in experts]
 
 
-def _bar(label: str, route: Route, text: TextRoute, own: str, colours: Mapping[str, int]) -> Bar:
+def _bar(label: str, route: Routes, text: TextRoute, own: str, colours: Mapping[str, int]) -> Bar:
     accuracy = f"{100 * text.accuracy:.0f}% to {own}, " if text.accuracy is not None else ""
     best = _by_colour(text.best, route.experts, colours) if text.best and set(text.best) == set(route.experts) else ()
     return Bar(label, f"{accuracy}n = {text.documents:,}", _by_colour(text.alpha, route.experts, colours), best)
 
 
-def _shares(named: Sequence[tuple[str, Route]], colours: Mapping[str, int]) -> Block:
+def _shares(named: Sequence[tuple[str, Routes]], colours: Mapping[str, int]) -> Block:
     """For one model a bar for each text; for several a figure for each text with a bar for each model, as in figure 5."""
     routes = [route for _, route in named]
     texts = list(dict.fromkeys(text for route in routes for text in route.texts))
@@ -118,7 +119,7 @@ def _spoken(name: str, text: TextRoute) -> str:
     return f"{name}: {', '.join(f'{expert} {100 * share:.0f}%' for expert, share in shares)}."
 
 
-def _weights(named: Sequence[tuple[str, Route]]) -> Table:
+def _weights(named: Sequence[tuple[str, Routes]]) -> Table:
     experts = list(dict.fromkeys(expert for _, route in named for expert in route.experts))
     columns = [Column("model"), Column("text"), Column("documents", numeric=True)]
     columns += [Column(expert, "%", numeric=True) for expert in experts]
@@ -141,7 +142,7 @@ def _weights(named: Sequence[tuple[str, Route]]) -> Table:
     return Table("Shares, accuracy and entropy by model and text", columns, rows, note)
 
 
-def _summary(named: Sequence[tuple[str, Route]]) -> Table:
+def _summary(named: Sequence[tuple[str, Routes]]) -> Table:
     experts = list(dict.fromkeys(expert for _, route in named for expert in route.experts))
     columns = [Column("model"), Column("routes"), Column("accuracy", "%", numeric=True), Column("oracle", "%", numeric=True)]
     columns += [Column("balance", numeric=True), *(Column(f"load of {expert}", "%", numeric=True) for expert in experts)]
@@ -161,7 +162,7 @@ def _summary(named: Sequence[tuple[str, Route]]) -> Table:
     return Table("Accuracy and load balance", columns, rows, note)
 
 
-def _layers(name: str, route: Route, colours: Mapping[str, int]) -> Grid:
+def _layers(name: str, route: Routes, colours: Mapping[str, int]) -> Grid:
     figures, rows = [], []
     for label, text in route.texts.items():
         shares = [_by_colour(layer, route.experts, colours) for layer in text.layers or ()]
@@ -184,7 +185,7 @@ def _table_2() -> Table:
     return Table("MergeME, table 2: routing probability of perplexity routing", columns, rows)
 
 
-def _glance(named: Sequence[tuple[str, Route]]) -> list[str]:
+def _glance(named: Sequence[tuple[str, Routes]]) -> list[str]:
     judged = [(route.accuracy, name, route) for name, route in named if route.accuracy is not None]
     if not judged:
         return [f"{plural(len(named), 'model')} routed, none on texts that have an expert of their name."]

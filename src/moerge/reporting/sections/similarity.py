@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from moerge.comparison.result import Comparison
+from moerge.comparison.similarity import Expert, Pair
 from moerge.formatting import listed
 from moerge.reporting.blocks import (
     Block,
@@ -21,7 +23,7 @@ from moerge.reporting.blocks import (
     percent,
     words,
 )
-from moerge.reporting.data import Collected, Comparison, ExpertRow, PairRow
+from moerge.reporting.data import Collected
 from moerge.reporting.svg import Bar, Line, lines, stacked_bars
 
 _MOST_LINES = 6
@@ -51,8 +53,8 @@ def similarity(found: Collected, colours: Mapping[str, int]) -> Section | None:
 def _comparison(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[Block]:
     yield Text(f"Advice: {comparison.advice}.", "advice")
     yield _verdicts(comparison)
-    if comparison.unheeded:
-        yield Text(f"This recipe merges {listed(comparison.unheeded)}, against the verdict.", "warning")
+    if comparison.ignored_advice:
+        yield Text(f"This recipe merges {listed(comparison.ignored_advice)}, against the verdict.", "warning")
     yield from (Text(warning, "warning") for warning in comparison.warnings)
     if any(pair.scope == "layer" and pair.layer is not None for pair in comparison.pairs):
         yield _cosines(comparison)
@@ -89,8 +91,8 @@ def _verdicts(comparison: Comparison) -> Table:
     return Table(f"Verdict before merging ({comparison.recipe})", columns, rows, note)
 
 
-def _by_pair(pairs: Sequence[PairRow]) -> dict[str, list[PairRow]]:
-    found: dict[str, list[PairRow]] = {}
+def _by_pair(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    found: dict[str, list[Pair]] = {}
     for pair in pairs:
         found.setdefault(f"{pair.a} and {pair.b}", []).append(pair)
     return found
@@ -124,7 +126,7 @@ def _cosines(comparison: Comparison) -> Grid:
     return Grid(title, figures, legend, [table])
 
 
-def _lines_of(pairs: Sequence[PairRow]) -> list[Line]:
+def _lines_of(pairs: Sequence[Pair]) -> list[Line]:
     points = {
         name: [(float(pair.layer), pair.cosine) for pair in found if pair.layer is not None and pair.cosine is not None]
         for name, found in _by_pair(pairs).items()
@@ -151,7 +153,7 @@ def _ties(comparison: Comparison) -> Figure:
     return Figure(title, f"{listed(spoken)}.", stacked_bars(bars), [_experts(comparison)], legend)
 
 
-def _fates(row: ExpertRow) -> list[tuple[int, float]]:
+def _fates(row: Expert) -> list[tuple[int, float]]:
     return [(colour, getattr(row, fate) or 0.0) for fate, colour in _FATES]
 
 

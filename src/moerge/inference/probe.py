@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Weighed:
+class DocumentRouting:
     """A document's weights, how often each expert is first, and the weights' entropy in nats, averaged over layers and tokens.
 
     `alpha_LE` are the weights layer by layer in token-routed models; `loss_E` is each expert's loss in nats a token, empty where
@@ -34,18 +34,18 @@ class Weighed:
     loss_E: Sequence[float] = ()
 
 
-class Weigher(Protocol):
+class RouterProbe(Protocol):
     """A loaded MoE, by the level at which it routes."""
 
     level: str
     experts: tuple[str, ...]
 
-    def weigh(self, ids_1T: torch.Tensor, oracle: bool) -> Weighed:
+    def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
         """A document, with the losses of the experts alone if `oracle`."""
         ...
 
 
-def weigher(loaded: Loaded) -> Weigher:
+def router_probe(loaded: Loaded) -> RouterProbe:
     """The MoE of a checkpoint; InputError if it is none."""
     return BySequence(loaded) if loaded.by_sequence else ByToken(loaded)
 
@@ -59,14 +59,14 @@ class BySequence:
         self._model = loaded.model
         self.experts = tuple(loaded.model.config.expert_names)
 
-    def weigh(self, ids_1T: torch.Tensor, oracle: bool) -> Weighed:
+    def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
         """From `model.route`."""
         routing = self._model.route(ids_1T)
         alpha_E = routing.alpha[0].tolist()
         best = max(range(len(alpha_E)), key=alpha_E.__getitem__)
         entropy = sum(-alpha * math.log(alpha) for alpha in alpha_E if 0 < alpha < 1)
         losses = self._losses(ids_1T, routing) if oracle and ids_1T.shape[1] > 1 else ()
-        return Weighed(alpha_E, [float(expert == best) for expert in range(len(alpha_E))], entropy, loss_E=losses)
+        return DocumentRouting(alpha_E, [float(expert == best) for expert in range(len(alpha_E))], entropy, loss_E=losses)
 
     def _losses(self, ids_1T: torch.Tensor, routing: object) -> list[float]:
         import torch
@@ -89,7 +89,7 @@ class ByToken:
         self.experts = _experts(loaded)
         self._moe = RunningMoE(Path(loaded.name), experts=len(self.experts), model=loaded.model)
 
-    def weigh(self, ids_1T: torch.Tensor, oracle: bool) -> Weighed:
+    def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
         """From the softmax over all experts of every layer's gate."""
         import torch
 
@@ -99,7 +99,7 @@ class ByToken:
         entropy = float(-(log_LTE.exp() * log_LTE).sum(-1).mean())
         wanted = range(len(self.experts)) if oracle and ids_1T.shape[1] > 1 else ()
         losses = [self._moe.losses(ids_1T, expert).mean().item() for expert in wanted]
-        return Weighed(alpha_LE.mean(0).tolist(), first_E.tolist(), entropy, alpha_LE.tolist(), losses)
+        return DocumentRouting(alpha_LE.mean(0).tolist(), first_E.tolist(), entropy, alpha_LE.tolist(), losses)
 
 
 def _experts(loaded: Loaded) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moerge.comparison import Comparison, compare
-from moerge.comparison.verdict import CLOSE, FAR, UNRELATED
+from moerge.comparison.advice import CLOSE, FAR, UNRELATED
 from tiny import llama_config, llama_tensors, write_checkpoint, write_recipe
 
 
@@ -51,7 +51,7 @@ def test_experts_that_hardly_changed_can_be_merged(compared) -> None:
     assert answers(found) == dict.fromkeys(("embedding", "attention", "ffn", "head", "norm"), "merge")
     assert reason(found, "ffn") == "no two experts are further than 0.014 of their norm apart"
     assert found.advice.startswith("a dense merge should work: begin with average, or task_arithmetic with a scale up to 1")
-    assert found.unheeded == ()
+    assert found.ignored_advice == ()
 
 
 def test_experts_that_drifted_merge_with_care(compared) -> None:
@@ -71,9 +71,9 @@ def test_experts_that_drifted_far_stay_separate(compared) -> None:
     assert "a and b are 0.8" in reason(found, "ffn")
     assert "little or nothing of what they learned survives a merge" in reason(found, "ffn")
     assert found.advice == "build a MoE that keeps [ffn] separate and merges the rest"
-    assert found.unheeded == ("ffn",)
+    assert found.ignored_advice == ("ffn",)
     kept = compared({"mlp": 0.8}, {"mlp": 0.8}, moe={"router": {"kind": "random"}})
-    assert kept.unheeded == ()
+    assert kept.ignored_advice == ()
 
 
 def test_attention_that_drifted_far_is_routed_by_sequence(compared) -> None:
@@ -90,7 +90,7 @@ def test_models_of_two_ancestors_are_not_averaged(compared, base: bool) -> None:
     assert "a and b are as unlike as models without a common ancestor (cosine of their parameters" in reason(found, "attention")
     assert found.advice.startswith("do not average these models: route whole sequences to them instead")
     assert "separate [ffn, attention, norm, embedding, head]" in found.advice
-    assert found.unheeded == ("embedding", "attention", "ffn", "head", "norm")
+    assert found.ignored_advice == ("embedding", "attention", "ffn", "head", "norm")
 
 
 def test_experts_that_undo_each_other(compared) -> None:

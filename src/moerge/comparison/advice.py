@@ -9,11 +9,11 @@ exact limits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from moerge.comparison.similarity import Expert, Pair, Similarity
 from moerge.figures import short
+from moerge.results import Data
 
 Answer = Literal["merge", "merge with care", "keep separate"]
 
@@ -36,9 +36,8 @@ arXiv 2508.01148); the number is a guess. The demo's experts differ 1.5 times.""
 _DECISIVE = ("attention", "ffn")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A verdict on a role, with its reason in a sentence.
+class MergeAdvice(Data):
+    """Advice on a role, with its reason in a sentence.
 
     The figures are over all layers: the mean and the smallest cosine over pairs of experts, the mean share of opposite signs, and
     the largest drift (norm over the base's; None without a base), distance and smallest cosine of parameters.
@@ -55,33 +54,29 @@ class Verdict:
     distance: float | None
     parameter_cosine: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        """A flat mapping."""
-        return asdict(self)
 
-
-def judge(found: Similarity) -> tuple[Verdict, ...]:
-    """A verdict for each role. Norms follow the matrices around them: they are alike even in unrelated models."""
+def assess(found: Similarity) -> tuple[MergeAdvice, ...]:
+    """Advice for each role. Norms follow the matrices around them: they are alike even in unrelated models."""
     roles = [role for role in found.roles if role != "norm"]
-    verdicts = [_judge_role(found, role) for role in roles]
+    verdicts = [_assess_role(found, role) for role in roles]
     if "norm" in found.roles:
-        verdicts.append(_judge_norms(found, verdicts))
+        verdicts.append(_assess_norms(found, verdicts))
     return tuple(verdicts)
 
 
-def _judge_role(found: Similarity, role: str) -> Verdict:
+def _assess_role(found: Similarity, role: str) -> MergeAdvice:
     pairs, rows = found.pairs_of("role", role), found.rows_of("role", role)
     answer, reason = _answer(pairs, rows)
-    return _verdict(role, answer, reason, pairs, rows)
+    return _advice(role, answer, reason, pairs, rows)
 
 
-def _verdict(role: str, answer: Answer, reason: str, pairs: Sequence[Pair], rows: Sequence[Expert]) -> Verdict:
+def _advice(role: str, answer: Answer, reason: str, pairs: Sequence[Pair], rows: Sequence[Expert]) -> MergeAdvice:
     cosines = _known(pair.cosine for pair in pairs)
-    return Verdict(
-        role,
-        answer,
-        reason,
-        max(row.parameters for row in rows),
+    return MergeAdvice(
+        role=role,
+        answer=answer,
+        reason=reason,
+        parameters=max(row.parameters for row in rows),
         cosine=_mean(cosines),
         least_cosine=min(cosines, default=None),
         sign_conflict=_mean(_known(pair.sign_conflict_changed for pair in pairs)),
@@ -125,15 +120,15 @@ def _answer(pairs: Sequence[Pair], rows: Sequence[Expert]) -> tuple[Answer, str]
     return "merge with care", f"{apart}: a merge keeps a part of what each learned{share}, a separate copy keeps all"
 
 
-def _judge_norms(found: Similarity, others: Sequence[Verdict]) -> Verdict:
+def _assess_norms(found: Similarity, others: Sequence[MergeAdvice]) -> MergeAdvice:
     pairs, rows = found.pairs_of("role", "norm"), found.rows_of("role", "norm")
     apart = [verdict.role for verdict in others if verdict.role in _DECISIVE and verdict.answer == "keep separate"]
     if len(apart) == len(_DECISIVE):
-        return _verdict("norm", "keep separate", "they scale what attention and ffn read, which stay separate", pairs, rows)
-    return _verdict("norm", "merge", "they are few, and alike wherever attention or ffn are merged", pairs, rows)
+        return _advice("norm", "keep separate", "they scale what attention and ffn read, which stay separate", pairs, rows)
+    return _advice("norm", "merge", "they are few, and alike wherever attention or ffn are merged", pairs, rows)
 
 
-def advise(found: Similarity, verdicts: Sequence[Verdict]) -> str:
+def recommend(found: Similarity, verdicts: Sequence[MergeAdvice]) -> str:
     """Advise on the experts as a whole."""
     answers = {verdict.role: verdict.answer for verdict in verdicts}
     separate = [role for role, answer in answers.items() if answer == "keep separate"]
