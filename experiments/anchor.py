@@ -140,7 +140,7 @@ def compare(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     from moerge.comparison import compare as run
 
     found = run({"base": str(folder / "base"), "experts": {e: str(folder / _folder(case, e)) for e in EXPERTS}})
-    figures = {verdict.role: verdict.to_json() for verdict in found.verdicts}
+    figures = {verdict.role: verdict.model_dump() for verdict in found.verdicts}
     judged = ("answer", "reason")  # what follows from these results, not what they rest on
     return {role: {key: row[key] for key in row if key not in judged} for role, row in figures.items()} | {"all": {}}
 

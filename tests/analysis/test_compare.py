@@ -158,9 +158,9 @@ def test_slices_compare_the_layers_that_are_stacked(folder: Path, models: slow.M
     written = {"merge_method": "linear", "slices": [{"sources": sources}, {"sources": alone}], "parameters": {"weight": 1}}
     (folder / "slices.yaml").write_text(json.dumps(written))
     found = compare(folder / "slices.yaml")
-    (pair,) = [pair for pair in found.similarity.pairs_of("part") if pair.region.role == "ffn.up"]
+    (pair,) = [pair for pair in found.similarity.pairs_of("part") if pair.role == "ffn.up"]
     up = "model.layers.{}.mlp.up_proj.weight"
-    assert pair.region.layer == 0
+    assert pair.layer == 0
     a_N, b_N = models["math"][up.format(0)].ravel(), models["code"][up.format(1)].ravel()
     assert pair.cosine == pytest.approx(slow.cosine(a_N.astype(float), b_N.astype(float)))
 
@@ -210,7 +210,7 @@ def test_large_tensors(large: Path) -> None:
     found = compare(write_recipe(large, experts=["math", "code"], merge={"method": "ties", "density": 0.5}))
     names = [name for name in models["base"] if "mlp" in name]
     (pair,) = found.similarity.pairs_of("role", "ffn")
-    assert_equal(pair.to_json(), slow.pair(models, "math", "code", names))
+    assert_equal(pair.model_dump(), slow.pair(models, "math", "code", names))
     rows = {row.expert: row.model_dump() for row in found.similarity.rows_of("role", "ffn")}
     assert_equal(rows["code"], slow.expert(models, "code", names, [1, 1], 0.5))
 

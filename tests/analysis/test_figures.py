@@ -109,7 +109,7 @@ def test_the_same_figures_give_the_same_bytes(name: str, tmp_path: Path) -> None
 
 def test_colours_are_told_apart_without_colour() -> None:
     """Series beyond the palette get hatches; no two of sixteen look the same."""
-    assert len({(figures.colour(index), figures.hatch(index)) for index in range(64)}) == 64
+    assert len({(figures.color(index), figures.hatch(index)) for index in range(64)}) == 64
     assert figures.hatch(7) == "" != figures.hatch(8)
 
 

@@ -289,7 +289,7 @@ def test_the_figure_has_a_bar_for_each_text_and_expert(tmp_path: Path) -> None:
         assert before.count(word) == 1
     for word, times in ((b">poems<", 1), (b">prose<", 1), (b">n = 7<", 2), (b">first expert<", 1), (b">second expert<", 1)):
         assert before.count(word) == times, word
-    for colour in (figures.colour(0), figures.colour(1)):
+    for colour in (figures.color(0), figures.color(1)):
         assert colour.lower().encode() in before
     write_routes(routes, tmp_path)
     assert (tmp_path / "route.svg").read_bytes() == before

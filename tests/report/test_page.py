@@ -28,7 +28,8 @@ HOSTILE = (
     "`<b>`",
     "javascript:alert(1)",
 )
-VOID = {"meta", "link", "br", "img", "input", "hr", "rect", "line", "circle", "polyline"}
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+CHART = {"g", "path", "use", "defs", "text", "tspan", "clippath", "rect", "image", "pattern"}
 
 
 class Outline(HTMLParser):
@@ -61,6 +62,10 @@ class Outline(HTMLParser):
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
+    def tags(self) -> list[str]:
+        """Without the marks of charts, which longer names move, and code."""
+        return [tag for tag, _ in self.elements if tag not in CHART and tag != "code"]
+
     def ids(self) -> list[str]:
         return [str(attributes["id"]) for _, attributes in self.elements if "id" in attributes]
 
@@ -81,9 +86,9 @@ def test_it_is_complete_in_itself(page: str) -> None:
     assert not {"link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in outline.elements}
     for _, attributes in outline.elements:
         assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
-        assert (attributes.get("href") or "#").startswith("#")
-    without_data = re.sub(r"<script type=.application/json.*?</script>", "", page, flags=re.DOTALL)
-    assert not re.search(r"https?:|url\(|@import|//\w", re.sub(r"  // .*", "", without_data))
+        assert (attributes.get("href") or "#").startswith(("#", "data:image/png;base64,"))
+    without_data = re.sub(r"<script type=.application/json.*?</script>|data:image/png[^\"]*", "", page, flags=re.DOTALL)
+    assert not re.search(r"https?:|url\((?!#)|@import|//\w", re.sub(r"  // .*", "", without_data))
 
 
 def test_ids_are_unique_and_links_lead_somewhere(page: str) -> None:
@@ -100,7 +105,7 @@ def test_ids_are_unique_and_links_lead_somewhere(page: str) -> None:
 def test_every_figure_has_words_and_its_data_as_a_table(page: str) -> None:
     outline = Outline(page)
     charts = [svg for svg in outline.of("svg") if svg.get("class") == "chart"]
-    assert len(charts) > 10
+    assert len(charts) > 8
     said = {str(attributes["id"]) for tag, attributes in outline.elements if tag in ("title", "desc") and "id" in attributes}
     for chart in charts:
         assert chart["role"] == "img"
@@ -125,8 +130,8 @@ def test_only_its_own_script_may_run(page: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_files_say_is_text(text: str, results: Path) -> None:
-    plain_page = Outline(report(results, title="x").to_html())
+def test_what_files_say_is_text(text: str, results: Path, page: str) -> None:
+    plain_page = Outline(page)
     for path in [*results.rglob("*.json"), *results.rglob("*.jsonl")]:
         if path.name in ("moerge.json", "route.json", "compare.json", "results.json", "coefficients.json", "tune.json"):
             held = path.read_text()
@@ -137,7 +142,8 @@ def test_what_files_say_is_text(text: str, results: Path) -> None:
     assert made.found.warnings == ()
     page = made.to_html()
     outline = Outline(page)
-    assert [tag for tag, _ in outline.elements if tag != "code"] == [tag for tag, _ in plain_page.elements if tag != "code"]
+    assert outline.tags() == plain_page.tags()
+    assert {tag for tag, _ in outline.elements} <= {tag for tag, _ in plain_page.elements} | {"code"}
     assert {name for _, attributes in outline.elements for name in attributes} == {
         name for _, attributes in plain_page.elements for name in attributes
     }
@@ -166,7 +172,7 @@ def test_what_it_says(page: str) -> None:
     for words in (
         "2 paired differences from base : 1 clearly better, 0 clearly worse, 1 not clear (95% intervals).",
         "by-sequence sends 100% of sequences to the text&#39;s own expert first; none of the 2 models sends more.",
-        "70% to math, n = 8",
+        "math: base 25%, math 60%, code 15%.",
         "n = 1,200",
         "50.0 ± 6.9",
         "1.3000 ± 0.0400",
@@ -180,6 +186,29 @@ def test_what_it_says(page: str) -> None:
         assert words in text, words
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are made much faster without them."""
+    monkeypatch.setattr("moerge.figures.available", lambda: False)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_without_matplotlib_there_are_tables(results: Path, page: str) -> None:
+    plain = report(results, title="An experiment").to_html()
+    outline = Outline(plain)
+    assert outline.of("svg") == [] and "<code>pip install &#39;moerge[figures]&#39;</code>" in plain.replace("'", "&#39;")
+    assert outline.of("caption") == Outline(page).of("caption")
+    assert "math: base 25%, math 60%, code 15%." in plain
+
+
+def test_numbers_that_are_too_large_to_draw(results: Path) -> None:
+    """The table has them, and the page its other figures."""
+    (results / "tuned" / "metrics.jsonl").write_text('{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n')
+    outline = Outline(report(results).to_html())
+    assert len(outline.of("svg")) > 5
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_few_documents_are_pointed_out(results: Path) -> None:
     path = results / "eval" / "results.json"
     path.write_text(path.read_text().replace('"documents": 30', '"documents": 3'))
@@ -188,6 +217,7 @@ def test_few_documents_are_pointed_out(results: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_recipe_against_the_verdict(results: Path) -> None:
     path = results / "compare" / "compare.json"
     assert "against the verdict" not in report(results).to_html()
@@ -195,6 +225,7 @@ def test_a_recipe_against_the_verdict(results: Path) -> None:
     assert "This recipe merges attention and ffn, against the verdict." in report(results).to_html()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_command(results: Path) -> None:
     result = moerge("report", results, "--title", "A <title>")
     kinds = "2 of moerge merge, 1 of moerge compare, 2 of moerge route, 1 of moerge learn, 2 of moerge tune, 1 of moerge eval"

@@ -155,7 +155,7 @@ def draw_ties(found: Similarity, title: str) -> Figure:
     for index, share in enumerate(_SHARES):
         widths = [100 * (getattr(row, share) or 0.0) for row in rows]
         axes.barh(
-            range(len(rows)), widths, 0.8, left=left, color=figures.colour(index), label=share, edgecolor="white", linewidth=0.6
+            range(len(rows)), widths, 0.8, left=left, color=figures.color(index), label=share, edgecolor="white", linewidth=0.6
         )
         left = [before + width for before, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(rows)), [f"{row.role}: {row.expert}" for row in rows])
@@ -188,7 +188,7 @@ def _line(axes: Any, index: int, label: str, points: Iterable[tuple[int | None, 
     marker = figures.MARKERS[index % len(figures.MARKERS)]
     xs, ys = [layer for layer, _ in known], [value for _, value in known]
     style = figures.DASHES[index // len(figures.PALETTE) % len(figures.DASHES)]
-    axes.plot(xs, ys, style, color=figures.colour(index), marker=marker, markersize=3, linewidth=1.2, label=label)
+    axes.plot(xs, ys, style, color=figures.color(index), marker=marker, markersize=3, linewidth=1.2, label=label)
 
 
 def _finish(figure: Figure, panels: Sequence[Any], labels: Sequence[str]) -> None:

@@ -40,14 +40,15 @@ def write(routes: Routes, folder: Path) -> tuple[Path, ...]:
     """Draw `route` and, where the model routes tokens, `route-layers`, as SVG and PNG; their paths. The same routes give the same
     bytes. Needs matplotlib (the extra `figures`).
     """
-    title, spoken = f"Where {routes.checkpoint} routes texts", _spoken(routes)
-    written = figures.save(draw(routes), folder, "route", title, spoken)
+    title, description = f"Where {routes.checkpoint} routes texts", spoken(routes)
+    written = figures.save(draw(routes), folder, "route", title, description)
     if any(text.layers for text in routes.texts.values()):
-        written += figures.save(draw_layers(routes), folder, "route-layers", f"{title}, layer by layer", spoken)
+        written += figures.save(draw_layers(routes), folder, "route-layers", f"{title}, layer by layer", description)
     return written
 
 
-def _spoken(routes: Routes) -> str:
+def spoken(routes: Routes) -> str:
+    """The mean weights in words."""
     shares = {
         name: ", ".join(f"{expert} {100 * text.alpha[expert]:.0f}%" for expert in routes.experts)
         for name, text in routes.texts.items()
@@ -65,7 +66,7 @@ def draw(routes: Routes) -> Figure:
     _stack(axes, range(count), [_in_order(routes, text.alpha) for text in routes.texts.values()], 0.5, routes.experts)
     best = {row + 0.35: _in_order(routes, text.best) for row, text in enumerate(routes.texts.values()) if text.best}
     _stack(axes, list(best), list(best.values()), 0.14)
-    axes.set_yticks(range(count), [f"{name}\nn = {text.documents}" for name, text in routes.texts.items()])
+    axes.set_yticks(range(count), [f"{name}\nn = {text.documents:,}" for name, text in routes.texts.items()])
     axes.invert_yaxis()
     per = "documents" if routes.level == "sequence" else "tokens and layers"
     below = "\nthin bars: documents on which the expert alone has the lowest loss, %" if judged else ""
@@ -84,7 +85,7 @@ def _stack(
     left = [0.0] * len(rows)
     for index, column in enumerate(zip(*shares, strict=True)):
         widths = [100 * share for share in column]
-        style = {"color": figures.colour(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.6}
+        style = {"color": figures.color(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.6}
         axes.barh(rows, widths, height, left=left, label=labels[index] if labels else None, **style)
         left = [before + width for before, width in zip(left, widths, strict=True)]
 
@@ -103,7 +104,7 @@ def draw_layers(routes: Routes) -> Figure:
         layers, bottom = range(len(alpha_LE)), [0.0] * len(alpha_LE)
         for index, column in enumerate(zip(*alpha_LE, strict=True)):
             heights = [100 * share for share in column]
-            style = {"color": figures.colour(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.4}
+            style = {"color": figures.color(index), "hatch": figures.hatch(index), "edgecolor": "white", "linewidth": 0.4}
             label = routes.experts[index] if name == texts[0] else None
             axes.bar(layers, heights, 0.9, bottom=bottom, label=label, **style)
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]

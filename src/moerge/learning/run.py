@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moerge import figures
 from moerge.errors import InputError
 from moerge.files import check_unchanged, target_of
 from moerge.formatting import Displayed
+from moerge.learning import figure
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
 from moerge.planning.assemble.heterogeneous import stay_whole
@@ -117,12 +117,10 @@ def with_coefficients(recipe: Recipe, found: Coefficients) -> Recipe:
 
 def _files(learned: Learned) -> dict[str, bytes]:
     found = {CURVE: _curve(learned)}
-    if find_spec("matplotlib"):
-        from moerge.learning.figure import draw
-
-        with tempfile.TemporaryDirectory() as folder:
-            draw(learned.coefficients, Path(folder) / FIGURE)
-            found[FIGURE] = (Path(folder) / FIGURE).read_bytes()
+    if figures.available():
+        means = ", ".join(f"{expert} {mean:.3g}" for expert, mean in learned.coefficients.means().items())
+        picture = figure.draw(figure.table(learned.coefficients))
+        found[FIGURE] = figures.encoded(picture, "svg", "Learned coefficients by layer", f"Means: {means}.")
     return found
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from moerge.reporting.svg import Drawing
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Column:
 class Cell:
     """A cell's text, and the value it sorts by where that is not the text.
 
-    `tone` is "", "best", "quiet", or a verdict's "good", "care" or "apart"; `heat` in [-1, 1] colours the cell's ground.
+    `tone` is "", "best", "quiet", or a verdict's "good", "care" or "apart"; `heat` in [-1, 1] colors the cell's ground.
     """
 
     text: str
@@ -50,37 +51,14 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Key:
-    """An entry of a legend: a name and the number of its colour; for lines also that of their pattern."""
-
-    name: str
-    colour: int
-    line: bool = False
-    dash: int = 0
-
-
-@dataclass(frozen=True)
 class Figure:
-    """A drawing with its caption, legend, a description for those who do not see it, and its data as tables."""
+    """A chart with its caption, a description for those who do not see it, and its data as tables."""
 
     kind: ClassVar[str] = "figure"
     title: str
     description: str
-    drawing: Drawing
+    draw: Callable[[], Drawing]
     data: Sequence[Table] = ()
-    legend: Sequence[Key] = ()
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Figures beside each other that share a legend and tables."""
-
-    kind: ClassVar[str] = "grid"
-    title: str
-    figures: Sequence[Figure]
-    legend: Sequence[Key] = ()
-    data: Sequence[Table] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +113,7 @@ class Fold:
     note: str = ""
 
 
-Block = Table | Figure | Grid | Text | Listing | Facts | Code | Heading | Fold
+Block = Table | Figure | Text | Listing | Facts | Code | Heading | Fold
 
 
 @dataclass(frozen=True)

@@ -89,21 +89,14 @@ def _learning(source: Source) -> data.File:
             stages.setdefault(str(row.get("stage")), []).append({key: value or None for key, value in row.items()})
         return _checked(data.Learning, source, {"stages": [{"updates": rows} for rows in stages.values()]})
     found = read_coefficients(source.folder / Path(source.path).name)
-    layers, parts, values = coefficient_table(found)
-    grids = {name: [[by_place.get((layer, part)) for part in parts] for layer in layers] for name, by_place in values.items()}
     learning = plain(dict(found.learning))
     settings = learning.get("settings")
     held = {
-        "experts": found.experts,
-        "initial": found.fixed,
+        **plain(coefficient_table(found).model_dump(mode="json")),
         "objective": settings.get("objective", "") if isinstance(settings, dict) else "",
-        "layers": layers,
-        "parts": parts,
-        "coefficients": grids,
-        "means": found.means(),
         "stages": learning.get("stages", []),
     }
-    return _checked(data.Learning, source, plain({key: list(x) if isinstance(x, tuple) else x for key, x in held.items()}))
+    return _checked(data.Learning, source, held)
 
 
 def _whole(learnings: list[data.File]) -> list[data.File]:

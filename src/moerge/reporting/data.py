@@ -16,6 +16,7 @@ from moerge.comparison.similarity import Expert, Pair
 from moerge.demonstration.result import DemoResult
 from moerge.evaluation.result import Evaluation
 from moerge.inference.result import Routes
+from moerge.learning.figure import CoefficientTable
 from moerge.results import Data
 
 
@@ -115,16 +116,10 @@ class Stage(Data):
     updates: tuple[Update, ...]
 
 
-class Learning(File):
+class Learning(CoefficientTable, File):
     """The result of `moerge learn`: coefficients by expert, layer and part of a layer, and curves."""
 
-    experts: tuple[str, ...] = ()
-    initial: float | None = None
     objective: str = ""
-    layers: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ()
-    coefficients: Mapping[str, tuple[tuple[float | None, ...], ...]] = {}
-    means: Mapping[str, float] = {}
     stages: tuple[Stage, ...] = ()
 
 

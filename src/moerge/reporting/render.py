@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import count
@@ -18,14 +19,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from moerge.reporting import palette
-from moerge.reporting.blocks import Section
+from moerge import figures
+from moerge.reporting.blocks import Figure, Section
 
 _HERE = Path(__file__).parent / "page"
-_CLASSES = (
-    ".fN{fill:var(--cN)}.sN{stroke:var(--cN)}.chart .tN{fill:var(--iN)}.bN{background:var(--cN);border-color:var(--cN)!important}"
-)
-"""What has colour N: areas, lines, text on it, and swatches of legends."""
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -40,12 +37,25 @@ def render(title: str, sections: Sequence[Section], data: Mapping[str, Any]) -> 
         sections=sections,
         glance=[sentence for section in sections for sentence in section.glance],
         version=version("moerge"),
-        css=Markup(_style()),
+        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=_hash(script),
         embedded=Markup(embedded_json(data)),
         new_id=lambda: f"figure-{next(numbers)}",
+        drawn=drawn,
     )
+
+
+def drawn(block: Figure, name: str) -> figures.Inline | None:
+    """The chart as SVG whose ids begin with `name`, None without matplotlib or where its numbers are too large to draw."""
+    if not figures.available():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return figures.inline(block.draw(), f"{name}-")
+        except (ArithmeticError, ValueError):
+            return None
 
 
 def inline(text: str) -> Markup:
@@ -61,9 +71,3 @@ def embedded_json(data: Mapping[str, Any]) -> str:
 
 def _hash(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def _style() -> str:
-    text = (_HERE / "page.css").read_text(encoding="utf-8")
-    text = text.replace("COLOURS", "".join(_CLASSES.replace("N", str(number)) for number in range(palette.COLOURS)))
-    return text.replace("LIGHT", palette.variables(palette.LIGHT)).replace("DARK", palette.variables(palette.DARK))

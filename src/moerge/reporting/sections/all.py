@@ -1,8 +1,7 @@
-"""All sections of a report in order, with one set of colours."""
+"""All sections of a report in order."""
 
 from __future__ import annotations
 
-from moerge.reporting import palette
 from moerge.reporting.blocks import Section
 from moerge.reporting.data import Collected
 from moerge.reporting.sections.checkpoints import checkpoints
@@ -14,20 +13,13 @@ from moerge.reporting.sections.similarity import similarity
 
 
 def sections(found: Collected) -> list[Section]:
-    """Return the sections that have something to show; an expert has the same colour in all of them."""
-    colours = palette.numbered(
-        [
-            *(expert for checkpoint in found.checkpoints for expert in checkpoint.experts),
-            *(expert for comparison in found.comparisons for expert in comparison.experts),
-            *(expert for route in found.routes for expert in route.experts),
-        ]
-    )
+    """Return the sections that have something to show."""
     made = [
         measured(found),
-        similarity(found, colours),
+        similarity(found),
         checkpoints(found),
-        routing(found, colours),
-        learning(found, colours),
+        routing(found),
+        learning(found),
         tuning(found),
         runs(found),
     ]

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from moerge.demonstration.result import DemoModel, DemoResult
-from moerge.reporting.blocks import Block, Column, Figure, Grid, Key, Table, number, words
-from moerge.reporting.svg import Dot, dots
-
-_KINDS = {"base": (0, "base"), "expert": (1, "expert"), "dense": (2, "dense merge"), "moe": (3, "mixture of experts")}
+from moerge.figures import Panel, dots
+from moerge.reporting.blocks import Block, Column, Figure, Table, Text, number, words
 
 
 def demo(file: DemoResult) -> list[Block]:
-    """A figure for each domain, and the table."""
+    """A figure with a panel for each domain, and the table."""
     domains = list(dict.fromkeys(["mean", *(domain for model in file.models for domain in model.perplexity)]))
-    figures = [_domain(file, domain) for domain in domains]
-    legend = [Key(name, colour) for kind, (colour, name) in _KINDS.items() if any(model.kind == kind for model in file.models)]
+    base = next((model.model for model in file.models if model.kind == "base"), None)
+    panels = []
+    for domain in domains:
+        values = {model.model: model.perplexity[domain] for model in file.models if domain in model.perplexity}
+        if values:
+            panels.append(Panel(domain, "perplexity", {name: (value,) * 3 for name, value in values.items()}, base))
     title = f"The demo (seed {file.seed}): held-out perplexity, lower is better"
-    note = (
-        "The mean is geometric. All models share a tokenizer, so that their perplexities compare. The demo computes no standard "
-    )
+    spoken = [f"{panel.title}: {', '.join(f'{name} {y:.2f}' for name, (y, _, _) in panel.values.items())}" for panel in panels]
+    note = "The mean is geometric. All models share a tokenizer, so their perplexities compare. The demo computes no standard "
     note += "errors: `moerge eval` does. The line is the base."
-    return [Grid(title, figures, legend, [_table(file, domains)], note)]
+    figures = [Figure(title, f"{'. '.join(spoken)}.", partial(dots, panels), [_table(file, domains)])] if panels else []
+    return [*figures, Text(note, "note")]
 
 
 def demo_glance(file: DemoResult) -> list[str]:
@@ -42,17 +45,6 @@ def _merged(file: DemoResult) -> list[DemoModel]:
 def _best(models: Sequence[DemoModel], domain: str) -> DemoModel | None:
     having = [model for model in models if domain in model.perplexity]
     return min(having, key=lambda model: model.perplexity[domain]) if having else None
-
-
-def _domain(file: DemoResult, domain: str) -> Figure:
-    having = [model for model in file.models if domain in model.perplexity]
-    points = []
-    for model in having:
-        value, colour = model.perplexity[domain], _KINDS.get(model.kind, (4, ""))[0]
-        points.append(Dot(model.model, f"{value:.2f}", colour, value, value, value))
-    base = next((model.perplexity[domain] for model in having if model.kind == "base"), None)
-    described = f"Perplexity on {domain}: {', '.join(f'{model.model} {model.perplexity[domain]:.2f}' for model in having)}."
-    return Figure(domain, described, dots(points, "perplexity", reference=None if base is None else (base, "base")))
 
 
 def _table(file: DemoResult, domains: Sequence[str]) -> Table:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
 
+from moerge.figures import lines
 from moerge.formatting import listed, short_names
+from moerge.learning.figure import draw
 from moerge.reporting.blocks import (
     Block,
     Code,
@@ -16,7 +19,6 @@ from moerge.reporting.blocks import (
     Figure,
     Fold,
     Heading,
-    Key,
     Section,
     Table,
     Text,
@@ -26,10 +28,9 @@ from moerge.reporting.blocks import (
     words,
 )
 from moerge.reporting.data import Collected, Learning, Tuned, Tuning
-from moerge.reporting.svg import Line, lines
 
 
-def learning(found: Collected, colours: Mapping[str, int]) -> Section | None:
+def learning(found: Collected) -> Section | None:
     """Curves, and the coefficients of each expert by layer and part of a layer."""
     if not found.learnings:
         return None
@@ -49,31 +50,34 @@ def learning(found: Collected, colours: Mapping[str, int]) -> Section | None:
 
 def _curves(name: str, file: Learning) -> Iterator[Figure]:
     for index, stage in enumerate(file.stages, 1):
-        series = []
-        for number_, (kind, colour) in enumerate((("train", 1), ("heldout", 2))):
-            points = [(row.update, getattr(row, kind)) for row in stage.updates if getattr(row, kind) is not None]
-            if points:
-                series.append(Line({"train": "training", "heldout": "held out"}[kind], colour, points, 2 * (1 - number_)))
+        columns = {"training": [row.train for row in stage.updates], "held out": [row.heldout for row in stage.updates]}
+        series = {
+            label: [(row.update, value) for row, value in zip(stage.updates, values, strict=True) if value is not None]
+            for label, values in columns.items()
+            if any(value is not None for value in values)
+        }
         if not series:
             continue
-        ends = [f"{line.name} from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in series]
         kept = f"; update {stage.best_update} was kept" if stage.best_update is not None else ""
         early = ", stopped early" if stage.stopped_early else ""
         stages = f", stage {index}" if len(file.stages) > 1 else ""
         objective = f" ({file.objective})" if file.objective else ""
         title = f"{name}{stages}: the objective{objective} after each update{kept}{early}"
-        drawing = lines(series, "update", "objective")
-        legend = _legend(series)
-        columns = [Column("update", numeric=True), Column("training", numeric=True), Column("held out", numeric=True)]
+        heading = [Column("update", numeric=True), *(Column(label, numeric=True) for label in columns)]
         rows = [[count(row.update), number(row.train, 4), number(row.heldout, 4)] for row in stage.updates]
-        yield Figure(title, f"The objective: {listed(ends)}.", drawing, [Table(f"{name}: the curve", columns, rows)], legend)
+        table = Table(f"{name}: the curve", heading, rows)
+        yield Figure(title, f"The objective: {_ends(series)}.", partial(lines, series, "update", "objective"), [table])
+
+
+def _ends(series: Series) -> str:
+    return listed([f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in series.items()])
 
 
 def _coefficients(name: str, file: Learning) -> list[Block]:
     """A table for each expert; the ground of a cell is the deeper the larger its coefficient."""
     values = [value for grid in file.coefficients.values() for row in grid for value in row if value is not None]
     highest = max(map(abs, values), default=1.0) or 1.0
-    tables: list[Block] = []
+    tables: list[Table] = []
     for expert, grid in file.coefficients.items():
         columns = [Column("layer"), *(Column(part.rpartition("model.")[2] or part, numeric=True) for part in file.parts)]
         rows = [
@@ -87,9 +91,13 @@ def _coefficients(name: str, file: Learning) -> list[Block]:
     note = (
         f"All coefficients started at {file.initial:.3g}. A dash: outside of layers, or no such tensor." if file.initial else ""
     )
-    return [Fold(f"{name}: coefficients by layer", [*tables, Text(note, "note")])] if tables else []
+    title = f"{name}: mean coefficient of each tensor by layer"
+    means = listed([f"{expert} {mean:.2f}" for expert, mean in file.means.items()])
+    figure = Figure(title, f"Means: {means}.", partial(draw, file), tables)
+    return [Fold(f"{name}: coefficients by layer", [figure, Text(note, "note")])] if tables else []
 
 
+Series = Mapping[str, Sequence[tuple[float, float]]]
 _NO_LOSSES = ("tokens", "learning_rate", "grad_norm", "tokens_per_second")
 
 
@@ -126,26 +134,18 @@ def _facts(run: Tuned) -> Facts:
 
 
 def _metrics(title: str, file: Tuning, keys: Sequence[str], axis: str) -> Figure:
-    series = [Line(key, 1 + index % 6, file.points[key], index) for index, key in enumerate(keys)]
-    ends = listed([f"{line.name} from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in series])
-    return Figure(title, f"{ends}.", lines(series, "step", axis), [_numbers(title, file, keys)], _legend(series))
+    series = {key: file.points[key] for key in keys}
+    return Figure(title, f"{_ends(series)}.", partial(lines, series, "step", axis), [_numbers(title, file, keys)])
 
 
 def _load(title: str, file: Tuning) -> Figure:
     experts = len(file.load[0][1])
-    series = [
-        Line(f"expert {index}", index % 7, [(step, load[index]) for step, load in file.load if len(load) == experts], index)
-        for index in range(experts)
-    ]
-    ends = listed([f"{line.name} {100 * line.points[-1][1]:.0f}%" for line in series])
+    series = {f"expert {i}": [(step, load[i]) for step, load in file.load if len(load) == experts] for i in range(experts)}
+    ends = listed([f"{name} {100 * points[-1][1]:.0f}%" for name, points in series.items()])
     columns = [Column("expert", numeric=True), Column("first", "%", numeric=True), Column("last", "%", numeric=True)]
-    rows = [[count(i), percent(line.points[0][1], 1), percent(line.points[-1][1], 1)] for i, line in enumerate(series)]
+    rows = [[count(i), percent(y[0][1], 1), percent(y[-1][1], 1)] for i, y in enumerate(series.values())]
     described = f"In the end: {ends}; an even share is {100 / experts:.0f}%."
-    return Figure(title, described, lines(series, "step", "share of the choices"), [Table(title, columns, rows)], _legend(series))
-
-
-def _legend(series: Sequence[Line]) -> list[Key]:
-    return [Key(line.name, line.colour, line=True, dash=line.dash % 4) for line in series]
+    return Figure(title, described, partial(lines, series, "step", "share of the choices"), [Table(title, columns, rows)])
 
 
 def _numbers(title: str, file: Tuning, keys: Sequence[str]) -> Table:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import yaml
 
 from moerge.evaluation.result import Difference, Evaluation, Score
+from moerge.figures import Panel, dots
 from moerge.formatting import listed, plural, short_names
 from moerge.reporting.blocks import (
     Block,
@@ -15,9 +17,7 @@ from moerge.reporting.blocks import (
     Column,
     Figure,
     Fold,
-    Grid,
     Heading,
-    Key,
     Section,
     Table,
     Text,
@@ -27,10 +27,13 @@ from moerge.reporting.blocks import (
 )
 from moerge.reporting.data import Collected
 from moerge.reporting.sections.demo import demo, demo_glance
-from moerge.reporting.svg import Dot, dots
 
 _ENOUGH = 20
 """Documents below which a bootstrap over them is known to give intervals that are too short."""
+_INTERVALS = (
+    "Bars are 95% intervals over documents; n is their number; the line is the first model. To compare two models, use their "
+    "paired differences below: intervals that overlap can hide a clear difference on the same documents."
+)
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "nats_per_byte")
 _DRAWN = ("exact_match", "pass@1", "bits_per_byte")
 _UNITS = {"exact_match": ("exact match", "%"), "pass@1": ("pass@1", "%")}
@@ -62,6 +65,7 @@ def _evaluation(evaluation: Evaluation, names: Mapping[str, str]) -> Iterator[Bl
         scores = [score for score in evaluation.scores if score.kind == kind]
         if scores:
             yield _figures(title, scores, evaluation, names)
+            yield Text(_INTERVALS, "note")
             yield _overview(scores, evaluation, names)
     if evaluation.differences:
         yield _differences(evaluation, names)
@@ -96,42 +100,27 @@ def _with_error(score: Score) -> str:
     return f"{_value(score, score.value):.{_digits(score)}f}{error}"
 
 
-def _figures(title: str, scores: Sequence[Score], evaluation: Evaluation, names: Mapping[str, str]) -> Grid:
-    """A figure for each benchmark or text, with a dot for each checkpoint."""
+def _figures(title: str, scores: Sequence[Score], evaluation: Evaluation, names: Mapping[str, str]) -> Figure:
+    """A panel for each benchmark or text, with a dot for each checkpoint."""
     groups: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
         if score.metric in _DRAWN or not any(other.metric in _DRAWN for other in scores):
             groups.setdefault((score.on, score.metric), []).append(score)
-    first = evaluation.checkpoints[0]
-    figures = []
-    for (on, metric), found in groups.items():
+    panels, spoken = [], []
+    for (on, metric), measured_on in groups.items():
         name, unit = _unit(metric)
         axis = f"{name}, {unit}" if unit and unit not in name else name
-        points = [_dot(score, names, 0 if score.checkpoint == first else 1) for score in found]
-        reference = next(
-            ((_value(score, score.value) or 0.0, names[first]) for score in found if score.checkpoint == first), None
-        )
-        spoken = ", ".join(f"{names.get(score.checkpoint, score.checkpoint)} {_with_error(score)}" for score in found)
-        caption = f"{on} (n = {found[0].documents:,})"
-        figures.append(Figure(caption, f"{axis}: {spoken}.", dots(points, axis, reference=reference if len(found) > 1 else None)))
-    legend = [Key(f"{names[first]}, what the others are compared with", 0), Key("the others", 1)]
-    note = "Bars are 95% intervals over documents; n is their number. To compare two models, use their paired differences below: "
-    note += "intervals that overlap can hide a clear difference on the same documents."
-    return Grid(title, figures, legend if len(evaluation.checkpoints) > 1 else [], note=note)
+        values = {names.get(score.checkpoint, score.checkpoint): _interval(score) for score in measured_on}
+        panels.append(Panel(f"{on} (n = {measured_on[0].documents:,})", axis, values, names[evaluation.checkpoints[0]]))
+        said = ", ".join(f"{names.get(score.checkpoint, score.checkpoint)} {_with_error(score)}" for score in measured_on)
+        spoken.append(f"{on}, {axis}: {said}.")
+    return Figure(title, " ".join(spoken), partial(dots, panels), [_overview(scores, evaluation, names)])
 
 
-def _dot(score: Score, names: Mapping[str, str], colour: int) -> Dot:
+def _interval(score: Score) -> tuple[float, float, float]:
     value, low, high = (_value(score, end) for end in (score.value, score.low, score.high))
     assert value is not None
-    note = _with_error(score)
-    return Dot(
-        names.get(score.checkpoint, score.checkpoint),
-        note,
-        colour,
-        value,
-        value if low is None else low,
-        value if high is None else high,
-    )
+    return value, value if low is None else low, value if high is None else high
 
 
 def _overview(scores: Sequence[Score], evaluation: Evaluation, names: Mapping[str, str]) -> Table:

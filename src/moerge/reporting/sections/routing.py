@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from moerge.formatting import listed, plural, short_names
-from moerge.inference.result import Routes, TextRoute
+from moerge.formatting import plural, short_names
+from moerge.inference.figure import draw, draw_layers, spoken
+from moerge.inference.result import Routes
 from moerge.reporting.blocks import (
     Block,
     Cell,
     Column,
     Figure,
     Fold,
-    Grid,
-    Key,
     Section,
     Table,
     Text,
@@ -23,7 +23,6 @@ from moerge.reporting.blocks import (
     words,
 )
 from moerge.reporting.data import Collected
-from moerge.reporting.svg import Bar, stacked_bars, stacked_columns
 
 _MEANING = {
     "sequence": "A sequence-routed model weighs whole documents: its bar is the mean weight of each expert over the documents "
@@ -32,7 +31,7 @@ _MEANING = {
     "experts, over layers and tokens (MergeME, figures 5 to 8).",
 }
 _THIN = (
-    "The thin bar below says how often each expert, alone, has the lowest loss on a document: what the best choice by document "
+    "The thin bars say how often each expert, alone, has the lowest loss on a document: what the best choice by document "
     "would be."
 )
 _PAPER = {
@@ -52,8 +51,8 @@ _TABLE_2 = {
 }
 
 
-def routing(found: Collected, colours: Mapping[str, int]) -> Section | None:
-    """Stacked bars by text, shares layer by layer, and tables of shares, accuracy, entropy and balance."""
+def routing(found: Collected) -> Section | None:
+    """Stacked bars, shares layer by layer, and tables of shares, accuracy, entropy and balance."""
     if not found.routes:
         return None
     short = short_names([route.checkpoint for route in found.routes])
@@ -63,60 +62,24 @@ def routing(found: Collected, colours: Mapping[str, int]) -> Section | None:
     named = list(zip(names, found.routes, strict=True))
     levels = list(dict.fromkeys(route.level for route in found.routes))
     blocks: list[Block] = [Text(_MEANING[level]) for level in levels if level in _MEANING]
-    blocks.append(_shares(named, colours))
+    blocks += [_shares(name, route) for name, route in named]
+    if any(text.best for _, route in named for text in route.texts.values()):
+        blocks.append(Text(_THIN, "note"))
+    blocks.append(_weights(named))
     blocks += [Text(_PAPER[level], "note") for level in levels if level in _PAPER]
     if "sequence" in levels:
         blocks.append(Fold("The paper's table 2, to compare with", [_table_2()]))
     blocks.append(_summary(named))
     for name, route in named:
         if any(text.layers for text in route.texts.values()):
-            blocks.append(Fold(f"{name}: layer by layer", [_layers(name, route, colours)]))
+            blocks.append(Fold(f"{name}: layer by layer", [_layers(name, route)]))
         if route.warnings:
             blocks.append(Text(f"{name}: {' '.join(route.warnings)}", "warning"))
     return Section("routing", "Where texts go", blocks, _glance(named))
 
 
-def _legend(routes: Iterable[Routes], colours: Mapping[str, int]) -> list[Key]:
-    experts = list(dict.fromkeys(expert for route in routes for expert in route.experts))
-    own = [Key(expert, colours[expert]) for expert in experts if colours[expert] or expert == "base"]
-    return own + [Key(f"others ({len(experts) - len(own)})", 0)] * (len(own) < len(experts))
-
-
-def _by_colour(shares: Mapping[str, float], experts: Sequence[str], colours: Mapping[str, int]) -> list[tuple[int, float]]:
-    return [(colours[expert], shares[expert]) for expert in experts]
-
-
-def _bar(label: str, route: Routes, text: TextRoute, own: str, colours: Mapping[str, int]) -> Bar:
-    accuracy = f"{100 * text.accuracy:.0f}% to {own}, " if text.accuracy is not None else ""
-    best = _by_colour(text.best, route.experts, colours) if text.best and set(text.best) == set(route.experts) else ()
-    return Bar(label, f"{accuracy}n = {text.documents:,}", _by_colour(text.alpha, route.experts, colours), best)
-
-
-def _shares(named: Sequence[tuple[str, Routes]], colours: Mapping[str, int]) -> Block:
-    """For one model a bar for each text; for several a figure for each text with a bar for each model, as in figure 5."""
-    routes = [route for _, route in named]
-    texts = list(dict.fromkeys(text for route in routes for text in route.texts))
-    thin = [_THIN] if any(text.best for route in routes for text in route.texts.values()) else []
-    unit = "mean weight in %; n documents"
-    if len(named) == 1:
-        name, route = named[0]
-        bars = [_bar(text, route, route.texts[text], text, colours) for text in texts]
-        described = " ".join(_spoken(text, route.texts[text]) for text in texts)
-        drawing = stacked_bars(bars)
-        title = f"{name}: {unit}. {' '.join(thin)}"
-        return Figure(title, described, drawing, [_weights(named)], _legend(routes, colours))
-    figures = []
-    for text in texts:
-        having = [(name, route) for name, route in named if text in route.texts]
-        bars = [_bar(name, route, route.texts[text], text, colours) for name, route in having]
-        described = " ".join(_spoken(name, route.texts[text]) for name, route in having)
-        figures.append(Figure(text, described, stacked_bars(bars)))
-    return Grid(f"Shares of each text, {unit}", figures, _legend(routes, colours), [_weights(named)], " ".join(thin))
-
-
-def _spoken(name: str, text: TextRoute) -> str:
-    shares = sorted(text.alpha.items(), key=lambda item: -item[1])
-    return f"{name}: {', '.join(f'{expert} {100 * share:.0f}%' for expert, share in shares)}."
+def _shares(name: str, route: Routes) -> Figure:
+    return Figure(f"{name}: mean weight of each expert", spoken(route), partial(draw, route), [_weights([(name, route)])])
 
 
 def _weights(named: Sequence[tuple[str, Routes]]) -> Table:
@@ -162,19 +125,15 @@ def _summary(named: Sequence[tuple[str, Routes]]) -> Table:
     return Table("Accuracy and load balance", columns, rows, note)
 
 
-def _layers(name: str, route: Routes, colours: Mapping[str, int]) -> Grid:
-    figures, rows = [], []
-    for label, text in route.texts.items():
-        shares = [_by_colour(layer, route.experts, colours) for layer in text.layers or ()]
-        described = (
-            f"{name}, {label}: shares of {listed(route.experts)} in {plural(len(shares), 'layer')}; the numbers are in the table."
-        )
-        figures.append(Figure(f"{label} (n = {text.documents:,})", described, stacked_columns(shares, "layer")))
-        for index, layer in enumerate(text.layers or ()):
-            rows.append([words(label), count(index), *(percent(layer[expert], 1) for expert in route.experts)])
+def _layers(name: str, route: Routes) -> Figure:
+    rows = [
+        [words(label), count(index), *(percent(layer[expert], 1) for expert in route.experts)]
+        for label, text in route.texts.items()
+        for index, layer in enumerate(text.layers or ())
+    ]
     columns = [Column("text"), Column("layer", numeric=True), *(Column(expert, "%", numeric=True) for expert in route.experts)]
     table = Table(f"{name}: mean weight in each layer", columns, rows)
-    return Grid(f"{name}: mean weight in each layer, 0 to 100%", figures, _legend([route], colours), [table])
+    return Figure(f"{name}: mean weight of each expert in each layer", spoken(route), partial(draw_layers, route), [table])
 
 
 def _table_2() -> Table:
