@@ -2,9 +2,9 @@
 
     python -m experiments.real --base PATH --corpus CORPUS --bench BENCH --tokenizer DIR --work DIR --budget cpu
 
-PATH is the model's folder, CORPUS/DOMAIN/{train,valid}.jsonl.zst the text, BENCH what `moerge eval --data` takes, with zstandard.
-What is finished in --work is not made again, so that the same command goes on after an interruption, and results are written
-after every row.
+PATH is the model's folder or GGUF file, CORPUS/DOMAIN/{train,valid}.jsonl.zst the text, and BENCH what `moerge eval --data`
+takes, with zstandard. What is finished in --work is not made again, so that the same command goes on after an interruption, and
+results are written after every row.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ORDER = ("0", "1", "2", "6", "4", "benchmarks", "3", "5")
 def main() -> None:
     """Run the steps of every seed; the first seed's come first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="the pretrained model's folder")
+    parser.add_argument("--base", type=Path, required=True, help="the pretrained model's folder, or a GGUF file")
     parser.add_argument("--corpus", type=Path, required=True, help="text by domain")
     parser.add_argument("--bench", type=Path, help="the benchmarks' files, for steps 4 and benchmarks")
     parser.add_argument("--tokenizer", type=Path, help="a folder with GPT-NeoX's tokenizer.json, for step 5")
@@ -65,7 +65,7 @@ def main() -> None:
         for step in options.steps:
             begun = time.perf_counter()
             if step == "0":
-                training.heal(options.base, work, budget)
+                training.heal(training.pretrained(options.base, work), work, budget)
             elif step == "1":
                 for domain in EXPERTS:
                     training.train_expert(work, budget, seed, domain)
