@@ -218,6 +218,7 @@ def session(
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, session: Session) -> None:
     blocks = snippets(page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from adapters import low_rank, write_adapter
 from command import moerge
+from moerge import system
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.header import read_header
 from moerge.checkpoint.locate import locate
@@ -287,8 +287,8 @@ def test_what_a_killed_extraction_left_goes_with_the_next_one(tmp_path: Path) ->
     for folder in (left, alive, others):
         folder.mkdir()
         (folder / "adapter_model.safetensors").touch()
-    with open(alive / "adapter_model.safetensors", "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(alive / "lock", "wb") as file:
+        assert system.lock(file)
         extract(str(models["math"]), tmp_path / "lora", base=str(models["base"]), rank=1)
     assert sorted(folder.name for folder in tmp_path.iterdir() if folder.name.startswith(".")) == [alive.name, others.name]
 

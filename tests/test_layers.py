@@ -35,7 +35,7 @@ modeling
 tensors
 distillation
 progress files registry quiet formatting
-errors
+errors system
 """
 """From top to bottom. Packages of one floor do not import each other."""
 

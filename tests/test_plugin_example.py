@@ -18,6 +18,8 @@ import yaml
 import tiny
 from command import Result, start
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "plugin"
 

@@ -15,6 +15,8 @@ from moerge.modeling import AUTO_MAP, code_files
 from moerge.tensors.digest import file_digest
 from tiny import edit_config, make_models, write_recipe
 
+pytestmark = pytest.mark.slow
+
 CURRENT = {name: path.read_bytes() for name, path in code_files().items()}
 
 

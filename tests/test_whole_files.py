@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from moerge.errors import MachineError
-from moerge.files import whole_file, write_whole
+from moerge.files import scratch_folder, whole_file, write_whole
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -33,3 +37,18 @@ def test_a_folder_is_made_but_not_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match=r"^cannot write .*/file/a\.csv: "):
         write_whole(tmp_path / "file" / "a.csv", b"1")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = "import os, tempfile; from moerge.files import scratch_folder; "
+    killed += f"tempfile.tempdir = {str(tmp_path)!r}; c = scratch_folder('moerge-x-'); c.__enter__(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed], check=False)
+    (left,) = tmp_path.iterdir()
+    with scratch_folder("moerge-x-") as other:
+        assert left.exists() and other.exists()  # it may just be beginning
+        for folder in (left, other):
+            os.utime(folder / ".in-use", (0, 0))
+        with scratch_folder("moerge-x-"):
+            assert not left.exists() and other.exists()
+    assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moerge.demonstration import demo
     from moerge.errors import InputError, MachineError, MoergeError
     from moerge.evaluation import evaluate
-    from moerge.extraction import extract
+    from moerge.extraction.extract import extract
     from moerge.gather.gather import stats
     from moerge.hub import push
     from moerge.inference.generation import generate

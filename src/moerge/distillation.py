@@ -1,4 +1,4 @@
-"""What learning minimises. Shapes: T tokens, V vocabulary, H hidden, K experts, C chunks."""
+"""Losses of learning and distillation. Shapes: T tokens, V vocabulary, H hidden, K experts, C chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moerge.files import whole_file
 
 @dataclass(frozen=True)
 class Target:
-    """What an expert makes of one of its texts: logits [T, V], or the largest with their ids, and chosen hidden states [T, H]."""
+    """An expert's outputs on one of its texts: logits [T, V], or the largest with their ids, and chosen hidden states [T, H]."""
 
     logits: torch.Tensor
     ids: torch.Tensor | None
@@ -74,12 +74,12 @@ class TargetFiles:
             save_file(kept, beside)
 
     def load(self, name: str) -> Target:
-        """What was kept for a text."""
+        """Load the target of a text."""
         found = load_file(self.file(name))
         return Target(found["logits"], found.get("ids"), tuple(found[f"hidden.{layer}"] for layer in self.layers))
 
     def file(self, name: str) -> Path:
-        """Where a text's targets lie."""
+        """Return the path of a text's targets."""
         return self.folder / f"{name}.safetensors"
 
 

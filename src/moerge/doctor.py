@@ -124,7 +124,7 @@ def diagnose() -> Diagnosis:
 
 
 def _dependencies(extra: str) -> list[Dependency]:
-    """What moerge's own metadata lists for an extra, or for the core where `extra` is empty."""
+    """Return the packages that moerge's own metadata lists for an extra, or for the core where `extra` is empty."""
     wanted: dict[str, SpecifierSet] = {}
     for requirement in map(Requirement, requires("moerge") or ()):
         marker = requirement.marker

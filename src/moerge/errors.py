@@ -48,7 +48,7 @@ class Interrupted(MoergeError):
 
 
 def suggest(unknown: str, known: Iterable[str]) -> str:
-    """How to end the sentence about an unknown name: the nearest known one, or all of them."""
+    """End the sentence about an unknown name: with the nearest known one, or all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.6)
     if near:

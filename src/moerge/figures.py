@@ -1,4 +1,4 @@
-"""What all figures share: colours that colour-blind people can tell apart, vector and pixel files, and the same data beside them.
+"""Figures: colours that colour-blind people can tell apart, vector and pixel files, and the same data beside them.
 
 A chart is a function that returns a matplotlib `Figure`, decorated with `chart`; `save` writes it. The same data give the same
 bytes with the same version of matplotlib. matplotlib (the extra `figures`) is imported when something is drawn.
@@ -43,7 +43,7 @@ P = ParamSpec("P")
 
 
 def available() -> bool:
-    """Whether figures can be drawn: `pip install 'moerge[figures]'`."""
+    """Return whether figures can be drawn: `pip install 'moerge[figures]'`."""
     return find_spec("matplotlib") is not None
 
 
@@ -131,7 +131,7 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """How numbers become colours: a colour map from `low` to `high`, and what they are, with their unit."""
+    """A colour scale: a colour map from `low` to `high`, and a label with the unit."""
 
     label: str
     colours: str

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,13 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moerge.errors import InputError, MachineError, SourceChangedError
+from moerge.system import lock
 
 LONGEST_NAME = 230
 """Bytes: 255 on the usual file systems, with room for the names of what lies beside a target until it is complete."""
 
 
 class FileState(NamedTuple):
-    """What tells that a file was overwritten or replaced."""
+    """The state by which a file that was overwritten or replaced is noticed."""
 
     size: int
     modified_ns: int
@@ -82,6 +86,7 @@ def check_unchanged(files: Iterable[SourceFile]) -> None:
         file.check_here()
 
 
+_IN_USE, _SECONDS_TO_LOCK = ".in-use", 60
 LONGEST_LABEL = 80
 """Characters of a name in a recipe that files are called after: at most three bytes each, as long as nobody is out to do harm."""
 
@@ -94,7 +99,7 @@ def as_path(value: Any, what: str) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file of this name; there is none of a name that no file can have."""
+    """Return whether there is a file of this name; there is none of a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -207,17 +212,16 @@ def write_whole(path: Path, content: bytes) -> None:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def make_durable(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def umask() -> int:
-    """The process's; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder, removed at the end. Those of this prefix whose process was killed are removed before."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as name, open(Path(name) / _IN_USE, "wb") as file:
+        folder = Path(name)
+        lock(file)
+        with open(folder / _IN_USE, "rb") as again:
+            locks_work = not lock(again)
+        for old in folder.parent.glob(f"{prefix}*") if locks_work else ():
+            with suppress(OSError), open(old / _IN_USE, "rb") as left:
+                if time.time() - os.fstat(left.fileno()).st_mtime > _SECONDS_TO_LOCK and lock(left):
+                    shutil.rmtree(old, ignore_errors=True)
+        yield folder

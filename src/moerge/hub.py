@@ -32,7 +32,7 @@ _REPO = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to the Hub: sizes in bytes by file name, and warnings about what will be public."""
+    """The files for the Hub: sizes in bytes by file name, and warnings about what will be public."""
 
     checkpoint: Checkpoint
     repo: str
@@ -54,6 +54,11 @@ class Pushed(Displayed):
     url: str | None = None
     commit: str | None = None
     removed: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return the upload's warnings."""
+        return self.upload.warnings
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""

@@ -42,7 +42,7 @@ _WHOLE_MODEL = re.compile(r"experts\.(\d+)\.")
 
 @dataclass(frozen=True, repr=False)
 class Verification(Displayed):
-    """What `verify` found; no problems means intact. `notes` are what may be of interest."""
+    """The result of `verify`; no problems means intact. `notes` are what may be of interest."""
 
     checkpoint: Checkpoint
     problems: tuple[str, ...]
@@ -128,7 +128,7 @@ def _expected(checkpoint: Checkpoint, family: Family | None) -> list[Expected]:
 
 
 def _role_of(checkpoint: Checkpoint, family: Family | None) -> Callable[[str], str | None]:
-    """What tells the role of a tensor by its name, None if the model has no such tensor."""
+    """Return a function from a tensor's name to its role, None if the model has no such tensor."""
     if checkpoint.model_type == HETEROGENEOUS:
         return {tensor.name: tensor.role for tensor in _expected(checkpoint, family)}.get
     if checkpoint.model_type == MODEL_TYPE:
@@ -155,7 +155,7 @@ def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: A
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Displayed):
-    """What a checkpoint is, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
+    """The facts of a checkpoint, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
 
     checkpoint: Checkpoint
     family: str | None

@@ -13,6 +13,8 @@ from moerge.architecture.decoder_transformers import ask_transformers
 from moerge.architecture.family import Expected
 from moerge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {
     "bloom": lambda: transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4),

@@ -13,6 +13,8 @@ from adapters import low_rank, write_adapter
 from command import Result, start
 from tiny import make_models, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:

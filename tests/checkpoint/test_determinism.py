@@ -14,6 +14,8 @@ from moerge.checkpoint.staging import assign_shards
 from moerge.merging.pipeline import merge, plan
 from tiny import make_models, read_tensors, write_recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPES: dict[str, dict[str, Any]] = {
     "average": {},
     "linear": {"merge": {"method": "linear"}},

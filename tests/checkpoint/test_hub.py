@@ -16,6 +16,8 @@ from moerge.checkpoint.header import read_header
 from moerge.merging.pipeline import merge
 from tiny import edit_config, make_models, write_recipe
 
+pytestmark = pytest.mark.slow
+
 ON_HUB = {"base": "org/base", "experts": {"math": "org/math@main", "code": "org/code"}}
 
 

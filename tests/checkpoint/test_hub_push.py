@@ -18,6 +18,8 @@ from moerge.extraction import extract
 from moerge.hub import prepare
 from tiny import make_models, write_recipe
 
+pytestmark = pytest.mark.slow
+
 FILES = {"README.md", "config.json", "generation_config.json", "moerge.json", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 
 from command import moerge
-from moerge.checkpoint import staging
+from moerge import system
 from moerge.checkpoint.staging import JOURNAL, Staging, staging_folder
 from moerge.merging.pipeline import merge
 from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+
+pytestmark = pytest.mark.slow
 
 DENSE = {"merge": {"method": "ties", "scope": "model", "overrides": [{"match": "attention", "method": "dare"}]}}
 MOE = {"merge": {"method": "linear"}, "moe": {"router": {"seed": 3}}}
@@ -56,7 +58,7 @@ def crashing(after: int) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pwrite", "posix_fallocate", "fsync", "rename", "unlink", "mkdir", "rmdir"):
             patch.setattr(os, name, breaking(name, getattr(os, name)))
-        patch.setattr(staging, "_exchange", breaking("exchange", staging._exchange))
+        patch.setattr(system, "exchange", breaking("exchange", system.exchange))
         patch.setattr(Staging, "_append", breaking("journal", Staging._append))
         yield calls
 
@@ -113,7 +115,7 @@ def test_what_has_the_targets_name_is_complete_at_every_moment(
     """Also while --force replaces an older checkpoint; there is always one where folders can be swapped."""
     make_models(tmp_path)
     if not swaps:
-        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(system, "exchange", lambda one, other: False)
     elif not can_swap(tmp_path):
         pytest.skip("this file system cannot swap two folders")
     old, new = write_recipe(tmp_path, "old.yaml"), write_recipe(tmp_path, "new.yaml", **DENSE)
@@ -142,7 +144,7 @@ def can_swap(folder: Path) -> bool:
     for name in ("one", "other"):
         (folder / name).mkdir()
     (folder / "one" / "mark").touch()
-    able = staging._exchange(folder / "one", folder / "other")
+    able = system.exchange(folder / "one", folder / "other")
     assert (folder / "other" / "mark").exists() == able
     for name in ("one", "other"):
         shutil.rmtree(folder / name)

@@ -21,6 +21,8 @@ from moerge.merging.pipeline import merge
 from recorded import Recorded
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
+pytestmark = pytest.mark.slow
+
 TIES = {"merge": {"method": "ties", "scope": "model"}}
 
 

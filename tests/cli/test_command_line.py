@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -167,3 +168,11 @@ def test_progress_appears_only_on_long_work(
         silent.phase("merging", 10)(10)
         time.sleep(0.3)
     assert capfd.readouterr().err == ""
+
+
+def test_a_console_that_lacks_letters(models: Path) -> None:
+    renamed = models.parent / "modèle"
+    shutil.copytree(models / "base", renamed)
+    process = start("inspect", renamed, env={"PYTHONIOENCODING": "ascii", "COLUMNS": "200"})
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and "mod\\xe8le" in out

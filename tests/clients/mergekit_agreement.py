@@ -43,9 +43,10 @@ MERGING = ["--random-seed", "0", "--lora-merge-cache", "adapters", "--lora-merge
 CALLER = """
 import json, sys
 from mergekit.scripts.moe import main as moe
+from mergekit.scripts.multimerge import main as multi
 from mergekit.scripts.run_yaml import main as merge
-for is_moe, arguments in json.loads(sys.argv[1]):
-    (moe if is_moe else merge)(arguments, standalone_mode=False)
+for kind, arguments in json.loads(sys.argv[1]):
+    {"moe": moe, "multi": multi, "merge": merge}[kind](arguments, standalone_mode=False)
 """
 EXACT = "dtype: float32\nout_dtype: bfloat16\n"
 
@@ -178,6 +179,32 @@ models:
 base_model: models/base
 merge_method: task_arithmetic
 """
+ADAPTERS = """
+models:
+  - {model: models/math+models/lora, parameters: {weight: 0.5}}
+  - {model: models/code+models/lora, parameters: {weight: 0.25}}
+merge_method: linear
+"""
+ON_ADAPTED = """
+models: [{model: models/math+models/lora, parameters: {weight: 0.5}}, {model: models/code, parameters: {weight: 0.25}}]
+base_model: models/knowledge+models/lora
+merge_method: task_arithmetic
+"""
+MULTI = f"""
+name: first
+models: [{{model: models/math, parameters: {{weight: 0.5}}}}, {{model: models/code, parameters: {{weight: 0.25}}}}]
+base_model: models/base
+merge_method: task_arithmetic
+{EXACT}---
+name: second
+models: [{{model: first}}, {{model: models/knowledge}}]
+merge_method: karcher
+{EXACT}---
+models: [{{model: second}}]
+base_model: first
+merge_method: slerp
+parameters: {{t: 0.3}}
+"""
 ALIKE = f"{STOCK.replace('models/', 'alike/')}merge_method: model_stock\n"
 VOCABULARIES = """
 models:
@@ -229,6 +256,9 @@ CASES = [
     case("della", generalized("della", "  epsilon: 0.1\n"), MASKS),
     case("della_linear", generalized("della_linear", "  epsilon: 0.1\n"), MASKS),
     case("an adapter", ADAPTER),
+    case("adapters without a base", ADAPTERS),
+    case("adapters on other models, and on the base", ON_ADAPTED),
+    case("mergekit-multi", MULTI),
     case("model_stock, one task", ALIKE),
     case("other vocabularies, base", VOCABULARIES % "base"),
     case("other vocabularies, union", VOCABULARIES % "union"),
@@ -351,9 +381,13 @@ def run_mergekit(python: Path, files: Sequence[Path]) -> None:
     calls = []
     for file in files:
         shutil.rmtree(theirs(file), ignore_errors=True)
-        is_moe = "experts" in yaml.safe_load(file.read_text())
-        options = ["--device", "cpu"] if is_moe else MERGING
-        calls.append([is_moe, [file.name, theirs(file).name, "--quiet", "--clone-tensors", "--no-write-model-card", *options]])
+        documents = list(yaml.safe_load_all(file.read_text()))
+        kind = "multi" if len(documents) > 1 else "moe" if "experts" in documents[0] else "merge"
+        options = ["--device", "cpu"] if kind == "moe" else MERGING
+        target = [theirs(file).name]
+        if kind == "multi":
+            target = ["--out-path", *target, "--intermediate-dir", f"{file.stem}-steps", "--no-lazy"]
+        calls.append([kind, [file.name, *target, "--quiet", "--clone-tensors", "--no-write-model-card", *options]])
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run([python, "-c", CALLER, json.dumps(calls)], env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

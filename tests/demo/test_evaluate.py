@@ -12,6 +12,8 @@ from moerge.demonstration.runtime import load
 from moerge.demonstration.text import Corpus
 from moerge.demonstration.train import END, WINDOW
 
+pytestmark = pytest.mark.slow
+
 
 def test_is_the_exponential_of_the_mean_loss_of_every_token(trained: dict[str, Path], corpora: dict[str, Corpus]) -> None:
     import torch

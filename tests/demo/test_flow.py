@@ -15,9 +15,12 @@ from rich.console import Console
 
 from command import moerge, start
 from moerge import load_recipe
-from moerge.demonstration import DemoResult, run
+from moerge.demonstration import DemoResult
+from moerge.demonstration import demo as run
 from moerge.demonstration.recipes import NAMES, recipe
 from moerge.errors import InputError, MachineError
+
+pytestmark = pytest.mark.slow
 
 EXPERTS = ("math", "code", "knowledge")
 
@@ -102,12 +105,15 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
     process = start("demo", "--out", tmp_path / "out")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / ".moerge-demo").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / ".moerge-demo").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert err.endswith("moerge: interrupted\n") and "Traceback" not in err + out
 

@@ -13,6 +13,8 @@ from command import moerge
 from moerge.demonstration.evaluate import perplexities
 from moerge.demonstration.text import Corpus
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = ("math", "code", "knowledge")
 
 

@@ -12,6 +12,8 @@ from moerge.demonstration.evaluate import perplexities
 from moerge.demonstration.text import Corpus
 from moerge.demonstration.train import END, TRAININGS, pack, total_steps, train_experts, train_models
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = ("math", "code", "knowledge")
 
 

@@ -18,6 +18,8 @@ from moerge.evaluation import run as running
 
 pytest.importorskip("torch", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = {
     "math": [" ".join(f"w{3 + (7 * index + start) % 61}" for index in range(9 + start)) for start in range(6)],
     "code": ["w3 w4 w5 w6 w7", "w50 w40 w30"],

@@ -15,6 +15,8 @@ from moerge.runtime.loading import Loaded, load
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 pytest.importorskip("lm_eval", reason="needs moerge[eval]")
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["w3 w24", "w7 w52", "w43 w60 w3", "w59", "w31 w37"]
 
 

@@ -17,6 +17,8 @@ from moerge.evaluation.harness import _Loader, prompt_settings, run_task
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs moerge[eval]")
 
+pytestmark = pytest.mark.slow
+
 SHOTS = {"gsm8k": 8, "math": 4, "mbpp": 0, "humaneval": 0, "nq": 5, "triviaqa": 5}
 QUESTION = {"gsm8k": "Q: ", "math": "Problem:", "mbpp": "[BEGIN]", "humaneval": "def ", "nq": "Q: ", "triviaqa": "Question: "}
 

@@ -15,6 +15,8 @@ from moerge.runtime.loading import Loaded, load
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = [
     "w3 w4 w5 w6",
     "w7",

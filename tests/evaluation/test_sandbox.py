@@ -13,6 +13,8 @@ from moerge.errors import MachineError
 from moerge.evaluation import sandbox
 from moerge.evaluation.sandbox import describe_wall, run_program
 
+pytestmark = pytest.mark.slow
+
 WALLS = ["bubblewrap", "namespace", "limits"]
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moerge.cli import show_evaluation
+from moerge.cli.views import evaluation
 from moerge.evaluation import sandbox
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def test_a_tool_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["bubblewrap", "namespace", "limits"])
 def test_the_user_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, quiet: bool) -> None:
     monkeypatch.setattr(sandbox, "wall", lambda: name)
-    show_evaluation.wall(quiet=quiet)
+    evaluation.wall(quiet=quiet)
     said = capsys.readouterr().err
     assert said.startswith("warning: ") == (name != "bubblewrap")
     assert said.count("\n") == (0 if quiet and name == "bubblewrap" else 1)

@@ -129,16 +129,16 @@ def merged(recipe: Any, out: Path, **options: Any) -> None:
 
 
 def show_plan(plan: Any) -> None:
-    from moerge.cli import show
+    from moerge.cli.views import merging
 
-    show.plan(plan, 1, as_json=False)
+    merging.plan(plan, 1, as_json=False)
 
 
 def looking(*names: str) -> Run:
     def run(folder: Path, rng: Random) -> None:
-        from moerge.cli import show
+        from moerge.cli.views import merging
 
-        show.inspection(moerge.inspect(folder / rng.choice(names)), as_json=False)
+        merging.inspection(moerge.inspect(folder / rng.choice(names)), as_json=False)
 
     return run
 

@@ -9,6 +9,8 @@ from world import make_world
 
 from fuzz import KINDS, case, is_fault
 
+pytestmark = pytest.mark.slow
+
 CASES = 6
 
 

@@ -16,6 +16,8 @@ from moerge.errors import InputError
 from moerge.runtime import loading
 from tiny import edit_config, make_models, write_json
 
+pytestmark = pytest.mark.slow
+
 CUT = 3000
 
 

@@ -17,6 +17,8 @@ from tiny import EXPERTS, edit_config, make_models
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "w5 w9 w33 w7"
 IDS = torch.tensor([[5, 9, 33, 7]])
 

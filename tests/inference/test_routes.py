@@ -20,6 +20,8 @@ from tiny import EXPERTS, write_recipe
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["base", *EXPERTS]
 DOCUMENTS = {"math": ["w3 w4 w5 w6", "w7 w8 w9", "w10 w11 w12 w13 w14"], "poems": ["w40 w41 w42", "w50 w51"]}
 

@@ -13,6 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from moerge.distillation import Target, departure, entropy, hidden_distance, soft_cross_entropy
 from moerge.learning.model import MergingModel
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 

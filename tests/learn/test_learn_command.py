@@ -20,6 +20,8 @@ from moerge.planning.build import build_plan
 from moerge.recipe.coefficients import Coefficients, read_coefficients
 from tiny import make_models, read_tensors, read_values
 
+pytestmark = pytest.mark.slow
+
 LEARN = {"gamma": 0.0, "heldout": 0.0, "learning_rate": 1.0}
 
 
@@ -191,3 +193,12 @@ def test_coefficients_of_other_experts_are_refused(tmp_path: Path) -> None:
     written["merge"]["file"] = "out/config.json"
     recipe.write_text(yaml.safe_dump(written, sort_keys=False))
     assert "config.json is damaged, or was written by another version of moerge" in fails("plan", recipe)
+
+
+def test_an_expert_that_changes_while_it_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, source = write(tmp_path), next(tmp_path.glob("*/model.safetensors"))
+    written = Coefficients.write
+    monkeypatch.setattr(Coefficients, "write", lambda self, path: (os.utime(source), written(self, path))[1])
+    result = moerge("learn", recipe, tmp_path / "out", "--quiet")
+    assert result.code == 1 and str(source) in result.err
+    assert not (tmp_path / "out").exists()

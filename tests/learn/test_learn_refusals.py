@@ -13,6 +13,8 @@ from learn_models import make_recipe
 from command import moerge
 from tiny import edit_config, make_models, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder: Path, models: Mapping[str, Path] | None = None, **sections: Any) -> Path:
     """A recipe that learns; its file."""

@@ -20,6 +20,8 @@ from moerge.merging.pipeline import merge
 from moerge.planning.build import build_plan
 from tiny import llama_config, llama_tensors, make_models, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def run(recipe: Any) -> Learned:
     return learn_coefficients(recipe, dense_plan(recipe), recipe.learn)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from command import moerge
 from moerge.recipe.coefficients import read_coefficients
 from tiny import write_tokenizer
+
+pytestmark = pytest.mark.slow
 
 
 def save_models(folder: Path) -> None:

@@ -21,7 +21,7 @@ import reference
 TABLES = (oracles_elementwise, oracles_sparse, oracles_spectral, oracles_statistics)
 FILES = sorted({file for table in TABLES for file in (*table.COMPARED, *table.NOT_OURS)})
 ELSEWHERE = {"moe_forward"}
-"""Compared where routed models are tested."""
+"""Compared in `tests/moe/test_oracle_forward.py`; its other cases put a router in place of single projections."""
 
 
 def together(name: str) -> dict[str, dict[str, Any]]:

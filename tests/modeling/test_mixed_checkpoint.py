@@ -24,6 +24,8 @@ from moerge.modeling import (
 )
 from moerge.runtime.single_expert import load_one_expert
 
+pytestmark = pytest.mark.slow
+
 GROUPS = [
     FOUR,
     ("gpt2", "gemma2", "bloom", "opt", "mpt"),

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moerge.modeling import MoergeHeterogeneousForCausalLM
 
+pytestmark = pytest.mark.slow
+
 EXACT = [family for family in CONFIGS if family != "gemma2"]
 """What can be written as a head on final states: Gemma 2 caps its logits."""
 

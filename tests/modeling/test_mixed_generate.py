@@ -15,6 +15,8 @@ from moerge.modeling import MoergeHeterogeneousForCausalLM, Routing
 from moerge.modeling.experts_moerge import MoergeHeterogeneousCache
 from moerge.modeling.versions_moerge import CACHE
 
+pytestmark = pytest.mark.slow
+
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beam": {"do_sample": False, "num_beams": 3},

@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft", reason="needs peft")
 from mixed_models import FOUR, mixed  # noqa: E402
 from routed_models import prompts  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "query_key_value", "up"]])

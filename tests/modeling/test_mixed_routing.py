@@ -14,6 +14,8 @@ from torch import Tensor
 from moerge.modeling import MoergeHeterogeneousForCausalLM
 from moerge.modeling.routing_moerge import weigh
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["perplexity", "random", "learned"]
 
 

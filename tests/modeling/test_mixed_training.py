@@ -15,6 +15,8 @@ from torch.nn import functional
 from moerge.modeling import MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM, Routing
 from moerge.modeling.versions_moerge import CACHE
 
+pytestmark = pytest.mark.slow
+
 EMBEDDINGS = ("shared", "separate")
 
 

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from moerge.modeling import AUTO_MAP, MoergeConfig, MoergeForCausalLM, MoergeModel, code_files, register, separate_name
 from moerge.modeling.versions_moerge import CACHE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moerge.modeling import MoergeForCausalLM
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [
     ("llama", False),
     ("llama", True),

@@ -14,6 +14,8 @@ from transformers import DynamicCache
 from moerge.modeling import MoergeCache, MoergeForCausalLM
 from moerge.modeling.versions_moerge import CACHE
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     ("layer", ["ffn"], "perplexity"),
     ("layer", ["ffn", "attention"], "random"),

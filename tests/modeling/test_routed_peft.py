@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft", reason="needs peft")
 
 from routed_models import prompts, routed  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")]
 KINDS = ["perplexity", "task_vector", "learned", "random"]
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from moerge.modeling import MoergeForCausalLM, Routing, dense_name, layer_of, role_of, separate_name
 from moerge.modeling.routing_moerge import weigh
 
+pytestmark = pytest.mark.slow
+
 
 def slow_perplexity(model: MoergeForCausalLM, ids_T: Tensor) -> list[float]:
     """exp(-1/t sum log P(x_j | x_<j)) under each expert's path, over the predicted tokens."""

@@ -13,6 +13,8 @@ from torch.nn import functional
 from moerge.modeling import Routing, dense_name
 from moerge.modeling.versions_moerge import CACHE
 
+pytestmark = pytest.mark.slow
+
 MIXES = ("layer", "output", "logits")
 
 

@@ -19,6 +19,8 @@ from moerge.modeling import MoergeCache, code_files, versions_moerge
 from moerge.modeling.generation_moerge import MoergeGenerationMixin
 from moerge.modeling.versions_moerge import CACHE, CACHES, Cache, GenerationMixin, check_overrides, check_takes
 
+pytestmark = pytest.mark.slow
+
 INHERITED = {
     *("early_initialization", "offload", "prefetch"),  # of static and offloaded caches
     *("update_conv_state", "update_recurrent_state", "update_indexer", "get_conv_state", "get_recurrent_state"),  # of a lane

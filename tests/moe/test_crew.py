@@ -19,6 +19,8 @@ from moerge.tensors.threads import one_thread_each
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("base", *tiny.EXPERTS)
 SIZES = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 2}
 

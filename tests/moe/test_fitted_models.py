@@ -22,6 +22,8 @@ transformers = pytest.importorskip("transformers", reason="needs moerge[models]"
 
 from moerge.modeling import register  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = {"wide": 16, "narrow": 8}
 
 

@@ -17,6 +17,8 @@ from hf_models import FAMILIES, LINEAR, LLAMA3, TOKENS, YARN, load, logits, rand
 from moerge.architecture import moe_formats
 from tiny import read_values, write_checkpoint, write_recipe
 
+pytestmark = pytest.mark.slow
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("mixtral", {"rope_parameters": YARN}),

@@ -27,6 +27,8 @@ from recorded import Recorded
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("base", *tiny.EXPERTS)
 WORDS = {name: range(3 + 15 * index, 7 + 15 * index) for index, name in enumerate(NAMES)}
 

@@ -15,6 +15,8 @@ from moerge.texts import overlap, read_documents
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 DOMAINS = {"base": "general", "math": "math", "code": "code", "knowledge": "knowledge"}
 HELD_OUT = 12
 """Texts a domain that perplexity is measured on."""

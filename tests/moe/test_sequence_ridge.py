@@ -25,6 +25,8 @@ transformers = pytest.importorskip("transformers", reason="needs moerge[models]"
 
 from moerge.modeling import register  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("base", *tiny.EXPERTS)
 
 

@@ -20,6 +20,8 @@ transformers = pytest.importorskip("transformers", reason="needs moerge[models]"
 
 from moerge.modeling import ROLES, code_files, register, separate_name  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[1, 5, 9, 33, 7, 40, 12]])
 BASE = {"base": "base", "experts": {name: name for name in EXPERTS}}
 

@@ -22,6 +22,8 @@ from moerge.tokenizer import token_ids
 from tiny import read_tensors, read_values, write_checkpoint, write_json
 from whole_models import MIXED, built, make_mixed, make_model, write_bpe, write_whole
 
+pytestmark = pytest.mark.slow
+
 RANDOM = {"projectors": "random"}
 
 

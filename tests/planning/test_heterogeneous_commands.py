@@ -13,6 +13,8 @@ from moerge.modeling import register
 from tiny import read_tensors
 from whole_models import TEXT, ids_of, make_mixed, write_whole
 
+pytestmark = pytest.mark.slow
+
 register()
 NAMES = ("llama", "gpt_neox")
 

@@ -16,6 +16,8 @@ from moerge.modeling import register
 from tiny import read_tensors
 from whole_models import MIXED, ids_of, make_model, write_whole
 
+pytestmark = pytest.mark.slow
+
 register()
 ALONE = {
     "llama": {},

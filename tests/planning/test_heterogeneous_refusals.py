@@ -14,6 +14,8 @@ from moerge.checkpoint.reader import INDEX
 from tiny import edit_config, make_models, read_values, write_checkpoint, write_json, write_recipe
 from whole_models import make_mixed, write_whole
 
+pytestmark = pytest.mark.slow
+
 MOE = {"format": "moerge", "projectors": "fitted", "router": {"kind": "uniform"}}
 
 

@@ -11,6 +11,8 @@ from command import moerge
 from tiny import read_values, write_safetensors
 from whole_models import MIXED, built, write_whole
 
+pytestmark = pytest.mark.slow
+
 RANDOM = {"projectors": "random"}
 
 

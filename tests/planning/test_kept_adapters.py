@@ -18,6 +18,8 @@ from moerge.errors import InputError
 from moerge.modeling import register
 from tiny import make_models, read_tensors, read_values, write_recipe
 
+pytestmark = pytest.mark.slow
+
 FFN = {"mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24)}
 ATTENTION = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16)}
 EXPERTS = {"math": "math", "code": "code", "knowledge": "knowledge"}

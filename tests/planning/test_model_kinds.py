@@ -104,5 +104,6 @@ def test_a_nested_config_of_an_unknown_family_gets_the_rows(tmp_path: Path) -> N
     recipe = tiny.write_recipe(tmp_path, experts=["a"], tokenizer="union", merge={"method": "task_arithmetic"})
     moerge.merge(recipe, tmp_path / "out", threads=1)
     config = hf_models.read_config(tmp_path / "out")
-    assert "vocab_size" not in config and config["text_config"]["vocab_size"] == 70
+    written = hf_models.read_config(tmp_path / "base")
+    assert config.keys() == written.keys() | {"dtype", "torch_dtype"} and config["text_config"] == {**text, "vocab_size": 70}
     assert tiny.read_values(tmp_path / "out")["model.embed_tokens.weight"].shape[0] == 70

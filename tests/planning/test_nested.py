@@ -193,7 +193,7 @@ def test_bad_inner_recipes_are_named(here: Path, tmp_path: Path) -> None:
     refused(outer({"experts": PAIR, "merge": {"method": "ties"}}), r"experts\.inner: merge: ties works on task vectors")
     refused(outer("absent.yaml"), r"there is no recipe .*absent\.yaml")
     refused(outer({"experts": {"math": "maths"}}), "maths")
-    refused({"experts": {"a": {"model": "math", "adapter": "code"}}}, r"experts\.a\.adapter: .* is a whole model")
+    refused({"experts": {"a": {"model": "math", "adapter": "code"}}}, r"adapter of a: .* is a whole model")
     written = tmp_path / "recipe.yaml"
     written.write_text("experts:\n  a:\n    experts: {b: c}\n    merg: {}\n")
     refused(written, r"recipe\.yaml: experts\.a, line 4: merg: unknown key")

@@ -17,6 +17,8 @@ from vocabularies import EMBEDDING, HEAD, row, value, write_model
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 TEXT = "w3 w5 <|im_start|> w4 <|im_end|> w5"
 
 

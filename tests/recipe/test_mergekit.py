@@ -14,7 +14,7 @@ import mergekit_reference
 import moerge
 import tiny
 from command import moerge as command
-from moerge.errors import InputError
+from moerge.planning.equivalent import equivalent_recipe
 from moerge.recipe import load_recipe
 from moerge.recipe.document import Document
 from moerge.recipe.mergekit.parameters import read_setting
@@ -257,6 +257,105 @@ def test_an_adapter_is_merged_like_the_model_that_it_makes(here: Path, tmp_path:
     assert all((made[other] == base[other]).all() for other in base)
 
 
+def test_adapters_lie_on_any_model() -> None:
+    """With no base, on another model than the base, and on the base itself."""
+    pair = [{"model": f"org/{name}+org/lora-{name}", "parameters": {"weight": 1}} for name in ("x", "y")]
+    recipe = load_recipe({"models": pair, "merge_method": "linear"})
+    assert recipe.base is None
+    assert {n: (e.model, e.adapter) for n, e in recipe.experts.items()} == {
+        "lora-x": ("org/x", "org/lora-x"),
+        "lora-y": ("org/y", "org/lora-y"),
+    }
+    recipe = load_recipe({"models": pair, "merge_method": "ties", "base_model": "org/x"})
+    assert {n: (e.model, e.adapter) for n, e in recipe.experts.items()} == {
+        "lora-x": ("org/lora-x", None),
+        "lora-y": ("org/y", "org/lora-y"),
+    }
+    recipe = load_recipe({"models": pair, "merge_method": "ties", "base_model": "org/base+org/lora"})
+    assert (recipe.base, recipe.base_adapter) == ("org/base", "org/lora")
+
+
+def test_adapters_on_any_model_are_merged(here: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    factors = adapters.low_rank(name, (24, 16), rank=2)
+    lora = str(adapters.write_adapter(tmp_path / "lo+ra", factors, r=2, lora_alpha=4))
+    delta = 2 * factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
+    models = [{"model": {"model": {"path": "math"}, "lora": {"path": lora}}}, {"model": "code"}]
+    recipe = {"models": models, "merge_method": "task_arithmetic", "base_model": f"base+{lora}", "parameters": {"weight": 0.5}}
+    made = tiny.read_values(moerge.merge({**recipe, "dtype": "float32"}, tmp_path / "out", threads=1).folder)
+    base, math, code = (tiny.read_values(here / model)[f"{name}.weight"] for model in ("base", "math", "code"))
+    base, math = base + delta, math + delta
+    np.testing.assert_allclose(made[f"{name}.weight"], base + 0.5 * (math - base) + 0.5 * (code - base), atol=1e-6)
+
+
+def test_a_path_with_a_plus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.make_models(tmp_path / "a+b")
+    recipe = {"models": [{"model": "a+b/math"}, {"model": "a+b/code"}], "merge_method": "karcher"}
+    assert [expert.model for expert in load_recipe(recipe).experts.values()] == ["a+b/math", "a+b/code"]
+    moerge.plan(recipe)
+    mapped = {"model": {"path": "a+b/math"}, "lora": {"path": "no+such"}}
+    (expert,) = load_recipe({"models": [{"model": mapped}], "merge_method": "linear"}).experts.values()
+    assert (expert.model, expert.adapter) == ("a+b/math", "no+such")
+
+
+MULTI = """\
+name: first
+merge_method: ties
+models: [{model: math, parameters: {weight: 1, density: 0.5}}, {model: code, parameters: {weight: 0.5}}]
+base_model: base
+---
+merge_method: slerp
+models: [{model: second}, {model: first}]
+base_model: second
+parameters: {t: 0.25}
+---
+name: second
+merge_method: task_arithmetic
+models: [{model: first, parameters: {weight: -0.5}}]
+base_model: math
+dtype: float32
+"""
+
+
+def test_documents_are_models_of_each_other(here: Path, tmp_path: Path) -> None:
+    """mergekit-multi: the same as a merge for each, in order."""
+    (tmp_path / "multi.yml").write_text(MULTI)
+    made = tiny.read_tensors(moerge.merge(tmp_path / "multi.yml", tmp_path / "out").folder)
+    first, last, second = MULTI.replace("name: first\n", "").replace("name: second\n", "").split("---\n")
+    for name, text in (("first", first), ("second", second), ("steps", last)):
+        for known in ("first", "second"):
+            text = text.replace(f"model: {known}", f"model: {tmp_path / known}")
+        (tmp_path / f"{name}.yml").write_text(text)
+        moerge.merge(tmp_path / f"{name}.yml", tmp_path / name)
+    expected = tiny.read_tensors(tmp_path / "steps")
+    assert all(np.array_equal(made[name], expected[name]) for name in expected) and made.keys() == expected.keys()
+
+    written = moerge.plan(tmp_path / "multi.yml").recipe.written
+    assert moerge.plan(written).fingerprint == moerge.plan(tmp_path / "multi.yml").fingerprint
+    again = equivalent_recipe(moerge.plan(tmp_path / "multi.yml"))
+    moerge.merge(again, tmp_path / "again")
+    theirs = tiny.read_tensors(tmp_path / "again")
+    assert all(np.array_equal(theirs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: math,", "model: second,", r"documents\.second is one of its own models \(second -> first -> second\)"),
+        ("name: second", "name: first", "line 11: the name 'first' is taken"),
+        ("name: second\n", "", "line 11: two documents have no 'name'"),
+        ("merge_method: slerp", "name: third\nmerge_method: slerp", "every document has a 'name'"),
+        ("weight: -0.5", "weigth: -0.5", "line 13: .*weigth: unknown parameter"),
+        ("merge_method: slerp", "x: slerp", "line 6: a second document starts here"),
+    ],
+)
+def test_bad_documents_are_refused(old: str, new: str, message: str, here: Path, tmp_path: Path) -> None:
+    (tmp_path / "multi.yml").write_text(MULTI.replace(old, new, 1))
+    with pytest.raises(moerge.InputError, match=message):
+        moerge.plan(tmp_path / "multi.yml")
+
+
 def test_methods_and_their_settings(here: Path) -> None:
     models = [{"model": "math", "parameters": {"weight": 0.5, "density": 0.5}}, {"model": "code", "parameters": {"weight": 1}}]
     by_method = {
@@ -427,18 +526,6 @@ def test_moved_layers_are_no_recipe_of_ours(here: Path, tmp_path: Path) -> None:
         result = command("plan", file, "--as-recipe")
         assert (result.code, result.out) == (2, "")
         assert result.err.endswith("moerge's own recipes cannot move layers as these slices do: keep this file as it is\n")
-
-
-def test_adapters_on_one_model_make_it_the_base() -> None:
-    written = {"models": [{"model": f"owner/base+{name}", "parameters": {"weight": 1}} for name in ("one", "two")]}
-    recipe = load_recipe({**written, "merge_method": "linear"})
-    assert (recipe.base, {name: expert.model for name, expert in recipe.experts.items()}) == (
-        "owner/base",
-        {"one": "one", "two": "two"},
-    )
-    written["models"][0]["model"] = "owner/other+one"
-    with pytest.raises(InputError, match=r"models: the adapters lie on different models \(owner/base, owner/other\)"):
-        load_recipe({**written, "merge_method": "linear"})
 
 
 def test_a_plus_in_a_path_that_is_written_as_a_mapping() -> None:

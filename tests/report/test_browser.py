@@ -10,6 +10,8 @@ from browser import Browser, Page
 
 from moerge.reporting import report
 
+pytestmark = pytest.mark.slow
+
 OPEN = "document.querySelectorAll('details').forEach(part => part.open = true)"
 COLUMN = "[...document.querySelector('table.sortable').tBodies[0].rows].map(row => row.cells[{0}].textContent)"
 PICK = """

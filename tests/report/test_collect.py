@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,8 +123,8 @@ def test_nothing_that_a_file_names_is_opened(results: Path, monkeypatch: pytest.
         path = results / key
         path.write_text(path.read_text().replace('"merged/routed"', f'"{bait}"').replace('"base"', f'"{bait}/../bait"'))
     opened: list[str] = []
-    original = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *a, **k: (opened.append(str(self)), original(self, *a, **k))[1])
+    original = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(str(path)), original(path, *a, **k))[1])
     report(results)
     assert opened and not [path for path in opened if "bait" in path]
 

@@ -20,6 +20,8 @@ from moerge.texts import overlap
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
@@ -365,3 +367,12 @@ def test_resuming_with_other_statistics_is_refused(models: Path) -> None:
     assert plan(recipe).fingerprint == first
     moerge("stats", recipe, models / "stats", "--texts", 3, "--force")
     assert plan(recipe).fingerprint != first
+
+
+def test_a_model_that_changes_while_it_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, source = one_expert(models), models / "math" / "model.safetensors"
+    add = files.StatisticsWriter.add
+    monkeypatch.setattr(files.StatisticsWriter, "add", lambda self, *rest: (os.utime(source), add(self, *rest))[1])
+    result = moerge("stats", recipe, models / "stats", "--quiet")
+    assert result.code == 1 and str(source) in result.err
+    assert not list((models / "stats").iterdir())

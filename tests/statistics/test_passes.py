@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from moerge.gather.passes import free_memory, passes_within
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"fisher:a": 10, "gram:a": 30, "gram:b": 50, "fisher:b": 20, "gram:c": 40}
 
 

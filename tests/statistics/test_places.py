@@ -21,6 +21,8 @@ torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 hf_models = pytest.importorskip("hf_models")
 
+pytestmark = pytest.mark.slow
+
 TEXT = Sequences(([5, 9, 11, 3, 40], [7, 8, 30]), (0, 1))
 
 

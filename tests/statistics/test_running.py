@@ -18,6 +18,8 @@ from moerge.statistics import Statistics
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
 
+pytestmark = pytest.mark.slow
+
 
 def load(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -18,6 +18,8 @@ from moerge.tuning import manifest as tuned
 from moerge.tuning.run import tune
 from recorded import Recorded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["native", "routed"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moerge.modeling import MoergeConfig, MoergeForCausalLM, MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM
 from moerge.tuning.parts import Schedule, parts_of
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 32,
     "hidden_size": 16,

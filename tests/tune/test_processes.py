@@ -21,6 +21,8 @@ from command import moerge, start
 from moerge.tuning.run import tune
 from recorded import Recorded
 
+pytestmark = pytest.mark.slow
+
 TUNINGS = ("native", "routed")
 
 

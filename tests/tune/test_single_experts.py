@@ -15,6 +15,8 @@ from moerge.tuning.parts import Schedule
 from moerge.tuning.run import tune
 from tiny import read_tensors
 
+pytestmark = pytest.mark.slow
+
 PREFIX = "model.layers.{}.block_sparse_moe.experts.{}."
 
 

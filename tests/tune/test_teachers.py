@@ -23,6 +23,8 @@ from moerge.tuning.run import tune
 from moerge.tuning.teachers import in_rows
 from tiny import edit_config, make_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:

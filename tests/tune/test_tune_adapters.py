@@ -23,7 +23,7 @@ from moerge.tuning.run import tune
 from moerge.tuning.settings import load_tuning
 from tiny import make_models, read_tensors, read_values, write_recipe
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")]
 IDS = torch.arange(3, 19)[None]
 
 

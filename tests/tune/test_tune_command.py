@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ from command import moerge
 from moerge.errors import InputError
 from moerge.modeling import register
 from moerge.tuning.models import load_sharded
-from moerge.tuning.run import tune
+from moerge.tuning.run import _Job, tune
 from recorded import Recorded
 from tiny import read_values
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> None:
@@ -44,7 +47,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_has_learned(folder: Path) -> 
 
 
 def _umask() -> int:
-    from moerge.files import umask
+    from moerge.system import umask
 
     return umask()
 
@@ -123,7 +126,7 @@ def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("moerge.tuning.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         tune(path, folder / "published")
     assert not (folder / "published").exists()
     result = tune(path, folder / "published", resume=True)
@@ -144,7 +147,7 @@ def test_it_is_said_how_to_continue_where_there_is_something(folder: Path, monke
         stopped = moerge("tune", path, folder / "stopped")
         assert (stopped.code, stopped.err) == (130, "moerge: interrupted\n")
         patch.undo()
-        patch.setattr("moerge.tuning.work.take_name", killed)
+        patch.setattr("moerge.checkpoint.workspace.take_name", killed)
         stopped = moerge("tune", path, folder / "stopped", "--quiet")
         assert stopped.code == 130
         assert stopped.err.endswith("\nmoerge: interrupted; continue with the same command and --resume\n")
@@ -361,3 +364,12 @@ def test_a_loss_that_is_no_number_stops(folder: Path) -> None:
     failed = moerge("tune", write_tuning(folder, learning_rate=1e6, clip=0.0, steps=9, save_every=20), folder / "nan")
     assert failed.code == 2 and "is not a number after step" in failed.err and "lower learning_rate" in failed.err
     assert not (folder / "nan").exists()
+
+
+def test_a_model_that_changes_while_it_is_tuned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder / "moe" / "model.safetensors"
+    gather = _Job.gather
+    monkeypatch.setattr(_Job, "gather", lambda self: (os.utime(source), gather(self))[1])
+    result = moerge("tune", write_tuning(folder, "changed.yaml", steps=1), folder / "changed", "--quiet")
+    assert result.code == 1 and str(source) in result.err
+    assert not (folder / "changed").exists()

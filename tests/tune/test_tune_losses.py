@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from moerge.distillation import Target, hidden_distance
 from moerge.tuning import losses
 
+pytestmark = pytest.mark.slow
+
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -11,6 +11,8 @@ from tune_models import refused, write_texts, write_tuning
 
 from moerge.tuning.run import look
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("changes", "where"),

@@ -16,6 +16,8 @@ from moerge.tuning.run import tune
 from recorded import Recorded
 from tiny import make_models, read_tensors, read_values, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def without(source: Path, target: Path, *names: str) -> Path:
     """A copy of a checkpoint that lacks tensors."""

@@ -76,15 +76,16 @@ def changed(config: Mapping[str, Any], family: Family | None, changes: Mapping[s
 
 
 def _has(config: Any, name: str) -> bool:
-    """Whether a config has a key, or the language model's part of it does."""
+    """Return whether a config has a key, or the language model's part of it does."""
     return isinstance(config, Mapping) and (name in config or _has(config.get(nested_key(config, None)), name))
 
 
 def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
     """config.json that transformers 4.5x and 5.x both read right, for tensors of element type `dtype`."""
     written = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
-    known = canonical(config, family)
-    nested = written.get(family.nested) if family else None
+    known, nested = canonical(config, family), written.get(nested_key(config, family))
+    if family is None and isinstance(nested, Mapping):  # which of its parts reads what is not known
+        return {**written, "torch_dtype": dtype, "dtype": dtype}
     language = dict(nested) if isinstance(nested, Mapping) else written
     write_rope(language, known, family.rope_scaling_keys if family else {})
     for name, key in family.keys.items() if family else ():
@@ -115,7 +116,7 @@ def _spread(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _telling(value: Any) -> Any:
-    """What matters of a value that may be another model's config."""
+    """Reduce a value that may be another model's config to what matters of it."""
     if not isinstance(value, Mapping):
         return value
     return {key: _telling(inner) for key, inner in value.items() if key not in _HARMLESS}

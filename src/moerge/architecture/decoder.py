@@ -33,7 +33,9 @@ class Whole:
     prefix: str = ""
 
     def spellings(self, name: str) -> tuple[str, ...]:
-        """How checkpoints may spell a tensor's name: as it is, or without the prefix of the model inside."""
+        """Return the spellings that checkpoints may have of a tensor's name: as it is, or without the prefix of the model
+        inside.
+        """
         start = f"{self.prefix}."
         return (name, name.removeprefix(start)) if self.prefix and name.startswith(start) else (name,)
 

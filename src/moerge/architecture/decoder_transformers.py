@@ -1,4 +1,4 @@
-"""What transformers knows of a language model's outside: asked of a model that has shapes but no values."""
+"""The embedding and head of a causal language model as transformers has them: read from a model that has shapes but no values."""
 
 # mypy: allow-untyped-calls
 
@@ -127,7 +127,7 @@ def _stored_name(model: Any, name: str) -> str:
 
 
 def _check_between(model: Any, outside: set[str | None], kind: str, where: str) -> None:
-    """What is neither embedding nor head has to be inside the model whose last hidden states the head reads."""
+    """Check that whatever is neither embedding nor head lies inside the model whose last hidden states the head reads."""
     inside = f"{model.base_model_prefix}."
     between = next((name for name, _ in model.named_parameters() if name not in outside and not name.startswith(inside)), None)
     if between or not hasattr(model, model.base_model_prefix):
@@ -150,7 +150,7 @@ def _embedding_scale(embedding: Any, kind: str, where: str) -> float:
 
 
 def _around_head(model: Any, width: int) -> tuple[float, float | None] | None:
-    """What the model multiplies the head's outputs by, and what limits them: measured, with a body that puts out chosen states.
+    """Measure the factor and the limit of the head's outputs, with a body that returns chosen states.
 
     None where that does not work.
     """

@@ -1,4 +1,4 @@
-"""What a family is: a table of tensors (role, name, shape), read both ways, and how to read its config."""
+"""Families: a table of tensors (role, name, shape), read both ways, and the reading of a family's config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class TensorRule:
     parts: tuple[str, ...] = ()
 
     def applies(self, config: Mapping[str, Any], layer: int | None = None) -> bool:
-        """Whether a model with this canonical config has the tensor (in this layer). ValueError for a list that is too short."""
+        """Return whether a model with this canonical config has the tensor (in this layer). ValueError for a list that is too
+        short.
+        """
         value = config.get(self.when.removeprefix("!"))
         if isinstance(value, list) and layer is not None:
             if layer >= len(value):
@@ -120,15 +122,15 @@ class Family:
         return name
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a stored tensor can be ignored."""
+        """Return whether a stored tensor can be ignored."""
         return _any_matches(self.buffers, name)
 
     def is_untabled(self, name: str) -> bool:
-        """Whether a tensor without a role is none that is out of place."""
+        """Return whether a tensor without a role is none that is out of place."""
         return _any_matches(self.untabled, name)
 
     def is_fused(self, name: str) -> bool:
-        """Whether a tensor is of transformers' layout in memory."""
+        """Return whether a tensor is of transformers' layout in memory."""
         return _any_matches(self.fused, name)
 
 

@@ -19,12 +19,12 @@ _OF_EXPERT = re.compile(r"model\.experts\.(\d+)\.")
 
 
 def expert_prefix(number: int) -> str:
-    """What the names of an expert's tensors begin with."""
+    """Return the prefix of the names of an expert's tensors."""
     return f"model.experts.{number}."
 
 
 def expert_number(name: str) -> int | None:
-    """Which expert a tensor of the model belongs to; None for what is outside the experts."""
+    """Return the number of the expert that a tensor belongs to; None for tensors outside the experts."""
     match = _OF_EXPERT.match(name)
     return int(match[1]) if match else None
 
@@ -118,7 +118,7 @@ class _Part:
 
     @property
     def what(self) -> str:
-        """How the plan calls it."""
+        """Return the plan's word for it."""
         return f"projector_{self.side}.{self.layer}"
 
 

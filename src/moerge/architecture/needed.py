@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Compared:
-    """What keeps a checkpoint from running, and what else there is to say."""
+    """The problems that keep a checkpoint from running, and notes."""
 
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -35,7 +36,8 @@ def compare_with_transformers(folder: Path, config: Mapping[str, Any]) -> Compar
     kind = getattr(transformers, name, None)
     if kind is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
         return Compared(notes=(f"not compared with what the model's code needs: {version} has no {name}",))
-    with without_warnings(), without_progress_bars():
+    with without_warnings(), without_progress_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, about configs of other versions
         return _load(kind, folder, f"{version} needs for a {name}", transformers)
 
 

@@ -19,7 +19,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def part_of(name: str, layers: int | None) -> str:
-    """What part a tensor belongs to: one of `PARTS`, or else the module that its name begins with.
+    """Return the part that a tensor belongs to: one of `PARTS`, or else the module that its name begins with.
 
     Layers beyond the `layers` of the language model predict further tokens (MTP), as DeepSeek and GLM store them.
     """
@@ -32,5 +32,7 @@ def part_of(name: str, layers: int | None) -> str:
 
 
 def means_part(pattern: str, name: str, layers: int | None) -> bool:
-    """Whether `pattern` is the part that a tensor belongs to, a name with `*`, or the beginning of the name up to a dot."""
+    """Return whether `pattern` is the part that a tensor belongs to, a name with `*`, or the beginning of the name up to a
+    dot.
+    """
     return pattern == part_of(name, layers) or fnmatchcase(name, pattern) or f"{name}.".startswith(f"{pattern}.")

@@ -34,7 +34,7 @@ def stored_family(config: Mapping[str, Any], names: Collection[str]) -> Family |
 
 
 def is_causal(config: Mapping[str, Any], family: Family) -> bool:
-    """Whether a checkpoint is of its family's own class, which has a head, or does not say."""
+    """Return whether a checkpoint is of its family's own class, which has a head, or does not say."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else named
     return not isinstance(first, str) or first == family.architecture
@@ -49,7 +49,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def body_prefix(family: Family) -> str:
-    """What the names of embedding and layers begin with."""
+    """Return the prefix of the names of embedding and layers."""
     embedding = next(rule.name for rule in family.tensors if rule.role == "embedding")
     layer = next(rule.name for rule in family.tensors if "{layer}" in rule.role)
     shared = 0

@@ -60,17 +60,17 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where its files lie."""
+        """Return the folders of its files."""
         return (self.adapter.folder, *self.base.folders)
 
     @property
     def _is_own(self) -> bool:
-        """Whether the base is this expert's alone, instead of the recipe's."""
+        """Return whether the base is this expert's alone, instead of the recipe's."""
         return self.base.name == self.name
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What its tensors depend on; a base of the recipe counts for itself."""
+        """Return a key for everything that its tensors depend on; a base of the recipe counts for itself."""
         return (*super().identity, *(self.base.identity if self._is_own else ()))
 
     @property
@@ -128,14 +128,14 @@ def apply_adapter(adapter: Checkpoint, base: Checkpoint) -> AdaptedCheckpoint:
 
 
 def stores_inputs_first(model_type: str, module: str, *, fan_in_fan_out: bool = False) -> bool:
-    """Whether a module's weight is [in, out]; `fan_in_fan_out` decides for types of which nothing is known."""
+    """Return whether a module's weight is [in, out]; `fan_in_fan_out` decides for types of which nothing is known."""
     if model_type in _CONV1D:
         return bool(re.fullmatch(r"c_\w+|q_attn", module.rpartition(".")[2]))
     return fan_in_fan_out
 
 
 def holds_vocabulary(name: str) -> bool:
-    """Whether a tensor is an embedding or a head, by its name."""
+    """Return whether a tensor is an embedding or a head, by its name."""
     return bool(_VOCABULARY.search(name))
 
 
@@ -146,7 +146,7 @@ def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, An
 
 
 def ties_head(base: Checkpoint) -> bool:
-    """Whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
+    """Return whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
     tied = canonical(base.config, family_of(base.config)).get("tie_word_embeddings")
     return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
 
@@ -205,7 +205,7 @@ class _Application:
         return modules, whole, rows
 
     def _stored_name(self, name: str) -> str | None:
-        """What the base calls a tensor that modules in memory may call otherwise."""
+        """Return the base's name for a tensor that modules in memory may call otherwise."""
         return self.names.find(name) or (self.names.find(self.family.spelled(name)) if self.family else None)
 
     def _with_rows(self, module: str, trained: Tensor, found: Mapping[str, Tensor]) -> RowsTensor:
@@ -285,7 +285,7 @@ class _Application:
         return a, b, embedding
 
     def _transposed(self, module: str, base: Tensor, a: Tensor, b: Tensor, embedding: bool) -> bool:
-        """Whether the base stores [in, out]: embeddings do, Conv1D does; the shapes tell, unless the matrix is square."""
+        """Return whether the base stores [in, out]: embeddings do, Conv1D does; the shapes tell, unless the matrix is square."""
         normal, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
         if base.shape not in (normal, turned) or (embedding and base.shape != turned):
             raise self._error(

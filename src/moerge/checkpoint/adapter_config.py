@@ -47,7 +47,7 @@ _HARMLESS = frozenset(
 
 
 class AdapterConfig(BaseModel):
-    """What decides the value of merged tensors; names are peft's."""
+    """The settings that decide the values of merged tensors; names are peft's."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -90,12 +90,12 @@ class AdapterConfig(BaseModel):
         return int(_matched(self.rank_pattern, module, self.r))
 
     def scale(self, module: str) -> float:
-        """What B @ A is multiplied by: alpha / r, with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023)."""
+        """Return the factor of B @ A: alpha / r, with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023)."""
         rank, alpha = self.rank(module), _matched(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether a module was trained completely."""
+        """Return whether a module was trained completely."""
         return any(module.endswith(name) for name in self.modules_to_save)
 
     def trained_rows(self, module: str) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class AdapterConfig(BaseModel):
 
 
 def _matched(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """As peft's `get_pattern_key`: a pattern means the end of a module's name, from a dot or its beginning on."""
+    """Match as peft's `get_pattern_key`: a pattern means the end of a module's name, from a dot or its beginning on."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -147,7 +147,7 @@ def read_adapter_config(adapter: Checkpoint) -> AdapterConfig:
 
 
 def describe_adapter(adapter: Checkpoint) -> dict[str, Any]:
-    """What an adapter is, for people: also of one that cannot be merged, with the `problem`."""
+    """Describe an adapter for people, also one that cannot be merged, with the `problem`."""
     written = adapter.config
     modules = {
         name.removeprefix("base_model.model.").rpartition(".lora_")[0]: tensor.shape[0]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moerge.errors import InputError
+from moerge.errors import InputError, MachineError
 from moerge.files import read_file, unreadable
 
 _PROCESSORS = ("*processor*config*.json", "config_sentence_transformers.json", "sentence_*_config.json", "modules.json")
@@ -53,12 +53,14 @@ def _read(folder: Path, name: str) -> bytes:
         if not any(place in real.parents for place in allowed):
             raise InputError(f"{path} is a link to {real}, outside of the model's folder: put the file itself there")
         return read_file(real)
+    except MachineError:
+        raise
     except OSError as error:
         raise unreadable(path, error) from None
 
 
 def is_inside(name: str) -> bool:
-    """Whether this is the name of a file in a folder, or in a folder of that."""
+    """Return whether this is the name of a file in a folder, or in a folder of that."""
     parts = PurePosixPath(name).parts
     return (
         bool(parts)
@@ -85,7 +87,7 @@ class Companions:
 
 
 def model_companions(folder: Path, config: Mapping[str, Any], *, others: Sequence[str]) -> Companions:
-    """What a model with this config has beside its weights and the files that match `others`, which are somebody else's."""
+    """Return the files that a model with this config has beside its weights and those that match `others`."""
     files = read_companions(folder, _PROCESSORS)
     for module in _sentence_modules(files):
         files |= read_companions(folder, [f"{module}/*.json", f"{module}/*.safetensors", f"{module}/*.txt"])

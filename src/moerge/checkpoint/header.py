@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from moerge.errors import InputError, MachineError
 from moerge.files import FileState, SourceFile, open_file, unreadable
+from moerge.system import RandomAccess
 from moerge.tensors.dtypes import DTYPES, DType
 from moerge.tensors.tensor import Sized
 
@@ -57,27 +57,23 @@ class FileElements:
     def __init__(self, tensor: StoredTensor) -> None:
         self._tensor = tensor
         try:
-            self._descriptor = os.open(tensor.file.path, os.O_RDONLY)
+            self._file = RandomAccess(tensor.file.path)
         except OSError as error:  # its header could be read: this is no fault of the input
             raise MachineError(f"cannot read {tensor.file.path}: {error.strerror or error}") from None
-        tensor.file.check(FileState.of(self._descriptor))
+        tensor.file.check(FileState.of(self._file.descriptor))
 
     def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
         """Fill `out_N` with elements `start` and following, and return it."""
         view, offset = out_N.view(np.uint8).data, self._tensor.offset + start * self._tensor.dtype.itemsize
         while len(view):
             try:
-                count = os.preadv(self._descriptor, [view], offset)
+                count = self._file.read_into(view, offset)
             except OSError as error:
                 raise MachineError(f"reading {self._tensor.file.path} failed: {error.strerror or error}") from None
             if count == 0:
                 raise self._tensor.file.changed("cut short")
             view, offset = view[count:], offset + count
         return out_N
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -110,7 +106,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file that `read_header` accepts says beside its tensors."""
+    """Return the metadata in the header of a safetensors file that `read_header` accepts."""
     try:
         with open_file(path) as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))

@@ -136,7 +136,7 @@ def _has_weights(snapshot: Path) -> bool:
 
 
 def _has_model(repo: str, revision: str) -> bool:
-    """Whether a repository with an adapter's settings holds a whole model."""
+    """Return whether a repository with an adapter's settings holds a whole model."""
     import huggingface_hub as hub
 
     return any(hub.file_exists(repo, file, revision=revision) for file in (WEIGHTS, INDEX))

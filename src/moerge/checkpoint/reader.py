@@ -51,7 +51,7 @@ class Checkpoint:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where its files lie."""
+        """Return the folders of its files."""
         return (self.folder,)
 
     @property
@@ -86,7 +86,7 @@ class Checkpoint:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What its tensors depend on, as far as that is known without reading them."""
+        """Return a key for everything that its tensors depend on, as far as that is known without reading them."""
         return (self.name, self.location, self.revision, self.stamps)
 
     @property
@@ -134,12 +134,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether these are the tensors of an adapter, which is no model without its base."""
+    """Return whether these are the tensors of an adapter, which is no model without its base."""
     return "peft_type" in checkpoint.config and "model_type" not in checkpoint.config
 
 
 def _has_model(folder: Path, name: str) -> bool:
-    """Whether a folder with an adapter's settings is a model all the same: some keep those of one that was merged into it."""
+    """Return whether a folder with an adapter's settings is a model all the same: some keep those of one that was merged into
+    it.
+    """
     model = next((file for file in (WEIGHTS, INDEX) if (folder / file).exists()), None)
     if model and (folder / ADAPTER_WEIGHTS).exists():
         raise InputError(

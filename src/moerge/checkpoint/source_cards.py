@@ -1,4 +1,4 @@
-"""What the sources' own model cards say of licence, language and data sets. They are strangers' files: only plain names pass."""
+"""Licence, language and data sets from the sources' own model cards. They are strangers' files: only plain names pass."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SourceCard:
 
 
 def source_card(model: Checkpoint) -> SourceCard:
-    """What the README.md in a source's folder says; anything odd in it counts as not said."""
+    """Read the README.md in a source's folder; anything odd in it counts as absent."""
     data = _front_matter(model.folder / CARD)
     licence = data.get("license")
     if isinstance(licence, list) and len(licence) == 1:
@@ -72,7 +72,7 @@ def licence_metadata(cards: Sequence[SourceCard]) -> dict[str, str]:
 
 
 def all_of(cards: Sequence[SourceCard], part: Callable[[SourceCard], Sequence[str]]) -> list[str]:
-    """What any card names, each once, in order."""
+    """Return every name that any card has, each once, in order."""
     return list(dict.fromkeys(name for card in cards for name in part(card)))
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from typer import Abort
@@ -17,6 +18,8 @@ from moerge.errors import Interrupted, MoergeError, one_line
 def main() -> NoReturn:
     """Run the command and exit with its code: 0 done, 1 the machine failed, 2 the input is at fault, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, TextIOWrapper):  # a console that lacks a letter is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = None
     try:
         code = app(prog_name="moerge", standalone_mode=False)

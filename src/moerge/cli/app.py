@@ -21,7 +21,7 @@ for command in COMMANDS:
 
 
 def usage_message(error: Exception) -> str | None:
-    """What a wrong call should read, or None if `error` is not about the call; "" where the help was shown instead."""
+    """Return the message for a wrong call, None if `error` is not about the call, "" where the help was shown instead."""
     show = getattr(error, "format_message", None)
     if show is None:
         return None

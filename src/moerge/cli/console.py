@@ -1,11 +1,12 @@
-"""How results look: sizes, numbers and tables for people, JSON for programs."""
+"""The layout of results: sizes, numbers and tables for people, JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from rich import console as rich_console
@@ -67,3 +68,18 @@ def print_warnings(warnings: Sequence[str]) -> None:
     """Warnings on standard error, each of them once."""
     for warning in dict.fromkeys(warnings):
         print(f"warning: {one_line(warning)}", file=sys.stderr)
+
+
+def view(show: Callable[..., None]) -> Callable[..., None]:
+    """Make a view of a function that prints a result: JSON, or warnings and, unless quiet, what the function prints."""
+
+    @wraps(show)
+    def shown(result: Any, *details: Any, quiet: bool = False, as_json: bool = False) -> None:
+        if as_json:
+            print_json(result.to_json())
+            return
+        print_warnings(getattr(result, "warnings", ()))
+        if not quiet:
+            show(result, *details)
+
+    return shown

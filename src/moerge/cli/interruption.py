@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM leave behind, and whether a command can go on from there."""
+"""Interruption by Ctrl-C and SIGTERM, and the hint how to continue."""
 
 from __future__ import annotations
 

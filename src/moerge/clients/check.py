@@ -1,4 +1,4 @@
-"""Whether a program will run a merge's result, asked before merging."""
+"""Checks, before merging, that an inference engine will run the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moerge.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Finding:
-    """What a client does with a result: one sentence without its full stop."""
+    """An effect of a client on a result: one sentence without its full stop."""
 
     client: str
     effect: Literal["cannot", "differs", "unknown", "note"]
@@ -29,7 +29,7 @@ def clients() -> list[str]:
 
 
 def check_result(result: Result, client: str) -> list[Finding]:
-    """What is known about this client and this result; nothing means that it runs and agrees with transformers.
+    """Return the known effects of this client on this result; none means that it runs and agrees with transformers.
 
     Raises InputError for a client that moerge does not know.
     """
@@ -60,7 +60,7 @@ def _not_run(result: Result, client: str) -> Finding:
 
 
 def check_folder(folder: Path, client: str) -> str:
-    """What is to be expected of a checkpoint on disk: "runs", "differs", "cannot" or "unknown"."""
+    """Return the expected outcome for a checkpoint on disk: "runs", "differs", "cannot" or "unknown"."""
     effects = {finding.effect for finding in check_result(Result.in_folder(folder), client)} - {"note"}
     return next((effect for effect in ("cannot", "unknown", "differs") if effect in effects), "runs")
 

@@ -1,4 +1,4 @@
-"""What other programs cannot run, or run differently, as data: the page docs/clients.md is this file in prose.
+"""The known limits of inference engines, as data: the page docs/clients.md is this file in prose.
 
 `RUNS` says which model types a client runs at all, `LIMITS` what goes wrong with those that it runs. "measured": with the scripts
 in tests/clients against transformers, see benchmarks/results/clients.md; "source": read in the client's source.

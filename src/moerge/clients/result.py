@@ -1,4 +1,4 @@
-"""What decides whether a program runs a checkpoint: its config and its tokenizer, planned or on disk."""
+"""The facts that decide whether an inference engine runs a checkpoint: its config and its tokenizer, planned or on disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Result:
 
     @cached_property
     def tokenizer(self) -> str:
-        """How the tokenizer works: "sentencepiece", "bpe", "byte-level bpe", another algorithm's name, or "" for none.
+        """Return the tokenizer's algorithm: "sentencepiece", "bpe", "byte-level bpe", another name, or "" for none.
 
         "bpe" is what falls back to bytes, as Llama 2's does.
         """
@@ -63,7 +63,7 @@ class Result:
 
     @property
     def tokenizer_class(self) -> str:
-        """What tokenizer_config.json calls the tokenizer, "" if nothing."""
+        """Return the class in tokenizer_config.json, "" if it names none."""
         try:
             settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
         except ValueError:
@@ -78,13 +78,13 @@ class Result:
 
     @property
     def top_k_below_all(self) -> bool:
-        """Whether some experts are left out for a token, so that renormalising their probabilities matters."""
+        """Return whether some experts are left out for a token, so that renormalising their probabilities matters."""
         top_k = self.config.get("num_experts_per_tok")
         return isinstance(top_k, int) and top_k < self.experts
 
     @property
     def window(self) -> int | None:
-        """How far attention looks back in the layers where it is limited, None where it reaches every position."""
+        """Return the attention window of the layers where it is limited, None where it reaches every position."""
         window = self.config.get("sliding_window")
         if not isinstance(window, int) or self.config.get("use_sliding_window") is False:
             return None
@@ -96,13 +96,15 @@ class Result:
 
     @property
     def odd_heads(self) -> bool:
-        """Whether the heads together are wider or narrower than the model."""
+        """Return whether the heads together are wider or narrower than the model."""
         heads, width, hidden = (self.config.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size"))
         return isinstance(heads, int) and isinstance(width, int) and heads * width != hidden
 
     @property
     def odd_attention_scale(self) -> bool:
-        """Whether a Gemma's attention is scaled by something else than its heads' width, or in a 27B the width over the heads."""
+        """Return whether a Gemma's attention is scaled by something else than its heads' width, or in a 27B the width over
+        the heads.
+        """
         keys = ("query_pre_attn_scalar", "head_dim", "hidden_size", "num_attention_heads", "num_hidden_layers")
         scalar, width, hidden, heads, layers = (self.config.get(key) for key in keys)
         if not isinstance(hidden, int) or not isinstance(heads, int) or scalar is None:

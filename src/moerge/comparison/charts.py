@@ -105,7 +105,7 @@ def _is_norm(part: str) -> bool:
 
 
 def _wrapped(outside: Sequence[str], parts: int) -> list[str]:
-    """What stands outside of layers, a few a line."""
+    """Wrap the tensors outside of layers, a few a line."""
     per_line = max(2, parts // 3)
     return [
         ("outside: " if not start else "") + ", ".join(outside[start : start + per_line])

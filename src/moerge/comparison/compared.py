@@ -1,4 +1,6 @@
-"""Which tensors are compared: those that a dense merge of the recipe's models would merge, whatever the recipe makes of them."""
+"""The tensors that are compared: those that a dense merge of the recipe's models would merge, whatever the recipe makes of
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor stands: its layer (None outside of layers), what it is there (`attention.q`), and its role (`attention`).
+    """The place of a tensor: its layer (None outside of layers), its part (`attention.q`), and its role (`attention`).
 
     Of a family that moerge does not know, the role is the first part of the tensor's name in its layer.
     """
@@ -37,7 +39,7 @@ class Part:
 
 
 def part_of(output: Output) -> Part:
-    """Where an output stands. The experts of a MoE count as one part."""
+    """Return the place of an output. The experts of a MoE count as one part."""
     path = output.role or output.name.removesuffix(".weight").removeprefix("model.")
     match = _LAYER.fullmatch(path)
     layer, name = (int(match[1]), match[2]) if match else (None, path)
@@ -81,7 +83,7 @@ def operation_of(output: Output) -> Merge:
 
 
 def _is_merge(output: Output) -> bool:
-    """Whether there is something to compare; an empty tensor, or that of one model without a base, has nothing."""
+    """Return whether there is something to compare; an empty tensor, or that of one model without a base, has nothing."""
     operation = output.operation
     return isinstance(operation, Merge) and len(operation.values) > 1 and output.size > 0
 

@@ -23,7 +23,7 @@ from moerge.tensors.threads import default_threads
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Displayed):
-    """How alike a recipe's experts are, and what that means for merging them.
+    """The similarity of a recipe's experts, and advice on merging them.
 
     `models` are locations by name, the base first where there is one. `separate` are the roles that the recipe keeps separate.
     """

@@ -1,4 +1,4 @@
-"""How alike experts are, per layer and role: from sums over every tensor to figures of parts, layers, roles and the model."""
+"""Similarity of experts per layer and role: from sums over every tensor to figures of parts, layers, roles and the model."""
 
 from __future__ import annotations
 

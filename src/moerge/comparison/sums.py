@@ -84,7 +84,7 @@ def statistic(operation: Merge, lowest_K: np.ndarray | None) -> Statistic:
 
 
 def read(operation: Merge, total: np.ndarray) -> TensorSums:
-    """What a pass's total means."""
+    """Turn a pass's total into figures."""
     names, size = [source.model for source in operation.experts], operation.experts[0].tensor.size
     base_square, count = float(total[0]), len(names)
     experts_KF = total[1 : 1 + _OF_EXPERT * count].reshape(count, _OF_EXPERT).tolist()

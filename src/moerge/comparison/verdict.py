@@ -1,4 +1,4 @@
-"""Which roles can be merged and which should stay separate, judged before merging from how far apart the experts are.
+"""Verdicts, before merging, on the roles that can be merged and those that should stay separate.
 
 The limits below are measured: `experiments/anchor.py` trains small experts that drift differently far from one ancestor, and some
 from two ancestors, merges them, and measures which share of their lead over the base is lost on their own text (docs/comparing.md
@@ -38,7 +38,7 @@ _DECISIVE = ("attention", "ffn")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do with a role, and why in a sentence.
+    """A verdict on a role, with its reason in a sentence.
 
     The figures are over all layers: the mean and the smallest cosine over pairs of experts, the mean share of opposite signs, and
     the largest drift (norm over the base's; None without a base), distance and smallest cosine of parameters.
@@ -134,7 +134,7 @@ def _judge_norms(found: Similarity, others: Sequence[Verdict]) -> Verdict:
 
 
 def advise(found: Similarity, verdicts: Sequence[Verdict]) -> str:
-    """What to do with the experts as a whole."""
+    """Advise on the experts as a whole."""
     answers = {verdict.role: verdict.answer for verdict in verdicts}
     separate = [role for role, answer in answers.items() if answer == "keep separate"]
     unrelated = any(v.role in _DECISIVE and v.parameter_cosine is not None and v.parameter_cosine < UNRELATED for v in verdicts)

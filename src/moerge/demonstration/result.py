@@ -1,4 +1,4 @@
-"""What the demo found: one row of perplexities for each model, as a table, as Markdown and as JSON."""
+"""Results of the demo: one row of perplexities for each model, as a table, as Markdown and as JSON."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Training:
-    """How one model is trained: on which domains, for how long, how fast."""
+    """The training of one model: domains, length, learning rate."""
 
     mixture: Mapping[str, float]
     steps: int
@@ -98,7 +98,7 @@ def train_models(
 
 
 def total_steps(scale: float) -> int:
-    """How often `train_models` calls `on_step`."""
+    """Return the number of times that `train_models` calls `on_step`."""
     return sum(_steps(training, scale) for training in TRAININGS.values())
 
 

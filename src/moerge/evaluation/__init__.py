@@ -1,4 +1,4 @@
-"""How good checkpoints are: the MergeME paper's six benchmarks, and perplexity of held-out text, with their errors.
+"""Evaluation of checkpoints: the MergeME paper's six benchmarks, and perplexity of held-out text, with their errors.
 
 Names are loaded when they are used: the sandbox is there without torch.
 """

@@ -1,4 +1,4 @@
-"""What a response answers, and whether that is right: pure functions, a benchmark's document and the response in, a verdict out.
+"""Answers in responses, and their correctness: pure functions, a benchmark's document and the response in, a verdict out.
 
 Documents have one shape each, wherever they come from (see data.py).
 """
@@ -21,7 +21,9 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a response is right, what was taken for its answer ("" if nothing), and why it is wrong where that says more."""
+    """The verdict on a response: its correctness, the text taken for its answer ("" if none), and the reason where that says
+    more.
+    """
 
     correct: bool
     answer: str
@@ -62,7 +64,7 @@ def final_expression(text: str) -> str:
 
 
 def boxed(text: str) -> str:
-    r"""What stands in the last \boxed{} or \fbox{}, braces balanced; "" if there is none."""
+    r"""Return the content of the last \boxed{} or \fbox{}, braces balanced; "" if there is none."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return ""

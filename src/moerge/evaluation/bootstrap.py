@@ -50,7 +50,7 @@ def bootstrap(statistic: Callable[[Array], Array], values_NC: Array, *, seed: in
 
 
 def _draws(count: int, seed: int, resamples: int) -> Iterator[Array]:
-    """How often each document is drawn, [R, N], in blocks that fit into memory."""
+    """Draw the number of times that each document counts, [R, N], in blocks that fit into memory."""
     rng = np.random.default_rng(seed)
     block = max(1, _COUNTS // count)
     share_N = np.full(count, 1 / count)

@@ -48,7 +48,7 @@ class Questions:
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that is asked and accepted."""
+        """Return a digest of everything that is asked and accepted."""
         return file_digest(json.dumps([self.rows, self.examples], sort_keys=True).encode("utf-8", "surrogatepass"))
 
 
@@ -79,7 +79,7 @@ def load_questions(benchmark: Benchmark, data: Path | None) -> Questions:
 
 
 def _is_example(row: Row) -> bool:
-    """Whether a question shows what an answer looks like: one accepted answer, of a few words."""
+    """Return whether a question shows what an answer looks like: one accepted answer, of a few words."""
     return len(row["answers"]) == 1 and len(row["answers"][0].split()) <= _EXAMPLE_WORDS
 
 

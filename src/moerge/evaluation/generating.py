@@ -23,7 +23,7 @@ _CONTEXT_TOKENS = 8
 
 
 class GreedyModel(LM):  # type: ignore[misc, unused-ignore]
-    """What the harness asks: continue these prompts until one of these strings, or for so many tokens.
+    """The harness's view of a model: continue these prompts until one of these strings, or for so many tokens.
 
     `truncated` counts prompts that had to lose their beginning to fit into the model's context with the new tokens. Batches are
     the same whether or not some responses are in `records` already, so that a resumed run ends as an uninterrupted one.

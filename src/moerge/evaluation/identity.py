@@ -1,4 +1,4 @@
-"""Which checkpoint it is: what an evaluation depends on, without reading tensors."""
+"""The identity of a checkpoint: everything that an evaluation depends on, without reading tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensors_digest(checkpoint: str) -> str | None:
 
 
 def routes_sequences(checkpoint: str) -> bool:
-    """Whether a checkpoint routes whole sequences, from its config.json. InputError where there is none."""
+    """Return whether a checkpoint routes whole sequences, from its config.json. InputError where there is none."""
     try:
         from transformers import PretrainedConfig
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats, tokens and bytes of every document.
+"""Likelihood of held-out text: nats, tokens and bytes of every document.
 
 Documents are predicted one by one, each from a start token (the tokenizer's bos, else its eos), so that nothing depends on their
 order. One that is longer than the window is read in overlapping windows, each half a window further on: every token is predicted
@@ -57,7 +57,7 @@ class _Window:
 
 
 def beginning(document: str, characters: int) -> int:
-    """Where the part of a document that is predicted begins: at the first white space behind so many characters."""
+    """Return the start of the predicted part of a document: the first white space behind so many characters."""
     if characters == 0:
         return 0
     place = characters
@@ -127,7 +127,7 @@ def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _nats(
     loaded: Loaded, sequences: Sequence[_Sequence], batch: Sequence[_Window], routings: Sequence[Any] | None
 ) -> list[float]:
-    """Of each window, the negative log-likelihood of the tokens that are predicted in it."""
+    """Return the negative log-likelihood of the tokens that are predicted in it."""
     import torch
     from torch.nn import functional
 

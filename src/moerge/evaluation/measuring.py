@@ -1,4 +1,4 @@
-"""What is measured: a benchmark or a held-out text. Each gives a row per document, from which its figures follow."""
+"""Tasks: a benchmark or a held-out text. Each gives a row per document, from which its figures follow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Task(Protocol):
 
     @property
     def documents(self) -> int:
-        """How many documents there are to do."""
+        """Return how many documents there are to do."""
 
     def settings(self) -> dict[str, Any]:
         """Everything that its rows depend on besides the checkpoint."""
@@ -48,7 +48,7 @@ class Task(Protocol):
         """Figures with their errors."""
 
     def difference(self, checkpoint: str, rows: Sequence[Row], against: str, others: Sequence[Row]) -> Difference:
-        """How much the first checkpoint's figure is above the second's, document by document."""
+        """Return the first checkpoint's figure less the second's, document by document."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class BenchmarkTask:
 
     @property
     def documents(self) -> int:
-        """How many questions are asked."""
+        """Return how many questions are asked."""
         return min(len(self.questions.rows), self.limit or len(self.questions.rows))
 
     def settings(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class BenchmarkTask:
         }
 
     def measure(self, loaded: Loaded, records: Records, advance: Advance) -> tuple[list[Row], tuple[str, ...]]:
-        """What the model answers, and whether that is right."""
+        """Ask the model, and judge its answers."""
         from moerge.evaluation.generating import GreedyModel
         from moerge.evaluation.harness import run_task
 
@@ -113,7 +113,7 @@ class BenchmarkTask:
         return (_score(checkpoint, self, accuracy([bool(row["correct"]) for row in rows]), self._metric, len(rows)),)
 
     def difference(self, checkpoint: str, rows: Sequence[Row], against: str, others: Sequence[Row]) -> Difference:
-        """Of the shares of right answers."""
+        """Return the difference of the shares of right answers."""
         values_N1 = np.array([[float(a["correct"]) - float(b["correct"])] for a, b in zip(rows, others, strict=True)])
         found = bootstrap(lambda sums: sums[..., 0] / len(rows), values_N1, seed=self.seed)
         return _difference(_score(checkpoint, self, found, self._metric, len(rows)), against)
@@ -141,11 +141,11 @@ class TextTask:
 
     @property
     def documents(self) -> int:
-        """How many there are."""
+        """Return how many there are."""
         return len(self.text.documents)
 
     def settings(self) -> dict[str, Any]:
-        """Which documents, and how they are read."""
+        """Return the settings of the documents and of reading them."""
         return {
             "location": self.text.location,
             "digest": self.text.digest,
@@ -194,7 +194,7 @@ class TextTask:
         )
 
     def difference(self, checkpoint: str, rows: Sequence[Row], against: str, others: Sequence[Row]) -> Difference:
-        """Of nats per byte."""
+        """Return the difference of nats per byte."""
         values_N6 = np.hstack([_columns(rows), _columns(others)])
         found = bootstrap(lambda sums: sums[..., 0] / sums[..., 2] - sums[..., 3] / sums[..., 5], values_N6, seed=self.seed)
         return _difference(_score(checkpoint, self, found, "nats_per_byte", len(rows)), against)

@@ -1,4 +1,4 @@
-"""What has been computed already, kept in a file line by line, so that a run that was killed goes on where it was."""
+"""Records of what has been computed, kept in a file line by line, so that a killed run continues."""
 
 from __future__ import annotations
 

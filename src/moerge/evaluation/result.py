@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON and as tables."""
+"""Results of an evaluation, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Evaluation(Displayed):
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """Of all measures."""
+        """Return the scores of all measures."""
         return tuple(score for measure in self.measures for score in measure.scores)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of all measures."""
+        """Return the warnings of all measures."""
         return tuple(warning for measure in self.measures for warning in measure.warnings)
 
     def to_json(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ GIVEN = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how.
+    """The settings of an evaluation.
 
     `texts` are locations by domain. `data` is the folder of the benchmarks' files, None for the Hub. `limit` is of the
     questions of each benchmark and the documents of each text. `given` are the characters at the beginning of each document
@@ -195,7 +195,7 @@ class _Run:
         return measure, rows
 
     def evaluation(self, names: Sequence[str], found: Sequence[_Done]) -> Evaluation:
-        """What there is so far."""
+        """Return the evaluation so far."""
         return Evaluation(
             checkpoints=tuple(names),
             measures=tuple(measure for measure, _ in found),

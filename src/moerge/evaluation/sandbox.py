@@ -37,7 +37,7 @@ _PASSED = "passed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its last line, and if not, why."""
+    """The outcome of a program: success if it ran to its last line, else the reason."""
 
     passed: bool
     reason: str
@@ -138,7 +138,9 @@ def _bubblewrap(folder: str) -> list[str]:
 
 @cache
 def _python_paths() -> tuple[str, ...]:
-    """Where Python and its packages lie, also under the names behind links, such as those of a virtual environment."""
+    """Return the folders of Python and its packages, also under the names behind links, such as those of a virtual
+    environment.
+    """
     script = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path]))"
     asked = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, check=True)
     paths = [*json.loads(asked.stdout), os.path.dirname(os.path.realpath(sys.executable))]
@@ -146,7 +148,7 @@ def _python_paths() -> tuple[str, ...]:
 
 
 def _run(command: Sequence[str], source: str, folder: str, seconds: float) -> str | None:
-    """What the process said through a pipe, which holds more than it may say; None if it had to be killed."""
+    """Return the messages of the process through a pipe, which holds more than it may write; None if it had to be killed."""
     reading, writing = os.pipe()
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, "STATUS": str(writing)}
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a pool of threads could not start

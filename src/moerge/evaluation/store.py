@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a run has left something in the folder of `--out`."""
+    """Return whether a run has left something in the folder of `--out`."""
     return (folder / RESULTS).exists() or (folder / "partial").exists()
 
 
@@ -60,7 +60,7 @@ class Store:
         return (measure, rows) if len(rows) == measure.scores[0].documents else None
 
     def records(self, checkpoint: str, kind: Kind, name: str, fingerprint: str) -> Records:
-        """Where a measure keeps what it has computed so far."""
+        """Return the file of a measure's records."""
         return Records(self._folder and self._folder / "partial" / _file(checkpoint, kind, name), fingerprint)
 
     def write_documents(self, checkpoint: str, kind: Kind, name: str, rows: Iterable[Row]) -> str | None:

@@ -26,7 +26,7 @@ class HeldOut:
 
     @property
     def digest(self) -> str:
-        """Of the documents as they are, in order."""
+        """Return a digest of the documents as they are, in order."""
         return Records.key(*self.documents)
 
 

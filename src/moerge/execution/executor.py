@@ -83,7 +83,9 @@ class Execution:
         self._measured[method] = yield from self.measure(steps, method.measures, operations)
 
     def statistic(self, operation: Merge) -> Steps:
-        """What the operation's method needs to know before it merges, None for nothing; part of a job, after `measure_model`."""
+        """Measure the statistic that the operation's method needs before it merges, None for none; part of a job, after
+        `measure_model`.
+        """
         method = operation.method
         if not method.measures:
             return None
@@ -273,5 +275,5 @@ class _Workspace:
         self.base_N, self.out_N = flat[experts * count :][: 2 * count].reshape(2, count)
 
     def first(self, count: int) -> _Workspace:
-        """The same memory for a shorter block."""
+        """Return the first part of the memory, for a shorter block."""
         return self if count == self.out_N.size else _Workspace(self._flat, self._experts, count)

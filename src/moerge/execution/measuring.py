@@ -1,4 +1,4 @@
-"""Where a statistic looks, and how what is found there adds up."""
+"""Measuring passes: the blocks that a statistic reads, and the sum of their shares."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Store(Protocol):
         ...
 
     def finished(self, output: Output) -> bool:
-        """Whether an earlier, interrupted run completed this output."""
+        """Return whether an earlier, interrupted run completed this output."""
         ...
 
 

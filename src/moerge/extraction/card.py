@@ -1,4 +1,4 @@
-"""What lies beside an extracted adapter's tensors: its settings as peft reads them, and a model card."""
+"""The files beside an extracted adapter's tensors: settings as peft reads them, and a model card."""
 
 from __future__ import annotations
 

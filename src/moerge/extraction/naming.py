@@ -12,7 +12,7 @@ from moerge.planning.plan import Plan
 
 
 def is_multimodal(model: Checkpoint) -> bool:
-    """Whether a language model is only a part of it."""
+    """Return whether a language model is only a part of it."""
     return any(isinstance(model.config.get(key), Mapping) for key in ("text_config", "vision_config", "llm_config"))
 
 

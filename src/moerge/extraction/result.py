@@ -1,4 +1,4 @@
-"""What an extraction kept of a task vector."""
+"""Results of an extraction."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class Extraction(Displayed):
 
     @property
     def share(self) -> float:
-        """What base plus adapter has of it."""
+        """Return the fraction of it that base plus adapter has."""
         return _share(self.roles)
 
     @property
     def share_of_modules(self) -> float:
-        """The same for the tensors that became low-rank, alone."""
+        """Return the fraction for the low-rank tensors alone."""
         return _share(role for role in self.roles if role.kind in ("lora", "embedding"))
 
     def part(self, role: Kept) -> float:

@@ -1,4 +1,4 @@
-"""Which tensors of a task vector become low-rank, which are stored whole, and which are left out."""
+"""The choice of tensors of a task vector that become low-rank, are stored whole, or are left out."""
 
 from __future__ import annotations
 

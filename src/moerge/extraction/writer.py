@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import shutil
-import tempfile
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
-from typing import IO
 
 import numpy as np
 
 from moerge.checkpoint.header import build_header
 from moerge.checkpoint.reader import ADAPTER_WEIGHTS
+from moerge.checkpoint.workspace import Workspace
 from moerge.errors import InputError, MachineError
-from moerge.files import umask
 from moerge.tensors.codec import all_finite, decode, encode
 from moerge.tensors.dtypes import DType
 
 Shape = tuple[int, ...]
+_KIND = "partial-"
 
 
 class AdapterWriter:
@@ -37,18 +34,19 @@ class AdapterWriter:
 
     def __enter__(self) -> AdapterWriter:
         with _writing(self.target):
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.target.name}.moerge-partial-"
-            _sweep(self.target.parent, prefix)
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.target.parent))
+            _sweep(self.target)
+            self._workspace = _workspace(self.target, f"{_KIND}{token_hex(4)}")
+            self._workspace.acquire()
+            self.folder = self._workspace.root / "adapter"
+            self.folder.mkdir()
             self._file = open(self.folder / ADAPTER_WEIGHTS, "wb")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
             self._file.seek(self._room)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._workspace.discard()
+        self._workspace.close()
 
     def add(self, name: str, values: np.ndarray) -> np.ndarray:
         """Store a tensor; its values as they are stored, in float32."""
@@ -76,26 +74,19 @@ class AdapterWriter:
         with _writing(self.target):
             self._file.seek(0)
             self._file.write(length.to_bytes(8, "little") + header[8:].ljust(length))
-            _flush(self._file)
-            for name, content in files.items():
-                with open(self.folder / name, "wb") as file:
-                    file.write(content)
-                    _flush(file)
-            self.folder.chmod(0o777 & ~umask())
-            os.rename(self.folder, self.target)
+            self._file.close()
+            self._workspace.publish(self.folder, files, replace=False)
 
 
-def _sweep(parent: Path, prefix: str) -> None:
-    """Remove what processes that were killed have left: nothing of it can be used. Who is alive holds a lock on the weights."""
-    for folder in parent.iterdir():
-        if not re.fullmatch(re.escape(prefix) + r"\w{8}", folder.name):
-            continue
-        try:
-            with open(folder / ADAPTER_WEIGHTS, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
+def _workspace(target: Path, kind: str) -> Workspace:
+    return Workspace(target, kind, lock="lock")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes that were killed have left: nothing of it can be used."""
+    prefix = f".{target.name}.moerge-"
+    for folder in target.parent.glob(f"{glob.escape(prefix + _KIND)}????????"):
+        _workspace(target, folder.name.removeprefix(prefix)).clear()
 
 
 @contextmanager
@@ -104,8 +95,3 @@ def _writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineError(f"cannot write {target}: {error.strerror or error}: nothing of it is left, run it again") from None
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -51,7 +51,7 @@ Wanted = Mapping[Kind, frozenset[str]]
 
 @dataclass(frozen=True)
 class Options:
-    """How to gather.
+    """The options of gathering statistics.
 
     `kind` is what to gather, by default what the recipe's methods use; `experts` whom of, by default all that it uses.
     `part` (i, n) takes every n-th document from number i on. At most `texts` documents are read, of each at most `tokens`

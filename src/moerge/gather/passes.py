@@ -1,11 +1,11 @@
-"""How many passes over the text the memory asks for."""
+"""The number of passes over the text that fit into memory."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from moerge import system
 
 _SHARE = 0.8
 """Of the free memory for sums; the rest is for activations."""
@@ -50,8 +50,4 @@ def free_memory(device: Any) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return system.free_memory()

@@ -1,4 +1,4 @@
-"""Where the parameters of a model in memory lie in its checkpoint: under other names, in parts, transposed."""
+"""The places of a model's parameters in its checkpoint: under other names, in parts, transposed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def _renamed(model: Any, name: str, parameter: Any, tensors: Mapping[str, Tensor
 
 
 def _converted(model: Any, name: str, parameter: Any, tensors: Mapping[str, Tensor]) -> Place | None:
-    """As transformers 5 would save it: it fuses the experts of a MoE when it loads one, and renames what old files have."""
+    """Return the state dict as transformers 5 would save it: it fuses the experts of a MoE when it loads one, and renames
+    what old files have.
+    """
     import torch
 
     try:

@@ -60,7 +60,7 @@ def tokenised(tokenizer: Any, documents: Sequence[str], tokens: int) -> Sequence
 
 @dataclass(frozen=True)
 class Layout:
-    """What can be gathered of a model: parameters by their names in memory, and linear layers by their weights' stored names.
+    """The statistics that a model allows: parameters by their names in memory, and linear layers by their weights' stored names.
 
     `grams` says where each linear layer's Gram matrix lies: layers that share inputs share it. `shapes` are those of the sums
     in the file, `bytes` the memory of each sum while it is gathered, by kind and name: Fisher information in float32, by the
@@ -143,7 +143,7 @@ def layout_of(model: Any, tensors: Mapping[str, Tensor], wanted: Mapping[Kind, f
 
 
 def _axis(module: Any) -> Any:
-    """Which axis of a linear layer's weight its inputs are; None for other modules."""
+    """Return the axis of a linear layer's weight that its inputs are on; None for other modules."""
     import torch
     from transformers.pytorch_utils import Conv1D
 

@@ -18,7 +18,7 @@ LEAST_TEMPERATURE = 1e-3
 
 @dataclass(frozen=True, repr=False)
 class Generation(Displayed):
-    """What a model wrote after a prompt. `routing` has a sequence-routed model's weight of each expert by name."""
+    """A model's continuation of a prompt. `routing` has a sequence-routed model's weight of each expert by name."""
 
     checkpoint: str
     prompt: str

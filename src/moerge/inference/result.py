@@ -14,7 +14,7 @@ from moerge.formatting import Displayed
 
 @dataclass(frozen=True)
 class Oracle:
-    """Which experts predict a text best when each expert gets whole documents alone, over the documents of two tokens or more.
+    """The experts that predict a text best when each gets whole documents alone, over the documents of two tokens or more.
 
     `best_E` is how often each expert has the lowest loss, `loss_E` their mean loss in nats a token. `accuracy` is how often the
     expert with the largest weight is the one with the lowest loss on the document.
@@ -27,7 +27,7 @@ class Oracle:
 
 @dataclass(frozen=True)
 class TextRoute:
-    """How one text is routed, averaged over its documents (and, in a token-routed model, over layers and tokens).
+    """The routing of one text, averaged over its documents (and, in a token-routed model, over layers and tokens).
 
     `alpha_E` is the weight of each expert, `first_E` how often it is the one with the largest weight, `entropy` that of the
     weights in nats. `accuracy` is `first_E` of the expert of the same name, None if there is no such expert. `alpha_LE` are the
@@ -45,13 +45,13 @@ class TextRoute:
 
     @property
     def oracle_accuracy(self) -> float | None:
-        """That of the oracle, if there is one."""
+        """Return the oracle's accuracy, if there is one."""
         return self.oracle.accuracy if self.oracle else None
 
 
 @dataclass(frozen=True, repr=False)
 class Routes(Displayed):
-    """How texts are routed. `level` is "sequence" or "token".
+    """The routing of texts. `level` is "sequence" or "token".
 
     `digest` is that of the model's tensors, None where moerge did not merge them.
     """

@@ -1,4 +1,4 @@
-"""Which expert gets which text: MergeME's table 2 for sequence-routed models, its figure 5 for token-routed ones.
+"""Routing of texts to experts: MergeME's table 2 for sequence-routed models, its figure 5 for token-routed ones.
 
 Shapes: D documents, E experts, L layers, T tokens, H hidden.
 """
@@ -29,7 +29,7 @@ def route(
     allow_calibration_text: bool = False,
     trust_remote_code: bool = False,
 ) -> Routes:
-    """How a MoE routes the first `limit` documents, up to `tokens` tokens of each, of files (txt, jsonl, parquet) by name.
+    """Route the first `limit` documents, up to `tokens` tokens of each, of files (txt, jsonl, parquet) by name.
 
     A text that has an expert's name is taken to be of that expert's domain. `oracle` also runs every document through each expert
     alone, as many more passes as there are experts, except where the routing has computed the same losses (`perplexity`).

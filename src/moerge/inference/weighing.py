@@ -1,4 +1,4 @@
-"""What a MoE makes of one document: the experts' weights, and each expert's loss when it is alone.
+"""A MoE on one document: the experts' weights, and each expert's loss when it is alone.
 
 Shapes: E experts, L layers, T tokens, N layers times tokens.
 """

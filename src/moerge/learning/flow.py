@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 
 from moerge.distillation import target_bytes
 from moerge.errors import InputError, MachineError
+from moerge.files import scratch_folder
 from moerge.formatting import as_size
 from moerge.learning.chunks import allocate, importances
 from moerge.learning.directions import Directions
@@ -64,9 +64,8 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, progress:
     with (
         _torch_threads(settings.threads),
         ThreadPoolExecutor() as pool,
-        tempfile.TemporaryDirectory(prefix="moerge-learn-") as scratch,
+        scratch_folder("moerge-learn-") as folder,
     ):
-        folder = Path(scratch)
         slots = make_slots(recipe, plan, settings, pool)
         samples = _samples(plan, texts, settings, folder)
         train, heldout = _split(samples, settings)

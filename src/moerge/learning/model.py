@@ -53,7 +53,7 @@ class Slot:
 
 @dataclass
 class Running:
-    """What the model plays: one of the models as it is (`model`), or the merge, on a text of expert `task`."""
+    """The model that runs: one of the models as it is (`model`), or the merge, on a text of expert `task`."""
 
     model: int | None = None
     task: int = BASE

@@ -1,4 +1,4 @@
-"""What each expert makes of its own texts: computed once, expert by expert, and kept on disk."""
+"""Targets of each expert on its own texts: computed once, expert by expert, and kept on disk."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _RESTART, _GROWTH, _FLOOR = 50, 2, 0.1
 
 @dataclass
 class History:
-    """What happened, by update: losses in nats a token, and which update was kept."""
+    """The history of learning, by update: losses in nats a token, and the update that was kept."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     best: int = 0

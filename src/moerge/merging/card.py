@@ -159,7 +159,7 @@ def _moe(plan: Plan) -> list[str]:
 
 
 def _whole_models(plan: Plan, moe: MoE, order: str) -> str:
-    """What became of experts that stay whole models."""
+    """Describe experts that stay whole models."""
     types = ", ".join(dict.fromkeys(config["model_type"] for config in plan.config["expert_configs"]))
     routing = plan.config["routing"]
     reads = "the whole sequence" if routing["on"] == "sequence" else f"the prompt, or the first {routing['prefix_tokens']} tokens"

@@ -53,7 +53,7 @@ def fit_outputs(
 
 @dataclass
 class _Counter:
-    """What a fitter tells of its progress, never more than it said before."""
+    """The progress of a fitter, never more than it announced."""
 
     left: int
     tell: Callable[[int], None]
@@ -72,7 +72,7 @@ class _Counters:
         self._tell: dict[Unit, Callable[[int], None]] = {}
 
     def of(self, fitter: Fitter) -> _Counter:
-        """Where the total is shown once the first of those that count it begins."""
+        """Return the counter of a fitter; the phase starts once the first fitter of its unit begins."""
         if fitter.counts not in self._tell:
             total = sum(other.steps(self._calibration) for other in self._fitters if other.counts == fitter.counts)
             name = "calibrating" if fitter.counts == "texts" else "fitting projectors"

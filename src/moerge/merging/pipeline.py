@@ -16,7 +16,7 @@ from typing import Any
 
 from moerge.checkpoint.manifest import damaged_files, read_manifest, sealed, to_json
 from moerge.checkpoint.reader import open_folder
-from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, being_written, busy, clear, interrupted
+from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Execution
@@ -71,7 +71,7 @@ class MergeResult(Displayed):
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None, clients: Sequence[str] = ()) -> Plan:
-    """What a recipe amounts to, without reading a tensor; Hub models' weights are not downloaded.
+    """Plan a recipe without reading a tensor; Hub models' weights are not downloaded.
 
     `recipe` is a YAML file's path or the same structure as a dict, whose relative paths start from the working directory.
     `seed` replaces the recipe's seeds. `clients` are programs that are to run the result, such as "llama.cpp" (see
@@ -109,7 +109,7 @@ def merge(
     if resume and (written := _manifest_of(target)):
         plan = _complete(plan)
         if _is_result(target, written, plan, max_shard_bytes):
-            clear(target)
+            workspace(target).clear()
             return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
     start = check_start(plan, target, resume=resume, force=force)
     plan = _complete(plan)
@@ -127,7 +127,7 @@ def merge(
             plan = replace(plan, warnings=(*plan.warnings, *remarks))
         merged = time.perf_counter()
         check_unchanged(plan.sources)
-        staging.publish(_with_manifest(plan, staging), replace=force)
+        staging.complete(_with_manifest(plan, staging), replace=force)
     return MergeResult(target, plan, threads, merged - begun, time.perf_counter() - merged, tuple(staging.nonfinite))
 
 
@@ -168,12 +168,13 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
 
 
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
-    """How writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
+    """Decide how writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
     sources = [(model.name, folder) for model in plan.models for folder in model.folders]
-    if being_written(target):
-        raise InputError(busy(target))
+    work = workspace(target)
+    if work.in_use:
+        raise work.busy()
     check_target(target, sources, marks=(MANIFEST,), force=force)
-    left = interrupted(target)
+    left = work.interrupted
     if left and not (resume or force):
         raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
     _check_space(plan, target, staged=left and resume)

@@ -30,7 +30,7 @@ class Coefficients(TaskVectorMethod):
 
 
 class Weighed(TaskVectorMethod):
-    """What `coefficients` means for one tensor: `c_KC` holds a row an expert, and chunk i is the elements from i * `chunk`."""
+    """The learned coefficients of one tensor: `c_KC` holds a row an expert, and chunk i is the elements from i * `chunk`."""
 
     name: ClassVar[str] = "coefficients"
     scale: Finite = 1.0
@@ -40,16 +40,16 @@ class Weighed(TaskVectorMethod):
 
     @property
     def described(self) -> dict[str, Any]:
-        """The same for all tensors."""
+        """Return the scale of all tensors."""
         return {"scale": self.scale, "directions": self.directions.name, "coefficients": "learned"}
 
     @property
     def unit(self) -> Unit:
-        """As the directions."""
+        """Follow the directions."""
         return self.directions.unit
 
     def scratch_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        """As the directions."""
+        """Follow the directions."""
         return self.directions.scratch_bytes(shape, experts)
 
     @property
@@ -59,17 +59,17 @@ class Weighed(TaskVectorMethod):
 
     @property
     def measures(self) -> int:
-        """As many passes as the directions need."""
+        """Return the passes that the directions need."""
         return self.directions.measures
 
     @property
     def spans_model(self) -> bool:
-        """As the directions."""
+        """Follow the directions."""
         return self.directions.spans_model
 
     @property
     def random_seed(self) -> int | None:
-        """As the directions."""
+        """Follow the directions."""
         return self.directions.random_seed
 
     def for_experts(self, names: Sequence[str]) -> Self:
@@ -77,7 +77,7 @@ class Weighed(TaskVectorMethod):
         return self.model_copy(update={"directions": self.directions.for_experts(names)})
 
     def measure(self, experts: int, size: int) -> Measurement:
-        """As the directions."""
+        """Follow the directions."""
         return (yield from self.directions.measure(experts, size))
 
     def combine(self, block: Block) -> None:

@@ -33,7 +33,8 @@ _MARGIN = 0.005
 
 
 def kept_count(density: float, size: int) -> int:
-    """How many of `size` entries a density keeps: ceil(density * size), since (1 - density) * size is rounded down to drop.
+    """Return the number of entries that a density keeps: ceil(density * size), since (1 - density) * size is rounded down to
+    drop.
 
     The density counts as the decimal number that was written: 0.8 of 10 entries is 8, never 9.
     """
@@ -67,7 +68,7 @@ def magnitudes_at(targets: Sequence[tuple[int, int]], experts: int, size: int) -
 
 @dataclass(frozen=True)
 class _Targets:
-    """Whose magnitudes are sought, and their ranks."""
+    """The tensors whose magnitudes are sought, and their ranks."""
 
     experts_T: np.ndarray
     ranks_T: np.ndarray

@@ -1,4 +1,4 @@
-"""What a merge method is.
+"""Merge methods.
 
 Shapes: K experts, N elements of one block of a tensor. A method sees blocks of float32, never files; what it needs to
 know of a whole tensor, or of the whole model, it measures in passes over blocks before it merges them.
@@ -30,7 +30,7 @@ Unit = Literal["block", "rows", "tensor"]
 
 @dataclass(frozen=True)
 class Block:
-    """What a method is given of one tensor, from every expert: a run of elements, complete rows or all (see `unit`).
+    """A method's view of one tensor, from every expert: a run of elements, complete rows or all (see `unit`).
 
     `theta_KN` holds the experts' values, for task-vector methods their differences to the base; a method may overwrite it.
     `keys_K` are 64-bit random keys, one an expert, that depend on the seed, the expert and the tensor alone; `start` is the
@@ -98,24 +98,27 @@ class MergeMethod(BaseModel):
 
     @property
     def unit(self) -> Unit:
-        """What a block holds: any run of elements, complete rows (of the last axis; a vector is one row), or the whole tensor.
+        """Return the granularity of a block: any run of elements, complete rows (of the last axis; a vector is one row), or
+        the tensor.
 
         Memory is bounded by blocks, by the longest row, or by the largest tensor: K + 2 float32 copies of it.
         """
         return "block"
 
     def scratch_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        """What `merge` allocates beside its block, where that is a whole tensor of this shape, for the estimate of memory."""
+        """Return the bytes that `merge` allocates beside its block, where that is a whole tensor of this shape, for the
+        memory estimate.
+        """
         return math.ceil(self.scratch * math.prod(shape) * 4)
 
     @property
     def measures(self) -> int:
-        """How many passes `measure` makes, for the progress bar; 0 skips it."""
+        """Return the number of passes that `measure` makes, for the progress bar; 0 skips it."""
         return 0
 
     @property
     def spans_model(self) -> bool:
-        """Whether `measure` passes over all tensors of the model together instead of one by one."""
+        """Return whether `measure` passes over all tensors of the model together instead of one by one."""
         return False
 
     @property
@@ -130,7 +133,7 @@ class MergeMethod(BaseModel):
 
     @property
     def divides_by_weights(self) -> bool:
-        """Whether the sum of all weights is a divisor, so that it must not be zero."""
+        """Return whether the sum of all weights is a divisor, so that it must not be zero."""
         return False
 
     def for_experts(self, names: Sequence[str]) -> Self:
@@ -153,7 +156,7 @@ class MergeMethod(BaseModel):
         yield from ()
 
     def measure_tensor(self, experts: int, shape: tuple[int, ...]) -> Measurement:
-        """As `measure`, of one tensor, for methods that look at its rows or columns."""
+        """Measure one tensor, for methods that look at its rows or columns."""
         return self.measure(experts, math.prod(shape))
 
     def merge(self, block: Block) -> None:
@@ -194,7 +197,7 @@ def _add_scaled(base_N: np.ndarray, scale: np.float32, out_N: np.ndarray) -> Non
 
 
 def cancel(weights: Sequence[float]) -> bool:
-    """Whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalised."""
+    """Return whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalised."""
     weights_K = np.array(weights, np.float32).astype(np.float64)
     return bool(abs(weights_K.sum()) <= _ROUNDING * np.abs(weights_K).sum())
 

@@ -39,7 +39,7 @@ class Ram(TaskVectorMethod):
         _divide(block.theta_KN, np.float32(self.epsilon), self.stretched(block))
 
     def stretched(self, block: Block) -> np.ndarray:
-        """What each expert multiplies its own changes by, float32 [K]."""
+        """Return the factor of each expert's own changes, float32 [K]."""
         return np.ones(len(block.theta_KN), np.float32)
 
 

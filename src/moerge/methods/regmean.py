@@ -59,13 +59,13 @@ class RegMean(StatisticsMethod):
         return None if stored is None else Scaled(stored, tensor, 1 / statistics.facts.tokens if self.balance else 1.0)
 
     def adapted(self, statistics: Statistics, tensor: str) -> StatisticsMethod:
-        """The same for weights that are stored the other way round, as GPT-2's are."""
+        """Transpose for weights that are stored the other way round, as GPT-2's are."""
         if statistics.facts.grams[tensor].axis == self.input_axis:
             return self
         return InputsFirst(**self.model_dump())
 
     def fits(self, statistic: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether the Gram matrix has the layer's number of inputs."""
+        """Return whether the Gram matrix has the layer's number of inputs."""
         return len(shape) == 2 and statistic.size == triangle(shape[self.input_axis])
 
     def merge(self, block: Block) -> None:

@@ -1,4 +1,4 @@
-"""What methods share that set a part of each task vector to zero before they add them up."""
+"""The base of methods that set a part of each task vector to zero before they add them up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SparseMethod(TaskVectorMethod):
 
     @property
     def elects(self) -> bool:
-        """Whether TIES' election chooses among what is left."""
+        """Return whether TIES' election chooses among what is left."""
         return False
 
     @property
@@ -50,13 +50,13 @@ class SparseMethod(TaskVectorMethod):
         weighted_sum(block.theta_KN, block.weights_K, np.float32(divisor), block.out_N)
 
     def direct(self, block: Block) -> None:
-        """What is left of each task vector; with an election, zero where the sign was not elected."""
+        """Return the rest of each task vector; with an election, zero where the sign was not elected."""
         self.sparsify(block)
         if self.elects:
             keep_elected(block.theta_KN, block.weights_K)
 
     def kept(self, experts: int, size: int) -> list[int]:
-        """How many of `size` entries each expert keeps."""
+        """Return the number of entries that each expert keeps."""
         return [kept_count(density, size) for density in each(self.density, experts)]
 
 
@@ -85,7 +85,7 @@ def keep_between(tau_KN: np.ndarray, lowest_K: np.ndarray, highest_K: np.ndarray
 
 
 def keep_ranks(tau_KN: np.ndarray, columns: int, ranks: Sequence[tuple[int, int]]) -> None:
-    """Of each row keep the first to the last rank by magnitude (1 is the largest) and what equals them, for each expert."""
+    """Keep of each row the first to the last rank by magnitude (1 is the largest) and what equals them, for each expert."""
     for tau_N, (first, last) in zip(tau_KN, ranks, strict=True):
         if (first, last) == (1, columns):
             continue

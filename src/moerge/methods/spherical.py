@@ -94,7 +94,7 @@ class NuSlerp(_Spherical):
         return products_3G, columns
 
     def coefficients(self, products_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-        """Of the tensor."""
+        """Return the statistic of the tensor."""
         return _arc(products_KK[[0, 1, 0], [0, 1, 1]][:, None], weights_K)[:, 0]
 
     def combine(self, block: Block) -> None:
@@ -164,7 +164,7 @@ class Karcher(_Spherical):
         return True
 
     def coefficients(self, products_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-        """Those of m, stretched to the mean length."""
+        """Return the weights of m, stretched to the mean length."""
         norms_K = np.sqrt(np.diagonal(products_KK))
         weights_K, inverse_K = weights_K / weights_K.sum(), _inverse(norms_K)
         cosines_KK = products_KK * np.outer(inverse_K, inverse_K)

@@ -1,4 +1,4 @@
-"""What methods share that weigh experts by statistics of them over text."""
+"""The base of methods that weigh experts by statistics of them over text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StatisticsMethod(MergeMethod):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where statistics are looked for."""
+        """Return the folders in which statistics are looked for."""
         return (self.statistics,) if isinstance(self.statistics, str) else self.statistics or ()
 
     def prepared(self, statistics: Statistics, tensor: str) -> Tensor | None:
@@ -50,5 +50,5 @@ class StatisticsMethod(MergeMethod):
         return self
 
     def fits(self, statistic: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether a statistic belongs to a tensor of this shape."""
+        """Return whether a statistic belongs to a tensor of this shape."""
         return statistic.shape == shape

@@ -1,4 +1,4 @@
-"""Which linear layers of a sequence-routed model have adapters for which experts, and what their tensors are called.
+"""Adapters in a sequence-routed model: the linear layers and experts that have them, and the names of their tensors.
 
 `adapters` of config.json has, by expert's name, groups of modules that are alike:
 

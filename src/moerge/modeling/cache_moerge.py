@@ -99,7 +99,7 @@ class MoergeCache(Cache):
         raise TypeError("a MoergeCache takes no keys and values itself: only a moerge model can fill it")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens it has seen."""
+        """Return the number of tokens that it has seen."""
         return int(self.lanes[0].get_seq_length(layer_idx)) if self.lanes else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -118,17 +118,17 @@ class MoergeCache(Cache):
         return int(self.lanes[0].get_max_length(layer_idx)) if self.lanes else -1
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether what a sliding window drops is kept."""
+        """Return whether what a sliding window drops is kept."""
         return self._record_past
 
     @property
     def batch_size(self) -> int:
-        """How many sequences it holds, -1 before the first."""
+        """Return the number of sequences that it holds, -1 before the first."""
         return -1 if self.routing is None else len(self.routing.alpha)
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it holds anything."""
+        """Return whether it holds anything."""
         return self.routing is not None
 
     @property
@@ -138,17 +138,17 @@ class MoergeCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` leaves no trace."""
+        """Return whether `crop` leaves no trace."""
         return all(lane.is_croppable for lane in self.lanes)
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Which layers slide."""
+        """Return, layer by layer, whether it slides."""
         return list(self.lanes[0].is_sliding) if self.lanes else []
 
     @property
     def is_linear(self) -> list[bool]:
-        """Which layers count no tokens: none, the cache counts them itself."""
+        """Return, layer by layer, whether it counts no tokens: none, the cache counts them itself."""
         return [False] * max(1, len(self))
 
     def __len__(self) -> int:

@@ -112,17 +112,17 @@ class MoergeHeterogeneousConfig(PretrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """How many experts there are."""
+        """Return the number of experts."""
         return len(self.expert_names or ())
 
     @property
     def streams_apart(self) -> bool:
-        """Whether every chosen expert has a residual stream of its own."""
+        """Return whether every chosen expert has a residual stream of its own."""
         return True
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
-        """How FSDP2 shards what is outside the experts."""
+        """Return the FSDP2 plan for the modules outside the experts."""
         shared = ("embed_tokens", "projectors_in.*", "projectors_out.*") if self.embedding == "shared" else ()
         return dict.fromkeys(shared, "free_full_weight")
 

@@ -107,16 +107,18 @@ class MoergeConfig(PretrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """How many experts there are."""
+        """Return the number of experts."""
         return len(self.expert_names or ())
 
     @property
     def streams_apart(self) -> bool:
-        """Whether every chosen expert has a residual stream of its own."""
+        """Return whether every chosen expert has a residual stream of its own."""
         return self.mix != "layer"
 
     def modules_of(self, role: str) -> int:
-        """How many modules a role has: one when it is shared or the experts are adapters on it, else one per expert."""
+        """Return the number of modules of a role: one when it is shared or the experts are adapters on it, else one per
+        expert.
+        """
         return self.num_experts if role in (self.separate or ()) and self.adapters is None else 1
 
 

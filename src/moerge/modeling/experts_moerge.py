@@ -112,7 +112,9 @@ class Experts(nn.ModuleList):
 
     @property
     def _fsdp_plan(self) -> dict[str, str]:
-        """How FSDP2 shards the experts: what is tied it would shard twice, and then what holds it is sharded as a whole."""
+        """Return the FSDP2 plan for the experts: tied modules would be sharded twice, so that their holder is sharded as a
+        whole.
+        """
         plan: dict[str, str] = {}
         left_out: set[str] = set()
         for expert in self:
@@ -138,7 +140,7 @@ def _takes(model: Any) -> frozenset[str]:
 
 
 def keeps_cache(expert: PreTrainedModel) -> bool:
-    """Whether an expert can go on from the tokens that it has seen."""
+    """Return whether an expert can go on from the tokens that it has seen."""
     return expert.config.model_type not in _STATE_IN_LAYERS and bool(_takes(expert) & set(_CACHES))
 
 
@@ -188,7 +190,7 @@ class ExpertLane:
         self.cache.activate_past_recording()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens it has seen."""
+        """Return the number of tokens that it has seen."""
         return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -201,12 +203,12 @@ class ExpertLane:
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` leaves no trace."""
+        """Return whether `crop` leaves no trace."""
         return self.cache is None or bool(getattr(self.cache, "is_croppable", self._only_attention))
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Which layers slide."""
+        """Return, layer by layer, whether it slides."""
         return list(getattr(self.cache, "is_sliding", ()))
 
     def __len__(self) -> int:

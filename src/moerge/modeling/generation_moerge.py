@@ -1,4 +1,4 @@
-"""What `generate` needs to know: the routing of the prompt stays for all that is generated."""
+"""Generation: the routing of the prompt stays for all that is generated."""
 
 from __future__ import annotations
 

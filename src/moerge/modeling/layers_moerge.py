@@ -20,7 +20,7 @@ from .versions_moerge import CACHE, DynamicCache, GradientCheckpointingLayer, ch
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """What one attention needs besides hidden states: whose it is, its rows' mask and positions, and its cache."""
+    """The input of one attention besides hidden states: its expert, its rows' mask and positions, and its cache."""
 
     share: Share
     masks: Any

@@ -43,7 +43,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the shared layer's output."""
+        """Return the sum that is added to the shared layer's output."""
         return functional.linear(functional.linear(x, self.A), self.B) * self.scale
 
 

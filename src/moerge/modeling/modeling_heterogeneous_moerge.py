@@ -43,7 +43,7 @@ _OWN = "every expert has its own embedding and head"
 
 
 class MoergeHeterogeneousPreTrainedModel(RoutedPreTrainedModel):
-    """What the models with and without a head share."""
+    """The base of the models with and without a head."""
 
     config_class = MoergeHeterogeneousConfig
     _no_split_modules = ["Projector"]
@@ -122,7 +122,7 @@ class MoergeHeterogeneousModel(RoutedModel, MoergeHeterogeneousPreTrainedModel):
         return replace(prompt, read_BT=read_BT)
 
     def path(self, expert: int, prompt: Prompt, lane: ExpertLane | None = None, keep: slice | Tensor = _ALL) -> Tensor:
-        """What one expert makes of the prompt: its states in the width of the shared head, or its own logits, some of them."""
+        """Run one expert over the prompt: return its states in the width of the shared head, or its own logits, some of them."""
         model = self.experts[expert]
         if not self.shared:
             if prompt.input_ids_BT is None:
@@ -215,7 +215,7 @@ class MoergeHeterogeneousForCausalLM(RoutedForCausalLM, MoergeHeterogeneousPreTr
         return sequence_nll(found_BTX, head, prompt, self.config.vocab_size), found_BTX
 
     def run(self, prompt: Prompt, routing: Routing | None, cache: Any, keep: slice | Tensor) -> Parts:
-        """What the chosen experts make of the prompt, at the positions to keep."""
+        """Run the chosen experts over the prompt, and return their outputs at the positions to keep."""
         parts: Parts = self.model.states(prompt, routing, cache, keep=keep)
         return parts
 

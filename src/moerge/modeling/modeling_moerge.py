@@ -35,7 +35,7 @@ def _require_grads(module: nn.Module, inputs: Any, output: Tensor) -> None:
 
 
 class MoergePreTrainedModel(RoutedPreTrainedModel):
-    """What the models with and without a head share."""
+    """The base of the models with and without a head."""
 
     config_class = MoergeConfig
     _no_split_modules = ["MoergeDecoderLayer"]

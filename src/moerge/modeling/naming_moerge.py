@@ -49,7 +49,7 @@ def dense_name(name: str) -> tuple[str, int]:
 
 
 def role_of(dense_name: str) -> str:
-    """Which of ROLES a dense tensor has."""
+    """Return the one of ROLES that a dense tensor has."""
     return _ROLE_OF_MODULE[_match(_DENSE, dense_name)["module"]]
 
 

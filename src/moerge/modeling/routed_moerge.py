@@ -1,4 +1,4 @@
-"""What the routed models share: outputs, routing passes, and the way from inputs to the mixture. Shapes as in routing_moerge."""
+"""The base of the routed models: outputs, routing passes, and the way from inputs to the mixture. Shapes as in routing_moerge."""
 
 # mypy: allow-untyped-calls, allow-untyped-decorators
 
@@ -42,7 +42,7 @@ class MoergeOutputWithPast(CausalLMOutputWithPast):
 
 
 class RoutedPreTrainedModel(PreTrainedModel):
-    """What the models with and without a head share."""
+    """The base of the models with and without a head."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -77,7 +77,7 @@ class RoutedModel(RoutedPreTrainedModel):
     gradient_checkpointing: bool
 
     def path(self, expert: int, prompt: Prompt, lane: Any = None) -> Tensor:
-        """What one expert makes of the prompt on a residual stream of its own; it fills the lane."""
+        """Run one expert over the prompt on a residual stream of its own, and fill the lane."""
         raise NotImplementedError
 
     def new_cache(self) -> MoergeCache | None:
@@ -85,7 +85,7 @@ class RoutedModel(RoutedPreTrainedModel):
         raise NotImplementedError
 
     def together(self, prompt: Prompt, shares: list[Share], lanes: list[Any] | None) -> Parts:
-        """What all shares make of the prompt on one residual stream."""
+        """Run all shares over the prompt on one residual stream."""
         raise NotImplementedError
 
     @can_return_tuple
@@ -120,7 +120,7 @@ class RoutedModel(RoutedPreTrainedModel):
         cache: MoergeCache | None,
         use_cache: bool | None,
     ) -> tuple[Prompt, MoergeCache | None]:
-        """What a forward pass starts from: its inputs, and the cache to use, if any."""
+        """Prepare a forward pass: its inputs, and the cache to use, if any."""
         cache = self._open_cache(cache, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         return self.make_prompt(input_ids, attention_mask, position_ids, inputs_embeds, past), cache
@@ -150,7 +150,7 @@ class RoutedModel(RoutedPreTrainedModel):
         return None
 
     def states(self, prompt: Prompt, routing: Routing | None, cache: MoergeCache | None, **options: Any) -> Parts:
-        """What the shares make of the prompt; a filled cache keeps its own routing. `options` go to `path`."""
+        """Run the shares over the prompt; a filled cache keeps its own routing. `options` go to `path`."""
         lanes, apart = None, self.config.streams_apart
         if cache is None:
             assert routing is not None
@@ -214,7 +214,7 @@ class RoutedForCausalLM(MoergeGenerationMixin, RoutedPreTrainedModel, Generation
         inputs_embeds: Tensor | None = None,
         prompt_mask: Tensor | None = None,
     ) -> Routing:
-        """How these prompts are routed: weights and scores of every expert, and what they are based on."""
+        """Route these prompts: return weights and scores of every expert, and the basis of the decision."""
         prompt = self.model.make_prompt(input_ids, attention_mask, position_ids, inputs_embeds)
         return self._route_and_run(self.model.scope(prompt, prompt_mask), None, route_only=True)[0]
 
@@ -260,7 +260,7 @@ class RoutedForCausalLM(MoergeGenerationMixin, RoutedPreTrainedModel, Generation
         return MoergeOutputWithPast(loss=loss, logits=logits, routing=routing, **named(cache))
 
     def run(self, prompt: Prompt, routing: Routing | None, cache: MoergeCache | None, keep: slice | Tensor) -> Parts:
-        """What the chosen experts make of the prompt, at the positions to keep."""
+        """Run the chosen experts over the prompt, and return their outputs at the positions to keep."""
         return [(share, states_RTH[:, keep]) for share, states_RTH in self.model.states(prompt, routing, cache)]
 
     def _route_and_run(

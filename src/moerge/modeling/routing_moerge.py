@@ -92,7 +92,7 @@ class Routing:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the model is given: tokens or embeddings, the mask over past and present tokens, and the positions.
+    """The input of the model: tokens or embeddings, the mask over past and present tokens, and the positions.
 
     `read_BT` says which of the present tokens routing may read; None: all that are not padding.
     """
@@ -126,7 +126,7 @@ class Prompt:
 
     @property
     def real_BT(self) -> Tensor:
-        """Which of the present tokens are not padding."""
+        """Return a mask of the present tokens that are not padding."""
         length = self.position_ids_BT.shape[1]
         if self.mask is None:
             return torch.ones_like(self.position_ids_BT, dtype=torch.bool)
@@ -136,7 +136,7 @@ class Prompt:
 
     @property
     def routed_BT(self) -> Tensor:
-        """Which of the present tokens routing reads."""
+        """Return a mask of the present tokens that routing reads."""
         return self.real_BT if self.read_BT is None else self.read_BT
 
     def cropped(self) -> Prompt:

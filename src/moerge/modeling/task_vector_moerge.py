@@ -73,7 +73,7 @@ def _takes_part(dense: str, config: Any) -> bool:
 
 
 def _nothing(gradient: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of a tensor that no expert changes."""
+    """Return the share of a tensor that no expert changes."""
     return iter(())
 
 

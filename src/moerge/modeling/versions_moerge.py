@@ -1,4 +1,4 @@
-"""What the models take from transformers, and what its versions call differently.
+"""The parts of transformers that the models use, under the names of each version.
 
 transformers renames arguments of methods that models override, and an argument under a new name is lost in `**kwargs`: the model
 would go on without it. So all that is relied on is looked up here, and what is not there stops the import.

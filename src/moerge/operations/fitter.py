@@ -28,7 +28,7 @@ MODULE = re.compile(r"\.ffn\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MoESize:
-    """How large a merged model is: `shared` and `module` count the parameters of the backbone and of one expert's modules.
+    """The size of a merged model: `shared` and `module` count the parameters of the backbone and of one expert's modules.
 
     `nbytes` are those of what is loaded where it runs. `layers` is how many gates are computed, `experts` and `hidden` are the
     rows and columns of each.
@@ -77,7 +77,7 @@ class FitContext:
         return combined_digest(used)
 
     def has(self, model: str, role: str) -> bool:
-        """Whether an input has a tensor of this role."""
+        """Return whether an input has a tensor of this role."""
         return any(self.family is not None and self.family.role_of(name) == role for name in self.models[model].tensors)
 
     def read(self, model: str, role: str) -> np.ndarray:
@@ -104,27 +104,27 @@ class Fitter:
 
     @property
     def title(self) -> str:
-        """What is computed, as in "the ridge router"."""
+        """Return a name for what is computed, as in "the ridge router"."""
         raise NotImplementedError
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What decides the values beside the tensors and texts that are read; shown by the plan."""
+        """Return the settings that decide the values beside the tensors and texts that are read; shown by the plan."""
         return {}
 
     @property
     def runs_model(self) -> bool:
-        """Whether the merged model is loaded for it, or an expert of it."""
+        """Return whether the merged model is loaded for it, or an expert of it."""
         return False
 
     @property
     def runs_one_expert(self) -> bool:
-        """Whether of experts that are whole models only one is loaded at a time."""
+        """Return whether of experts that are whole models only one is loaded at a time."""
         return False
 
     @property
     def needs_torch(self) -> bool:
-        """Whether torch and transformers are in memory while it works."""
+        """Return whether torch and transformers are in memory while it works."""
         return True
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:
@@ -135,7 +135,7 @@ class Fitter:
         """InputError if a package is not installed that this needs; asked before anything is written."""
 
     def memory_bytes(self, size: MoESize, threads: int) -> int:
-        """What it holds in memory. `size` is that of the model and of the tensors that are computed."""
+        """Return the bytes that it holds in memory. `size` is that of the model and of the tensors that are computed."""
         return 0
 
     def operations(self, size: MoESize, calibration: Sequence[Texts]) -> float:
@@ -143,7 +143,7 @@ class Fitter:
         return 0.0
 
     def steps(self, calibration: Sequence[Texts]) -> int:
-        """How many texts or tokens (whichever it `counts`) `fit` goes through, which tells `context.advance` of those done."""
+        """Return the number of texts or tokens (whichever it `counts`) of `fit`, which tells `context.advance` of those done."""
         return 0
 
     def fit(self, context: FitContext) -> Mapping[str, np.ndarray]:

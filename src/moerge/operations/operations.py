@@ -25,7 +25,7 @@ class Copy:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What is read."""
+        """Return the sources that are read."""
         return (self.source,)
 
 
@@ -51,7 +51,7 @@ class Merge:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What is read."""
+        """Return the sources that are read."""
         return (*self.values, *(extra for extra in self.extras if extra is not None))
 
     @property
@@ -80,7 +80,7 @@ class Draw:
 
     @classmethod
     def of_linear(cls, inputs: int, seed: int = 0, std: float | None = None, what: str = "") -> Draw:
-        """As `torch.nn.Linear` draws weights and biases alike, within 1 / sqrt(inputs); or with this standard deviation."""
+        """Draw as `torch.nn.Linear` does, weights and biases alike, within 1 / sqrt(inputs); or with this standard deviation."""
         return cls(seed, 1 / sqrt(inputs) if std is None else sqrt(3) * std, what)
 
     @property
@@ -160,7 +160,7 @@ class Fitting:
 
 
 def fittings(outputs: Iterable[Output]) -> tuple[Fitting, ...]:
-    """What is fitted, a fitter after the other as their first outputs come."""
+    """Group the outputs that are computed by their fitters, in the order of their first outputs."""
     groups: dict[int, list[Output]] = {}
     fitters: dict[int, Fitter] = {}
     for output in outputs:

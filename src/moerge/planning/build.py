@@ -38,7 +38,7 @@ from moerge.tokenizer.portable import portable_tokenizer
 def build_plan(
     recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str | None] | None = None, bind: bool = True
 ) -> Plan:
-    """What the recipe amounts to, with every check that needs no tensor data.
+    """Plan the recipe, with every check that needs no tensor data.
 
     `weights` downloads Hub models completely, at the `commits` given by model name; without it only their configs and
     headers are fetched. Without `bind` methods do not get the statistics that they need: such a plan cannot be carried out.
@@ -105,7 +105,7 @@ def _plan_whole_models(recipe: Recipe, models: tuple[Checkpoint, ...]) -> Plan:
 
 
 def _with_companions(recipe: Recipe, made: Assembled, model: Checkpoint) -> tuple[Assembled, Mapping[str, bytes], list[str]]:
-    """What a dense result has of its config's model beside tensors and tokenizer: files, code and all; and warnings."""
+    """Add what a dense result has of its config's model beside tensors and tokenizer: files, code and all; and warnings."""
     own = model_companions(model.folders[-1], model.config, others=COMPANION_FILES)
     if recipe.moe is not None:
         lacking = [name for name in (*own.files, *own.left_out) if "/" not in name]

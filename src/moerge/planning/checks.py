@@ -1,4 +1,4 @@
-"""Whether models can be merged at all: the same family, config, vocabulary and tensors. Every failure names the culprit."""
+"""Checks that models can be merged: the same family, config, vocabulary and tensors. Every failure names the culprit."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _prefixed(model: Checkpoint, leader: Checkpoint) -> Checkpoint:
 
 
 def _most(leader: Checkpoint, names: Collection[str]) -> bool:
-    """Whether more than half of the names are the leader's."""
+    """Return whether more than half of the names are the leader's."""
     return sum(name in leader.tensors for name in names) * 2 > len(names)
 
 

@@ -9,9 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moerge.checkpoint.adapter import AdaptedCheckpoint
+from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.average import Average
 from moerge.operations.operations import Copy, Merge, Output
+from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.plan import Plan
 from moerge.recipe.mergekit import is_mergekit
 from moerge.recipe.rules import matches
@@ -31,13 +34,17 @@ def equivalent_recipe(plan: Plan) -> dict[str, Any]:
         return recipe.written
     if recipe.slices and not _in_place(plan):
         raise InputError(f"{recipe.source}: moerge's own recipes cannot move layers as these slices do: keep this file as it is")
-    places = {model.name: _place(model.location, recipe.folder) for model in plan.models}
+    places = {model.name: _model_of(plan, model) for model in plan.models}
     sections = {output.name: _section(output) for output in plan.outputs if _is_float(output)} if recipe.moe is None else {}
     weights, merge = _usual(sections.values()) if sections else ({}, {"method": recipe.method.name, **dict(recipe.method)})
     overrides = _overrides(plan.outputs, sections, weights, merge)
-    experts = {name: _expert(places[name], weights.get(name, 1.0)) for name in recipe.experts}
+    adapters = {name: _place(expert.adapter, recipe.folder) for name, expert in recipe.experts.items() if expert.adapter}
+    experts = {name: _expert(places[name], weights.get(name, 1.0), adapters.get(name)) for name in recipe.experts}
+    base = places.get("base")
+    if recipe.base_adapter:
+        base = {"model": base, "adapter": _place(recipe.base_adapter, recipe.folder)}
     return {
-        **({"base": places["base"]} if recipe.base else {}),
+        **({"base": base} if recipe.base else {}),
         "experts": experts,
         "merge": {**merge, **({"overrides": overrides} if overrides else {})},
         **({"moe": _moe(recipe.moe)} if recipe.moe else {}),
@@ -46,7 +53,7 @@ def equivalent_recipe(plan: Plan) -> dict[str, Any]:
 
 
 def _in_place(plan: Plan) -> bool:
-    """Whether every layer stands where it stood, and none is left out."""
+    """Return whether every layer stands where it stood, and none is left out."""
     model = next(model for model in plan.models if model.name == plan.recipe.config)
     made = max(_number(output.name) for output in plan.outputs)
     moved = any(source.tensor.name != output.name for output in plan.outputs for source in output.operation.sources)
@@ -58,8 +65,15 @@ def _number(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _expert(place: str, weight: float) -> Any:
-    return place if weight == 1 else {"model": place, "weight": weight}
+def _expert(place: Any, weight: float, adapter: str | None) -> Any:
+    more = {**({"adapter": adapter} if adapter else {}), **({"weight": weight} if weight != 1 else {})}
+    return {"model": place, **more} if more else place
+
+
+def _model_of(plan: Plan, model: Checkpoint) -> Any:
+    """A model's path or Hub id, or the recipe that it is."""
+    found = model.base if isinstance(model, AdaptedCheckpoint) and model.base.name == model.name else model
+    return equivalent_recipe(found.plan) if isinstance(found, MergedCheckpoint) else _place(found.location, plan.recipe.folder)
 
 
 def _place(location: str, folder: Path) -> str:
@@ -68,12 +82,12 @@ def _place(location: str, folder: Path) -> str:
 
 
 def _is_float(output: Output) -> bool:
-    """Whether a tensor is merged: others are copied from the `config` model anyway."""
+    """Return whether a tensor is merged: others are copied from the `config` model anyway."""
     return output.dtype.is_float
 
 
 def _section(output: Output) -> Section:
-    """How a tensor is merged, as the keys of a `merge` section, with all weights."""
+    """Return the keys of a `merge` section for a tensor, with all weights."""
     operation = output.operation
     if isinstance(operation, Copy):
         return {"method": "passthrough", "model": operation.source.model}

@@ -76,7 +76,7 @@ def untie_alike(models: Sequence[Checkpoint], family: Family | None) -> tuple[tu
 
 
 def _names(model: Checkpoint, family: Family | None) -> tuple[str | None, str | None]:
-    """What embedding and head are called; of unknown families those that are stored, if their names are usual."""
+    """Return the names of embedding and head; of unknown families those that are stored, if their names are usual."""
     if family is not None:
         by_role = {rule.role: rule.name for rule in family.tensors}
         return by_role.get("embedding"), by_role.get("head")
@@ -88,19 +88,19 @@ def _names(model: Checkpoint, family: Family | None) -> tuple[str | None, str | 
 
 
 def _said(config: Mapping[str, Any], family: Family | None) -> list[bool]:
-    """What the places in config.json say that transformers' versions read."""
+    """Return the values at the places in config.json that transformers' versions read."""
     places = (config, config.get(nested_key(config, family)))
     return [bool(place[_KEY]) for place in places if isinstance(place, Mapping) and place.get(_KEY) is not None]
 
 
 def _says_tied(config: Mapping[str, Any], family: Family | None) -> bool:
-    """Whether one of these places, or the family's default, says that the head is the embedding."""
+    """Return whether one of these places, or the family's default, says that the head is the embedding."""
     said = _said(config, family)
     return any(said) if said else bool(canonical(config, family).get(_KEY))
 
 
 def _is_silent(config: Mapping[str, Any], family: Family | None) -> bool:
-    """Whether only the code of a family that moerge does not know says whether the head is the embedding."""
+    """Return whether only the code of a family that moerge does not know says whether the head is the embedding."""
     return family is None and not _said(config, family)
 
 
@@ -125,7 +125,7 @@ def _renamed(name: str, head: str, embedding: str | None) -> str:
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same values; they are read piece by piece, up to the first difference."""
+    """Return whether two tensors have the same values; they are read piece by piece, up to the first difference."""
     if first is second or first.shape != second.shape:
         return first is second
     pair = [(tensor, tensor.open()) for tensor in (first, second)]

@@ -1,4 +1,4 @@
-"""Which method and weights each tensor is merged with."""
+"""The method and weights of each tensor."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class MergedCheckpoint(Checkpoint):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Those of the models that it is merged from."""
+        """Return the files of the models that it is merged from."""
         return tuple(folder for model in self.plan.models for folder in model.folders)
 
     @property
@@ -57,12 +57,12 @@ class MergedCheckpoint(Checkpoint):
 
     @property
     def commits(self) -> dict[str, str | None]:
-        """Those of the models that it is merged from, by this name and theirs."""
+        """Return the sources of the models that it is merged from, by this name and theirs."""
         return {f"{self.name}/{name}": commit for model in self.plan.models for name, commit in model.commits.items()}
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What decides its tensors."""
+        """Return a key for everything that decides its tensors."""
         return (*super().identity, self.plan.fingerprint)
 
     @property
@@ -142,7 +142,7 @@ class _MergedTensor(Sized):
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        """What it is merged from, for whoever looks for NaN."""
+        """Return its sources, for the search for NaN."""
         return self.output.operation.sources
 
     def open(self) -> _MergedTensor:

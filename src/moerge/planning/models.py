@@ -36,6 +36,8 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Bui
     for model in found.values():
         refuse_quantised(model)
     base = found.get("base")
+    if base is not None and recipe.base_adapter is not None:
+        base = found["base"] = _adapted(recipe, base, recipe.base_adapter, weights, commits)
     if base is not None and is_adapter(base):
         raise InputError(f"base: {base.folder} is an adapter: name the model that it was trained on{_trained_on(base)}")
     models = {name: _model(model, base, recipe.source) for name, model in found.items()}
@@ -55,7 +57,7 @@ def _adapted(recipe: Recipe, model: Checkpoint, location: str, weights: bool, co
     commit = commits.get(f"{model.name}+adapter")
     adapter = locate(location, name=model.name, relative_to=recipe.folder, weights=weights, commit=commit)
     if not is_adapter(adapter):
-        raise InputError(f"{recipe.source}: experts.{model.name}.adapter: {adapter.folder} is a whole model, not an adapter")
+        raise InputError(f"{recipe.source}: adapter of {model.name}: {adapter.folder} is a whole model, not an adapter")
     made = apply_adapter(adapter, model)
     return replace(made, location=f"{model.location}+{location}", complete=made.complete and model.complete)
 

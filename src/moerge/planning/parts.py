@@ -1,4 +1,4 @@
-"""Whose a tensor is that not all models have: by the recipe's `parts`, else the config's model's; or it is left out."""
+"""The owners of tensors that not all models have: by the recipe's `parts`, else the config's model; or they are left out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Parts:
     _used: set[str] = field(default_factory=set)
 
     def decide(self, name: str, role: str, *, beside: bool) -> None:
-        """Whose a tensor is, if not all models' together; `beside` the language model shapes may differ.
+        """Decide on the owner of a tensor that not all models share; `beside` the language model shapes may differ.
 
         Raises InputError for a tensor without which a model is damaged.
         """
@@ -51,7 +51,7 @@ class Parts:
             self._take(name, self.source, "shaped otherwise in other models")
 
     def warnings(self) -> list[str]:
-        """What was taken and left out; InputError for a part of the recipe's that no model has."""
+        """Return warnings about what was taken and left out; InputError for a part of the recipe's that no model has."""
         for pattern in self.recipe.parts:
             if pattern not in self._used:
                 known = {part_of(name, self.layers) for tensors in self.stored.values() for name in tensors}
@@ -89,7 +89,8 @@ class Parts:
             self._leave(name, f"that {self.source}, whose config.json is used, does not have are left out ({taking})")
 
     def _can_lack(self, model: str, name: str, tensor: Tensor) -> bool:
-        """Whether a model is whole without a tensor: a part of which it has nothing, or what others compute when they load.
+        """Return whether a model is whole without a tensor: a part of which it has nothing, or what others compute when they
+        load.
 
         A layer that it has, an embedding or a head is not such a part.
         """

@@ -80,7 +80,7 @@ class Plan(Displayed):
 
     @property
     def complete(self) -> bool:
-        """Whether all inputs are on this machine; Hub models that are not will be downloaded before merging."""
+        """Return whether all inputs are on this machine; Hub models that are not will be downloaded before merging."""
         return all(model.complete for model in self.models)
 
     @property
@@ -113,7 +113,7 @@ class Plan(Displayed):
         return max(_INTERPRETER_BYTES + self.merging_bytes(threads), self.fitting_bytes(threads))
 
     def merging_bytes(self, threads: int) -> int:
-        """Of these, what merging takes."""
+        """Return the part of it that merging takes."""
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
@@ -140,7 +140,7 @@ class Plan(Displayed):
 
     @cached_property
     def fittings(self) -> tuple[Fitting, ...]:
-        """What is computed once the rest is merged, in the order in which it is."""
+        """Return what is computed once the rest is merged, in order."""
         return fittings(self.outputs)
 
     def _size(self, fitting: Fitting) -> MoESize:
@@ -154,7 +154,9 @@ class Plan(Displayed):
         return MoESize(loaded, len(outputs), hidden, vocabulary, experts, shared, separate // experts)
 
     def _loaded_bytes(self, fitter: Fitter) -> int:
-        """Of the merged model, what is loaded where a fitter runs it: everything, or the largest expert and what is shared."""
+        """Return the bytes of the merged model that are loaded where a fitter runs it: everything, or the largest expert and
+        what is shared.
+        """
         if not fitter.runs_one_expert:
             return self.output_bytes
         sizes: Counter[int | None] = Counter()

@@ -28,7 +28,7 @@ def main_dtype(model: Checkpoint) -> DType:
 
 @dataclass(frozen=True)
 class Precision:
-    """What `models` store wider than the rest of theirs, for a result of mostly `dtype`."""
+    """The tensors that `models` store wider than the rest of theirs, for a result of mostly `dtype`."""
 
     models: Sequence[Checkpoint]
     dtype: DType
@@ -62,7 +62,7 @@ class Precision:
         return min((source.tensor.dtype for source in sources), key=lambda dtype: dtype.itemsize)
 
     def notes(self, outputs: Iterable[Output]) -> list[str]:
-        """Which tensors of the result are wider than the rest of it, and which have lost precision that a model has."""
+        """Return notes on tensors of the result that are wider than the rest of it, and on those that have lost precision."""
         kept: dict[str, list[Output]] = {}
         lost: dict[str, list[Output]] = {}
         for output in outputs:

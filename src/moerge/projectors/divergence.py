@@ -25,7 +25,7 @@ SHARES, WORTH = (1.0, 0.5, 0.25), 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """What is to be matched on some states: log p [S, K], by softmax(H W h + bias) of the shared head [K, M] and its bias."""
+    """The heads to match on some states: log p [S, K], by softmax(H W h + bias) of the shared head [K, M] and its bias."""
 
     shared_KM: np.ndarray
     bias_K: np.ndarray

@@ -39,7 +39,7 @@ class ProjectorFit(Fitter):
 
     @property
     def title(self) -> str:
-        """That of all experts' together."""
+        """Return the name of all experts' projectors together."""
         return "the projectors"
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:

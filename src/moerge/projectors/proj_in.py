@@ -36,7 +36,7 @@ class ProjectorInFit(ProjectorFit):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """How many units, and the seed of those that stand for no token."""
+        """Return the number of units, and the seed of those that stand for no token."""
         return {"units": self.units, "penalty": PENALTY, "seed": self.seed}
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:

@@ -65,7 +65,7 @@ class ProjectorOutFit(ProjectorFit):
 
     @property
     def runs_model(self) -> bool:
-        """Where there is text, the expert runs on it inside the merged model."""
+        """Return whether there is text, on which the expert runs inside the merged model."""
         return self.weights.have_text
 
     @property
@@ -113,7 +113,7 @@ class ProjectorOutFit(ProjectorFit):
         return named(context, linear=(linear_MD, bias_M))
 
     def _biases(self, context: FitContext, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """That of the expert's head and that of the shared one, zero where there is none."""
+        """Return the biases of the expert's head and of the shared one, zero where there is none."""
         shared = open_folder(context.folder, name="merged").tensors.get(HEAD_BIAS)
         own_V = np.zeros(rows) if self.bias is None else _vector(self.bias, self.expert)
         return own_V, np.zeros(rows) if shared is None else _vector(shared, "merged")
@@ -139,7 +139,7 @@ class ProjectorOutFit(ProjectorFit):
 
 
 def held_out(text_S: np.ndarray) -> np.ndarray:
-    """Which states are of every fifth text; of fewer texts, the last fifth of the states."""
+    """Return a mask of the states of every fifth text; of fewer texts, of the last fifth of the states."""
     held_S: np.ndarray = text_S % HELD_OUT == HELD_OUT - 1
     if held_S.all() or not held_S.any():
         held_S = np.arange(len(text_S)) >= len(text_S) * (HELD_OUT - 1) // HELD_OUT

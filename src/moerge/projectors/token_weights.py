@@ -1,4 +1,4 @@
-"""How much each token counts when something is fitted over the vocabulary. Shape: V tokens."""
+"""The weight of each token when something is fitted over the vocabulary. Shape: V tokens."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Units:
     bias_N: np.ndarray
 
     def apply(self, rows_RM: np.ndarray) -> np.ndarray:
-        """What the units make of some rows, float64 [R, N]."""
+        """Return the units' values for some rows, float64 [R, N]."""
         value_RN: np.ndarray = rows_RM.astype(np.float64) @ self.up_NM.T.astype(np.float64) + self.bias_N
         _gelu(value_RN.reshape(-1))
         return value_RN

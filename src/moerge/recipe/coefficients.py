@@ -37,7 +37,7 @@ class Coefficients:
     learning: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What the file holds."""
+        """Return the file's content."""
         return {
             "format": FORMAT,
             "experts": list(self.experts),
@@ -69,7 +69,9 @@ def chunk_size(size: int, chunks: int) -> int:
 
 
 def chunk_count(size: int, chunks: int) -> int:
-    """How many chunks a tensor of `size` elements is really cut into: torch.chunk may return fewer than asked for."""
+    """Return the number of chunks that a tensor of `size` elements is really cut into: torch.chunk may return fewer than
+    asked for.
+    """
     return math.ceil(size / chunk_size(size, chunks))
 
 

@@ -115,24 +115,49 @@ def read_document(path: Path, what: str = "recipe") -> Document:
     except UnicodeDecodeError:
         raise InputError(f"the {what} {path} is not UTF-8 text: save it as such") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        if not nodes or not all(isinstance(node, yaml.MappingNode) for node in nodes):
             raise InputError(f"{path} should be a mapping with keys such as {_SUCH_AS[what]}")
-        lines: dict[Key, int] = {}
-        _collect_lines(node, (), lines, str(path))  # which counts, before anything is expanded
-        data = yaml.safe_load(text)
+        counted = [dict[Key, int]() for _ in nodes]
+        for node, found in zip(nodes, counted, strict=True):
+            _collect_lines(node, (), found, str(path))  # which counts, before anything is expanded
+        data, lines = _united(path, list(yaml.safe_load_all(text)), counted)
     except RecursionError:
         raise InputError(f"{path} is nested too deeply, or an alias in it contains itself") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        if "another document" in (error.problem or ""):
-            raise InputError(f"{path}{line}: a second document starts here: put each into a file of its own") from None
         raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     return Document(data, str(path), lines)
+
+
+def _united(path: Path, documents: list[dict[str, Any]], lines: list[dict[Key, int]]) -> tuple[dict[str, Any], dict[Key, int]]:
+    """One document; or of several, as mergekit-multi has them, the one without a `name`, with the others in its `documents`."""
+    if len(documents) == 1:
+        return documents[0], lines[0]
+    if not all("merge_method" in document for document in documents):
+        second = min(lines[1].values(), default=1)
+        raise InputError(f"{path}, line {second}: a second document starts here: put each into a file of its own")
+    whole: dict[str, Any] = {}
+    places: dict[Key, int] = {}
+    others: dict[str, Any] = {}
+    for document, own in zip(documents, lines, strict=True):
+        first = min(own.values())
+        name = document.pop("name", None)
+        if (name is None and whole) or name in others or not isinstance(name, str | None):
+            twice = "two documents have no 'name'" if name is None else f"the name {short(name)} is taken, or no text"
+            raise InputError(f"{path}, line {first}: {twice}: name all but the one that is the result")
+        if name is None:
+            whole, places = document, places | own
+        else:
+            others[name] = document
+            places |= {("documents", name): first} | {("documents", name, *key): line for key, line in own.items()}
+    if not whole:
+        raise InputError(f"{path}: every document has a 'name': leave out that of the one that is the result")
+    return {**whole, "documents": others}, places
 
 
 def _collect_lines(node: yaml.Node, path: Key, lines: dict[Key, int], source: str) -> None:

@@ -28,7 +28,7 @@ def _or_else(message: str) -> WrapValidator:
 
 
 class Learning(BaseModel):
-    """How coefficients are learned. Defaults are the paper's or its code's (arXiv 2509.25712), unless said otherwise.
+    """The settings of learned coefficients. Defaults are the paper's or its code's (arXiv 2509.25712), unless said otherwise.
 
     `objective: alignment` is Expert Merging's, `entropy` AdaMerging's (Yang et al. 2024), which asks the experts nothing.
     `granularity: tensor` learns one coefficient for each tensor and expert (the code), `layer` one for each layer and expert

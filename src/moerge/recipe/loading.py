@@ -159,7 +159,7 @@ def _router_class(kind: str, by_sequence: bool) -> type[Router]:
 
 
 def _other_routing(kind: str, by_sequence: bool) -> str | None:
-    """What to say about a kind of router that only the other sort of model has."""
+    """Return the error for a kind of router that only the other sort of model has."""
     if by_sequence and kind in routers():
         return f"{kind!r} routes tokens and {FORMAT!r} routes sequences: remove 'format', or {suggest(kind, sequence_routers())}"
     if not by_sequence and kind in sequence_routers():

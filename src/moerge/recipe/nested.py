@@ -32,7 +32,10 @@ def take_recipes(document: Document, folder: Path, trail: Trail, read: Read) -> 
 
     sections: dict[str, Any] = {key: document.data[key] for key in ("base", "experts") if key in document.data}
     if "base" in sections:
-        sections["base"] = plain(("base",), "base", sections["base"])
+        base = sections["base"]
+        if isinstance(base, dict) and set(base) == {"model", "adapter"}:
+            sections["base_adapter"], base = base["adapter"], base["model"]
+        sections["base"] = plain(("base",), "base", base)
     if isinstance(sections.get("experts"), dict):
         experts = {}
         for name, value in sections["experts"].items():
@@ -49,12 +52,12 @@ def take_recipes(document: Document, folder: Path, trail: Trail, read: Read) -> 
 
 
 def is_recipe(value: Any) -> bool:
-    """Whether a mapping is meant as a recipe."""
+    """Return whether a mapping is meant as a recipe."""
     return isinstance(value, dict) and ("experts" in value or is_mergekit(value))
 
 
 def is_recipe_file(location: str, folder: Path) -> bool:
-    """Whether text names a recipe's file."""
+    """Return whether text names a recipe's file."""
     return location.endswith(_SUFFIXES) and not (folder / Path(location).expanduser()).is_dir()
 
 

@@ -14,7 +14,7 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the result stands.
+    """The place of a tensor of the result.
 
     `slice_index` and `depth` (0 for the slice's first layer, 1 for its last; 0 for what is in no layer) are those of a dense
     model made of `slices`; a model without them is one slice. `inputs` are the models it is merged from, in order, with the
@@ -30,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a tensor is merged. An expert that `weights` does not name has its own weight from the recipe.
+    """The merge of a tensor. An expert that `weights` does not name has its own weight from the recipe.
 
     `dtype` is its element type in the result, where that is not left to the recipe and the models.
     """
@@ -45,21 +45,21 @@ class Rule:
 
     @property
     def pattern(self) -> str:
-        """Which tensors it decides about, for the error that it matched none; empty if it may."""
+        """Return the pattern of its tensors, for the error that it matched none; empty if it may."""
         return ""
 
     @property
     def methods(self) -> tuple[MergeMethod, ...]:
-        """What it may choose, as far as that is known without a model."""
+        """Return the methods that it may choose, as far as that is known without a model."""
         raise NotImplementedError
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """What goes into the checkpoint's folder so that it can be merged again."""
+        """Return the files that go into the checkpoint's folder so that it can be merged again."""
         return {}
 
     def choose(self, place: Place) -> Choice | None:
-        """How the tensor at `place` is merged, or None to leave that to the next rule."""
+        """Choose the method of the tensor at `place`, or None to leave that to the next rule."""
         raise NotImplementedError
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -89,7 +89,7 @@ class Matching(Rule):
 
 
 def matches(pattern: str, role: str, name: str) -> bool:
-    """Whether `pattern` means the tensor of this role path and name.
+    """Return whether `pattern` means the tensor of this role path and name.
 
     A pattern is a tensor name with `*`, or the beginning of a role path, `layers.N.` optional: `attention`, `ffn.down`,
     `layers.0-3.attention`, `layers.7`, `embedding`. `*` stands for one part and `0-3` for the layers 0 to 3.

@@ -70,12 +70,12 @@ class MoE(_Strict):
 
     @property
     def by_sequence(self) -> bool:
-        """Whether whole sequences are routed instead of tokens."""
+        """Return whether whole sequences are routed instead of tokens."""
         return self.format == FORMAT
 
     @property
     def asks_for_whole_models(self) -> bool:
-        """Whether something is said that only makes sense if experts stay whole models."""
+        """Return whether something is said that only makes sense if experts stay whole models."""
         return any(key in self.model_fields_set for key in WHOLE_MODEL_KEYS)
 
 
@@ -109,12 +109,12 @@ class Slice(_Strict):
 
     @property
     def layers(self) -> int:
-        """How many layers it has."""
+        """Return the number of its layers."""
         return self.sources[0].stop - self.sources[0].start
 
 
 class Recipe(_Strict):
-    """What to merge and how. `folder` is what relative paths start from, `written` the document as the user wrote it.
+    """A recipe. `folder` is what relative paths start from, `written` the document as the user wrote it.
 
     `parts` are models by what is theirs alone: a part such as `vision`, or tensors by name; `drop` leaves it out.
 
@@ -126,6 +126,7 @@ class Recipe(_Strict):
     """
 
     base: str | None = Field(default=None, min_length=1)
+    base_adapter: str | None = Field(default=None, min_length=1)
     experts: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=LONGEST_LABEL)],
         Annotated[Expert, BeforeValidator(_expert)],
@@ -153,7 +154,7 @@ class Recipe(_Strict):
 
     @property
     def includes_base(self) -> bool:
-        """Whether the base is one of the MoE's experts."""
+        """Return whether the base is one of the MoE's experts."""
         if self.moe is None:
             return False
         return self.base is not None if self.moe.include_base is None else self.moe.include_base
@@ -175,7 +176,7 @@ class Recipe(_Strict):
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """What decides about each tensor, in the order it is asked."""
+        """Return the rules that decide about each tensor, in the order they are asked."""
         if self.settings is not None:
             return (self.settings,)
         overrides = (

@@ -1,4 +1,4 @@
-"""What recipes say about experts that stay whole models (MergeME, section 3.2), and what does not go with that."""
+"""Keys of recipes for experts that stay whole models (MergeME, section 3.2), and those that do not go with them."""
 
 from __future__ import annotations
 

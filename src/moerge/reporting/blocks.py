@@ -1,4 +1,4 @@
-"""What a page is made of: sections of blocks, without a word of HTML. The template has a macro for each kind of block."""
+"""The building blocks of a page: sections of blocks, without a word of HTML. The template has a macro for each kind of block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, and by what it sorts where that is not the text.
+    """A cell's text, and the value it sorts by where that is not the text.
 
     `tone` is "", "best", "quiet", or a verdict's "good", "care" or "apart"; `heat` in [-1, 1] colours the cell's ground.
     """

@@ -1,4 +1,4 @@
-"""What was measured, in a checkpoint's model card: a section between two comments, and the Hub's `model-index`.
+"""Measured figures in a checkpoint's model card: a section between two comments, and the Hub's `model-index`.
 
 A merge runs no model, so its card holds no figures; this adds them later. What stands outside of the two comments stays as it is.
 """
@@ -29,7 +29,7 @@ _SHARES = ("exact_match", "pass@1")
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one checkpoint: figures, paired differences, and how it routes."""
+    """The measurements of one checkpoint: figures, paired differences, and routing."""
 
     scores: tuple[Score, ...] = ()
     differences: tuple[Difference, ...] = ()

@@ -1,4 +1,4 @@
-"""What a report is made of, checked: the page shows nothing else, and embeds it as JSON.
+"""The data of a report, checked: the page shows nothing else, and embeds it as JSON.
 
 Each class reads one kind of file. What a file has beyond the fields is left out, so that a newer file still shows; what is of the
 wrong kind is refused, and the page says so. `path` is the file's, below the folder that the report is of.
@@ -22,7 +22,7 @@ class Data(BaseModel):
 
 
 class File(Data):
-    """Where something was read, and when that file was last written, in UTC."""
+    """A file that was read, and when it was last written, in UTC."""
 
     path: str
     written: str
@@ -98,7 +98,7 @@ class Checkpoint(File):
 
 
 class TextRoute(Data):
-    """How one text is routed, as in `moerge.inference.routes.TextRoute`; mappings are by expert."""
+    """The routing of one text, as in `moerge.inference.result.TextRoute`; mappings are by expert."""
 
     documents: int
     alpha: Mapping[str, Share]
@@ -112,7 +112,7 @@ class TextRoute(Data):
 
 
 class Route(File):
-    """What `moerge route --out` wrote."""
+    """The result of `moerge route --out`."""
 
     checkpoint: str
     level: str
@@ -153,7 +153,7 @@ class Stage(Data):
 
 
 class Learning(File):
-    """What `moerge learn` left: coefficients by expert, layer and part of a layer, and curves."""
+    """The result of `moerge learn`: coefficients by expert, layer and part of a layer, and curves."""
 
     experts: tuple[str, ...] = ()
     initial: float | None = None
@@ -175,7 +175,7 @@ class Tuning(File):
 
 
 class Tuned(File):
-    """What `moerge tune` says of a run: its settings, models, and the time it took."""
+    """The facts of a `moerge tune` run: its settings, models, and the time it took."""
 
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
@@ -215,7 +215,7 @@ class ExpertRow(Data):
 
 
 class Verdict(Data):
-    """What to do with a role, and why."""
+    """A verdict on a role, and its reason."""
 
     role: str
     answer: str
@@ -234,7 +234,7 @@ def _without_parts(value: Any) -> Any:
 
 
 class Comparison(File):
-    """What `moerge compare --out` wrote. `unheeded` are roles that should stay separate and that the recipe merges."""
+    """The result of `moerge compare --out`. `unheeded` are roles that should stay separate and that the recipe merges."""
 
     recipe: str
     models: Mapping[str, str]
@@ -270,7 +270,7 @@ class Difference(Score):
 
 
 class Measure(Data):
-    """What came out of one checkpoint on one benchmark or text, and when that was."""
+    """The result of one checkpoint on one benchmark or text, and its time."""
 
     checkpoint: str
     kind: str
@@ -282,7 +282,7 @@ class Measure(Data):
 
 
 class Evaluation(File):
-    """What `moerge eval --out` wrote. `digests` are those of the checkpoints' tensors, where moerge merged them."""
+    """The result of `moerge eval --out`. `digests` are those of the checkpoints' tensors, where moerge merged them."""
 
     checkpoints: Annotated[tuple[str, ...], Field(min_length=1)]
     settings: Mapping[str, Any]
@@ -293,7 +293,7 @@ class Evaluation(File):
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """Of all measures."""
+        """Return the scores of all measures."""
         return tuple(score for measure in self.measures for score in measure.scores)
 
 
@@ -306,7 +306,7 @@ class DemoModel(Data):
 
 
 class Demo(File):
-    """What `moerge demo` found."""
+    """The result of `moerge demo`."""
 
     seed: int
     models: tuple[DemoModel, ...]

@@ -1,4 +1,4 @@
-"""What lies in a folder: files that commands of moerge wrote, known by what they hold. Nothing that a file names is opened."""
+"""The files of moerge's commands in a folder, known by their content. Nothing that a file names is opened."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
+from moerge.files import read_file
 
 DEEPEST, MOST_FOLDERS = 5, 5000
 """Folders below the one that was named, and how many of them are looked into."""
@@ -90,7 +91,7 @@ def _read(path: Path, top: Path) -> Source:
 
 
 def _parse(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+    text = read_file(path).decode("utf-8")
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     if path.suffix == ".jsonl":
@@ -99,7 +100,9 @@ def _parse(path: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The same with only characters that a page can show: no control characters, no half surrogates, no change of direction."""
+    """Return the value with only characters that a page can show: no control characters, no half surrogates, no change of
+    direction.
+    """
     if isinstance(value, str):
         return "".join(character if _shown(character) else "\N{REPLACEMENT CHARACTER}" for character in value)
     if isinstance(value, dict):

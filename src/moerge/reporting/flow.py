@@ -23,7 +23,7 @@ _MARK = b'<meta name="generator" content="moerge '
 
 @dataclass(frozen=True, repr=False)
 class Report(Displayed):
-    """What was found in a folder, under a title."""
+    """The content of a folder, under a title."""
 
     folder: Path
     title: str
@@ -34,7 +34,7 @@ class Report(Displayed):
         return updates(self.folder, self.found)
 
     def to_json(self) -> dict[str, Any]:
-        """What the page shows and embeds."""
+        """Return the data that the page shows and embeds."""
         return {"format": FORMAT, "moerge": version("moerge"), "title": self.title, **self.found.model_dump(mode="json")}
 
     def to_html(self) -> str:
@@ -59,7 +59,7 @@ class Report(Displayed):
 
 
 def report(folder: str | Path, *, title: str | None = None) -> Report:
-    """What lies in `folder` and below: checkpoints with their manifests, and what `compare`, `route`, `learn`, `eval` and `demo`
+    """Report on `folder` and below: checkpoints with their manifests, and what `compare`, `route`, `learn`, `eval` and `demo`
     wrote. Raises InputError if that is nothing.
     """
     found = collect(Path(folder))

@@ -23,7 +23,7 @@ Deviation = Annotated[float, Field(gt=0, le=100)]
 
 
 class Router(BaseModel):
-    """Where the gate matrices [experts, hidden] come from. Register a subclass under `moerge.routers`."""
+    """The source of the gate matrices [experts, hidden]. Register a subclass under `moerge.routers`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -31,7 +31,7 @@ class Router(BaseModel):
     needs_training: ClassVar[bool] = False
 
     def operation(self, gate: Expected) -> Operation:
-        """What fills one layer's gate."""
+        """Return the operation that fills one layer's gate."""
         raise NotImplementedError
 
 
@@ -61,7 +61,7 @@ class FittedRouter(Router, Fitter):
 
     @property
     def title(self) -> str:
-        """As the recipe calls it."""
+        """Return the recipe's name for it."""
         return f"the {self.kind} router"
 
     @property

@@ -1,4 +1,4 @@
-"""What routers that look at calibration text have in common: settings, reading it, running the merged model over it."""
+"""The base of routers that read calibration text: settings, reading it, running the merged model over it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunningRouter(FittedRouter):
 
     @property
     def runs_model(self) -> bool:
-        """Whether these settings need the model at all."""
+        """Return whether these settings need the model at all."""
         return True
 
     def require(self) -> None:
@@ -62,7 +62,7 @@ class RunningRouter(FittedRouter):
         return RunningMoE(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
 
     def crew(self, context: FitContext) -> Crew:
-        """The same, for as many texts at once as there are threads."""
+        """Return the bytes for as many texts at once as there are threads."""
         return Crew(self.running(context), context.threads)
 
 
@@ -91,7 +91,7 @@ class CalibratedRouter(RunningRouter):
         return 2.0 * tokens * (self.passes(size.experts) * (size.shared + modules * size.module) + products)
 
     def passes(self, experts: int) -> int:
-        """How often each text runs."""
+        """Return the number of times that each text runs."""
         return 1
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:
@@ -102,7 +102,7 @@ class CalibratedRouter(RunningRouter):
         return expert_texts(request, expert, self.texts, self.kind)
 
     def path_of(self, expert: int) -> int | None:
-        """Where the texts of the expert with this index run."""
+        """Return the expert on which the texts of the expert with this index run."""
         return expert if self.path == "own" else None
 
 
@@ -125,7 +125,7 @@ class MomentRouter(CalibratedRouter):
         return super()._texts(request, expert)
 
     def remarks(self, context: FitContext) -> tuple[str, ...]:
-        """Which statistics stem from another model than the one that was merged now."""
+        """Warn about statistics that stem from another model than the one that was merged now."""
         reused = {name: index for index, name in enumerate(context.experts) if not context.texts[name].documents}
         sources = {name: context.relative_to / context.texts[name].location for name in reused}
         stale = [n for n, i in reused.items() if read_facts(sources[n]).get("model") != self._model_digest(context, i)]
@@ -211,7 +211,7 @@ class Accumulator:
         return np.stack([layer.product_HC.cpu().numpy() for layer in self._layers])
 
     def moments(self, facts: dict[str, Any]) -> Moments:
-        """What was added so far."""
+        """Return the moments of everything added so far."""
         if self.tokens == 0:
             raise InputError("calibration: no text has a token: name files with some text")
         sum_LH = self.product_LHC[..., 0].astype(np.float32)
@@ -229,7 +229,7 @@ class _Layer:
 
 
 def _tokens(document: str, most: int) -> int:
-    """How many tokens a text has at most `most` of, at four characters each."""
+    """Return the number of tokens of a text, at most `most`, at four characters each."""
     return min(most, 1 + len(document) // 4)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moerge.checkpoint.header import build_header, read_header
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import whole_file
 from moerge.tensors.dtypes import F32
@@ -62,7 +62,7 @@ def save_moments(path: Path, moments: Moments) -> None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a statistics file was computed from; InputError if it is none."""
+    """Read the facts of a statistics file; InputError if it is none."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -65,7 +65,7 @@ class PerplexityRouter(RegressionRouter):
         return totals
 
     def targets(self, losses_E: list[torch.Tensor]) -> torch.Tensor:
-        """What each expert should get for each token of a text, [T - 1, E], rows adding up to 1."""
+        """Return each expert's target for each token of a text, [T - 1, E], rows adding up to 1."""
         import torch
 
         losses_TE = torch.stack(losses_E, dim=1)

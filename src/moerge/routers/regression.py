@@ -48,7 +48,7 @@ class RegressionRouter(CalibratedRouter):
     balance: bool = True
 
     def share(self, tokens: int) -> float:
-        """What a text of an expert with that many tokens of text counts."""
+        """Return the weight of a text of an expert with that many tokens of text."""
         return 1 / tokens if self.balance else 1.0
 
     def solve(self, moment_HH: np.ndarray, targets_HE: np.ndarray) -> np.ndarray:

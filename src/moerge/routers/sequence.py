@@ -18,7 +18,7 @@ FORMAT = "moerge"
 
 
 class SequenceRouter(Router):
-    """How a sequence-routed model weighs its experts; registered under `moerge.sequence_routers`.
+    """The weighing of experts by a sequence-routed model; registered under `moerge.sequence_routers`.
 
     The model computes the weights when it is used, so it has to know the kind too, or that which it `routes_as`. `scores` says
     whether experts get scores of which the top K count.

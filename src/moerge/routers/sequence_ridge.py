@@ -185,7 +185,7 @@ def gate_tables(merged: Checkpoint) -> list[tuple[Table, float]]:
 
 
 def window_length(config: Mapping[str, Any]) -> int:
-    """How many tokens the model routes by, where that is fixed."""
+    """Return the number of tokens that the model routes by, where that is fixed."""
     routing = config["routing"]
     return int(routing["prefix_tokens"]) if routing.get("on") == "prefix" else WINDOW
 

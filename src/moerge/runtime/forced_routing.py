@@ -72,16 +72,16 @@ class RunningMoE:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the processor computes, and not a device beside it."""
+        """Return whether the processor computes, and not a device beside it."""
         return bool(self._device.type == "cpu")
 
     def twin(self) -> RunningMoE:
-        """The same weights in modules of their own, so that it can run beside this one in another thread."""
+        """Return a model with the same weights in modules of its own, so that it can run beside this one in another thread."""
         shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
         return copy.deepcopy(self, {id(part): part for part in shared})
 
     def router_logits(self, ids_1T: torch.Tensor) -> list[torch.Tensor]:
-        """What each layer's router computes when nothing overrules it, L times [T, E] in float32."""
+        """Return the outputs of each layer's router when nothing overrules it, L times [T, E] in float32."""
         import torch
 
         with torch.no_grad(), self._seen() as inputs_LTH:
@@ -89,7 +89,7 @@ class RunningMoE:
             return [state_TH @ gate.weight.float().T for state_TH, gate in zip(inputs_LTH, self._gates, strict=True)]
 
     def router_inputs(self, ids_1T: torch.Tensor, path: Route) -> list[torch.Tensor]:
-        """What each layer's router sees on this path, L times [T, H] in float32."""
+        """Return the inputs of each layer's router on this path, L times [T, H] in float32."""
         import torch
 
         with torch.no_grad(), self._forced(path), self._seen() as inputs_LTH:
@@ -145,7 +145,7 @@ def find_gates(model: Any, experts: int) -> list[Any]:
 
 
 def _chooses(module: Any, gates: list[Any]) -> bool:
-    """Whether a module takes the top K of what a gate within it says, as it is in transformers 4."""
+    """Return whether a module takes the top K of what a gate within it says, as it is in transformers 4."""
     held = (getattr(module, "gate", None), getattr(module, "layer", None))
     return hasattr(module, "top_k") and any(gate is one for gate in gates for one in held)
 

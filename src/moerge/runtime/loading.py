@@ -57,7 +57,7 @@ class Loaded:
 
     @property
     def by_sequence(self) -> bool:
-        """Whether whole sequences are routed."""
+        """Return whether whole sequences are routed."""
         return bool(self.model.config.model_type in BY_SEQUENCE)
 
     def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
@@ -259,7 +259,9 @@ def usable_device(name: str, where: str) -> torch.device:
 
 
 def in_dtype(dtype: str | None) -> dict[str, Any]:
-    """What `from_pretrained` is told of the element type, None for the stored one: transformers 4 has another word for it."""
+    """Return `from_pretrained`'s argument for the element type, None for the stored one: transformers 4 has another word for
+    it.
+    """
     import torch
 
     keyword = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"

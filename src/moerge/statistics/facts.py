@@ -1,4 +1,4 @@
-"""What a statistics file says about itself: which model, which text, which settings."""
+"""The facts of a statistics file about itself: model, text, settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelFacts(_Fact):
     digests: dict[str, str]
 
     def is_same(self, other: ModelFacts) -> bool:
-        """Whether both are the same bytes, wherever they lie."""
+        """Return whether both are the same bytes, wherever they lie."""
         return self.digests == other.digests
 
 
@@ -43,7 +43,7 @@ class TextFacts(_Fact):
     documents: tuple[str, ...] = Field(repr=False)
 
     def overlap(self, other: TextFacts) -> int:
-        """How many documents of this text were also run in `other`. Parts of one whole never overlap."""
+        """Return the number of documents of this text that were also run in `other`. Parts of one whole never overlap."""
         siblings = (self.digest, self.part[1]) == (other.digest, other.part[1])
         if siblings and self.part != other.part:
             return 0
@@ -51,7 +51,7 @@ class TextFacts(_Fact):
 
 
 class Settings(_Fact):
-    """How text was run: at most `tokens` tokens of a document, in element type `dtype`.
+    """The settings of running text: at most `tokens` tokens of a document, in element type `dtype`.
 
     `labels` says whose next token Fisher information is taken at: the text's (`text`) or one drawn from the model (`sampled`)
     by `seed`.
@@ -64,7 +64,7 @@ class Settings(_Fact):
 
 
 class Gram(_Fact):
-    """Where a linear layer's Gram matrix lies, and which axis of the layer's weight is its input."""
+    """The place of a linear layer's Gram matrix, and the axis of the layer's weight that is its input."""
 
     stored: str
     axis: Literal[0, 1] = 1

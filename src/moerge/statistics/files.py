@@ -15,10 +15,11 @@ from types import TracebackType
 import numpy as np
 
 from moerge.checkpoint.header import build_header, read_header, read_metadata
-from moerge.checkpoint.staging import machine_errors
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
 from moerge.files import SourceFile
 from moerge.statistics.facts import Facts, Kind, TextFacts, differing_settings, parse_facts
+from moerge.system import flush
 from moerge.tensors.dtypes import F32
 from moerge.tensors.tensor import Tensor
 
@@ -30,12 +31,12 @@ _NUMBER = 1.2345678901234567e-300
 
 
 def stored_name(kind: Kind, tensor: str) -> str:
-    """What a tensor's statistic is called in the file."""
+    """Return the name of a tensor's statistic in the file."""
     return f"{kind}:{tensor}"
 
 
 def statistics_file(folder: Path, expert: str) -> Path:
-    """Where an expert's statistics lie."""
+    """Return the path of an expert's statistics."""
     return folder / f"{expert}.safetensors"
 
 
@@ -82,7 +83,7 @@ class Used:
 
     @property
     def label(self) -> str:
-        """What their tensors' model is called in digests and messages."""
+        """Return the name of their tensors' model in digests and messages."""
         return f"statistics of {self.model}"
 
 
@@ -157,7 +158,8 @@ class StatisticsWriter:
             self._file.seek(0)
             self._file.write(struct.pack("<Q", len(text)) + text)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file.fileno())
+            self._file.close()  # Windows renames no open file
             os.replace(self._aside, self.path)
         return facts
 

@@ -40,7 +40,7 @@ def encode(value_N: np.ndarray, dtype: DType, out_N: np.ndarray) -> None:
 
 
 def all_finite(stored_N: np.ndarray, dtype: DType) -> bool:
-    """Whether stored elements hold neither NaN nor infinity; True for types that have none."""
+    """Return whether stored elements hold neither NaN nor infinity; True for types that have none."""
     if dtype is BF16:
         return not _any_nonfinite_bf16(stored_N)
     if dtype is F32:

@@ -49,7 +49,7 @@ class TensorDigest:
                 self._chunk, self._room = running_digest(), CHUNK
 
     def digest(self) -> str:
-        """As `tensor_digest` of the chunks."""
+        """Return `tensor_digest` of the chunks."""
         return tensor_digest([*self._chunks, self._chunk.digest()] if self._room < CHUNK else self._chunks)
 
 

@@ -26,7 +26,7 @@ class DType:
 
     @property
     def is_float(self) -> bool:
-        """Whether merge arithmetic is defined on it."""
+        """Return whether merge arithmetic is defined on it."""
         return self.torch_name is not None
 
 

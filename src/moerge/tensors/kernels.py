@@ -1,4 +1,4 @@
-"""How every kernel is compiled: without the GIL, cached on disk, and with no freedom to reorder floating point.
+"""The compilation of every kernel: without the GIL, cached on disk, and with no freedom to reorder floating point.
 
 Without `fastmath` LLVM neither reassociates sums nor fuses multiply and add, so a kernel gives the same bits on every CPU.
 """

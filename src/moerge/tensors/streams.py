@@ -69,7 +69,7 @@ class Stream:
         return finite
 
     def fill_finite(self, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
-        """As `fill`; InputError for NaN and infinity."""
+        """Fill as `fill` does; InputError for NaN and infinity."""
         if not self.fill(out_N, base_N):
             blamed = culprit(self.source)
             raise InputError(f"{blamed.model}: tensor {blamed.tensor.name!r} holds NaN or infinity: repair it first")

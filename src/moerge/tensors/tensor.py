@@ -1,4 +1,4 @@
-"""What can be read like a tensor: something in a file, in memory, or computed from others as it is read."""
+"""Protocols of tensors: something in a file, in memory, or computed from others as it is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tensor(Protocol):
 
     @property
     def name(self) -> str:
-        """What the tensor is called in its model."""
+        """Return the tensor's name in its model."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Elements(Protocol):
 
 
 class Sized:
-    """What follows from a tensor's shape and element type."""
+    """Properties that follow from a tensor's shape and element type."""
 
     @property
     def size(self: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Whether a text was calibrated on, from the hashes that the manifest keeps instead of the text."""
+"""Overlap of text with calibration text, from the hashes that the manifest keeps instead of the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def document_hash(document: str) -> str:
 
 
 def overlap(documents: Iterable[str], manifest: Mapping[str, Any]) -> int:
-    """How many of `documents` the checkpoint with this manifest, or its statistics, was calibrated or tuned on, as wholes.
+    """Count the `documents` that the checkpoint with this manifest, or its statistics, was calibrated or tuned on, as wholes.
 
     A figure measured on such text is no evidence: leave the text out, or calibrate on other text.
     """

@@ -54,7 +54,7 @@ class ComposedRows(Sized):
 
     @cached_property
     def copies(self) -> bool:
-        """Whether each row is a copy of one of the source's, and nothing is computed."""
+        """Return whether each row is a copy of one of the source's, and nothing is computed."""
         return self.scale == 1 and bool((self.pieces.kinds_V == EXACT).all())
 
     @property

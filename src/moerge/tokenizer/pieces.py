@@ -1,4 +1,4 @@
-"""Whose rows of one model's embedding a token of another tokenizer is made of, found by the token's text.
+"""The rows of one model's embedding that make up a token of another tokenizer, found by the token's text.
 
 Shapes: V rows of the chosen tokenizer's model, P pieces in all.
 """
@@ -44,7 +44,7 @@ class Pieces:
         return {name: count / max(1, len(kinds_T)) for name, count in zip(("exact", "composed", "left"), counts, strict=True)}
 
     def for_head(self) -> Pieces:
-        """The same for the rows of a head, where no row is given twice: doubled ones are LEFT.
+        """Return the alignment for a head: each source row is used at most once; duplicates become LEFT.
 
         Two tokens with one row would share its probability, and a model that ends its texts with one of them would end them
         with the other as often: `<s>` and `</s>` where the model has `<|endoftext|>` for both, or `<0x41>` and `A`.
@@ -57,7 +57,7 @@ class Pieces:
 
 
 def map_vocabulary(chosen: Checkpoint, own: Checkpoint, rows: int, own_rows: int) -> Pieces:
-    """What each of the `rows` of a vocabulary, that of `chosen`, is made of in the table of `own`, which has `own_rows`.
+    """Map each of the `rows` of a vocabulary, that of `chosen`, to rows of the table of `own`, which has `own_rows`.
 
     A token is EXACT where the model has one that stands for the same bytes, whatever its spelling (`Ġthe`, `▁the`; `<0x0A>`),
     or, for special tokens, has the same text or else the same role (bos, eos, unk, pad; of a token with several, what ends

@@ -1,4 +1,4 @@
-"""How a vocabulary writes text down: the same token text means different things in vocabularies that spell differently."""
+"""Encodings of vocabularies: the same token text means different things in vocabularies that encode differently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Spelling:
     shown: str
 
     def spell(self, text: str) -> str:
-        """How the vocabulary would write this text as one token."""
+        """Write this text as the vocabulary would write it as one token."""
         if self.kind == "byte-level":
             return byte_characters(text.encode("utf-8", "surrogatepass"))
         return text.replace(" ", _SPACE) if self.kind == "metaspace" else text

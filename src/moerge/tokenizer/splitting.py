@@ -14,6 +14,7 @@ from typing import Any
 
 from moerge.checkpoint.reader import read_json
 from moerge.errors import InputError
+from moerge.files import read_file
 from moerge.tokenizer.sentencepiece_model import read_sentencepiece
 from moerge.tokenizer.spelling import byte_characters
 from moerge.tokenizer.surfaces import Tokens
@@ -77,7 +78,7 @@ class Splitter:
         return found if 0 < len(found) <= _MOST_PIECES and all(number in self._tokens.surfaces for number in found) else None
 
     def _covers(self, found: Sequence[int], surface: bytes) -> bool:
-        """Whether the pieces are the whole text: models without a token for what is unknown leave characters out."""
+        """Return whether the pieces are the whole text: models without a token for what is unknown leave characters out."""
         texts = [self._tokens.surfaces[number] for number in found]
         if self._kind in ("byte-level", "metaspace"):
             return b"".join(text[0] for text in texts) == surface
@@ -94,7 +95,7 @@ def _model(folder: Path) -> tuple[dict[str, Any], Path]:
         return {"type": "BPE", "vocab": read_json(path), "merges": _merges(folder / "merges.txt")}, path
     path = folder / "vocab.txt"
     if path.is_file():
-        vocabulary = {line: number for number, line in enumerate(path.read_text(encoding="utf-8").splitlines())}
+        vocabulary = {line: number for number, line in enumerate(read_file(path).decode("utf-8", "replace").splitlines())}
         settings = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
         return {"type": "WordPiece", "vocab": vocabulary, **settings}, path
     path = next(folder / name for name in ("tokenizer.model", "spiece.model") if (folder / name).is_file())
@@ -103,7 +104,7 @@ def _model(folder: Path) -> tuple[dict[str, Any], Path]:
 
 def _merges(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise InputError(f"{path} is missing or damaged: without it no text can be split into the tokens beside it") from None
     return [line for line in lines if line.strip() and not line.startswith("#version")]

@@ -1,4 +1,4 @@
-"""What a vocabulary's tokens stand for: bytes of text, which compare across vocabularies that spell them differently."""
+"""The bytes of text that a vocabulary's tokens stand for, which compare across vocabularies that encode them differently."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def surfaces_of(vocabulary: Vocabulary, token: str) -> tuple[bytes, ...]:
 
 
 def is_byte_piece(token: str) -> bool:
-    """Whether a token is SentencePiece's for a single byte."""
+    """Return whether a token is SentencePiece's for a single byte."""
     return _BYTE_PIECE.fullmatch(token) is not None
 
 

@@ -1,4 +1,4 @@
-"""Which tokens a model has, read from whichever of the usual files are there."""
+"""The tokens of a model, read from whichever of the usual files are there."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def by_position(size: int) -> Vocabulary:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is any file with a vocabulary."""
+    """Return whether there is any file with a vocabulary."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def same_files(first: Path, second: Path) -> bool:
-    """Whether two folders have the same vocabulary to the byte, so that it need not be understood to be shared."""
+    """Return whether two folders have the same vocabulary to the byte, so that it need not be understood to be shared."""
     return _digests(first) == _digests(second) and _more_added(first) == _more_added(second)
 
 

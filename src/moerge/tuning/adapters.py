@@ -23,14 +23,16 @@ TRAINED = "trained.safetensors"
 
 @dataclass(frozen=True)
 class Targets:
-    """What gets an adapter: names of linear layers, and of parameters with an expert after the other."""
+    """The places of adapters: names of linear layers, and of parameters with an expert after the other."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
 def targets_of(request: Request, model: Any, parts: Parts, schedule: Schedule) -> Targets:
-    """Where the settings want adapters. Raises InputError where nothing can have one, or what has one is trained as well."""
+    """Return the places that the settings want adapters in. Raises InputError where nothing can have one, or what has one is
+    trained.
+    """
     adapters = request.settings.adapters
     assert adapters is not None
     path = ("adapters", "target")

@@ -1,4 +1,4 @@
-"""How many processes there are, and launches that would silently do something else than what was asked for."""
+"""The number of processes, and launches that would silently do something else than what was asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TORCHRUN = "torchrun --nproc_per_node {} -m moerge tune ..."
 
 
 def world_size(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes run together."""
+    """Return the number of processes that run together."""
     return int(environment.get("WORLD_SIZE", 1))
 
 

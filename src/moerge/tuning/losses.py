@@ -1,4 +1,4 @@
-"""What tuning minimises. Shapes: B sequences, T tokens, V vocabulary, N routed things, E experts, M largest logits.
+"""Losses of tuning. Shapes: B sequences, T tokens, V vocabulary, N routed things, E experts, M largest logits.
 
 What is routed is a token in a native MoE and a sequence in a sequence-routed one; the formulas are the same.
 """

@@ -26,7 +26,7 @@ _WINDOW = 1 << 20
 def tuned_manifest(
     folder: Path, facts: Mapping[str, Any], outlook: Outlook, before: Mapping[str, Any], source: Checkpoint
 ) -> dict[str, Any]:
-    """What `moerge.json` holds. `folder` is complete but for it, `before` the manifest of the model that was tuned.
+    """Return the content of `moerge.json`. `folder` is complete but for it, `before` the manifest of the model that was tuned.
 
     Recipe, experts and calibration texts are those of the merge that it began with; `tuning` has the sources, also those of
     tunings before.
@@ -49,7 +49,9 @@ def tuned_manifest(
 
 
 def _texts(outlook: Outlook, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What was trained on: now, and when the model was tuned before, of which a name that comes again gets a number."""
+    """Return the texts that were trained on: now, and when the model was tuned before, of which a name that comes again gets
+    a number.
+    """
     found = {name: _seen(outlook, index) for index, name in enumerate(outlook.mixture.names)}
     for name, entry in (before.get("tuning") or {}).items():
         if entry not in found.values():
@@ -81,5 +83,5 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _beside(path: Path) -> bool:
-    """Whether a file goes into `files`: not the weights, their index, and the manifest itself."""
+    """Return whether a file goes into `files`: not the weights, their index, and the manifest itself."""
     return path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != MANIFEST

@@ -1,4 +1,4 @@
-"""What happened in each step, as a line of JSON; and experts that are dying. Shapes: L routed layers, E experts."""
+"""Metrics of each step, as a line of JSON; and experts that are dying. Shapes: L routed layers, E experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Metrics:
         """Training continues after this step, or begins with its first."""
         rows = [row for row in read_metrics(self.file) if row["step"] <= step] if step and self.file.exists() else []
         with whole_file(self.file) as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for row in rows:
             self.watch.see(row.get("load"))
             self.last = row

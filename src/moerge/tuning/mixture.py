@@ -1,4 +1,4 @@
-"""Which sequence comes when: a pure function of the seed, the weights and how much text each source has.
+"""The order of sequences: a pure function of the seed, the weights and how much text each source has.
 
 The i-th sequence of a run is drawn from source s with the probability of its weight; it is the j-th from there, so it is number
 order(s, epoch)[j mod n] of that source's n sequences, epoch being j div n. Nothing depends on processes or on what ran before.
@@ -50,7 +50,7 @@ class Mixture:
 
     @cached_property
     def ordinals_N(self) -> np.ndarray:
-        """How many sequences of the same source came before."""
+        """Return the number of earlier sequences of the same source."""
         found_N = np.empty(self.sequences, np.int32)
         for number in range(len(self.names)):
             mine_N = self.drawn_N == number
@@ -59,11 +59,11 @@ class Mixture:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many sequences each source gives."""
+        """Return the number of sequences of each source."""
         return tuple(int(np.count_nonzero(self.drawn_N == number)) for number in range(len(self.names)))
 
     def used(self, source: int, available: int) -> tuple[int, ...]:
-        """Which of a source's `available` sequences are drawn at all, in their order."""
+        """Return which of a source's `available` sequences are drawn at all, in their order."""
         count = self.counts[source]
         if count >= available or not self.shuffle:
             return tuple(range(min(count, available)))

@@ -72,7 +72,7 @@ def load_sharded(folder: Path, processes: int) -> Any:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether this process has a part of every parameter (FSDP2), but for adapters that are new."""
+    """Return whether this process has a part of every parameter (FSDP2), but for adapters that are new."""
     from torch.distributed.tensor import DTensor
 
     return all(isinstance(parameter, DTensor) for name, parameter in model.named_parameters() if ".lora_" not in name)

@@ -1,4 +1,4 @@
-"""What a tuning will do, before it does it: the data's shares and how long it lasts, what is trained, sizes."""
+"""The plan of a tuning: the data's shares and how long it lasts, what is trained, sizes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Outlook:
 
     @property
     def disk_bytes(self) -> int:
-        """What lies on the disk at most: three training checkpoints while one is written, or two and the result."""
+        """Return the most bytes on the disk: three training checkpoints while one is written, or two and the result."""
         alone = self.settings.adapters is not None and self.settings.adapters.save == "adapter"
         whole = 0 if alone else 4 * self.parameters["all"]
         gathered = whole if self.settings.sharding != "none" else 0
@@ -105,7 +105,7 @@ class Outlook:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What its user should know."""
+        """Return warnings for the user."""
         found = []
         for name, facts in self.sources().items():
             if facts["sequences"] == 0:
@@ -172,7 +172,7 @@ def make_outlook(
 
 
 def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) -> dict[str, int]:
-    """How many of a text's documents each source has too. Parts of one, or one cut in another way, are not found."""
+    """Count the documents of a text that each source has too. Parts of one, or one cut in another way, are not found."""
     counts = (int(np.isin(heldout.hashes_N, tokens.hashes_N).sum()) for tokens in sources)
     return {name: count for name, count in zip(names, counts, strict=True) if count}
 

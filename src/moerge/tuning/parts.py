@@ -1,4 +1,4 @@
-"""Which parameters belong to the router, the experts, the projectors and the backbone; what is trained from which step on."""
+"""Parameters of the router, the experts, the projectors and the backbone, and the step from which each is trained."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def split_slice(name: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is open from which step on: `openings` are (step, parameter names), the first at step 0.
+    """The schedule of training: `openings` are (step, parameter names), the first at step 0.
 
     `name[3]` is the slice number 3 of a parameter, the weights of one expert; of such a parameter only open slices move.
     """
@@ -113,7 +113,7 @@ class Schedule:
         return frozenset(split_slice(name)[0] for _, names in self.openings for name in names)
 
     def closed(self, step: int) -> frozenset[str]:
-        """What will be trained, but not yet at this step."""
+        """Return the parameters that will be trained, but not yet at this step."""
         return self.ever.difference(split_slice(name)[0] for name in self._open(step))
 
     def slices(self, step: int) -> dict[str, list[int]]:
@@ -131,7 +131,7 @@ class Schedule:
         return frozenset(name for start, _ in self.openings for name in self.slices(start))
 
     def trained(self, sizes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many numbers are trained at some time, of parameters with these shapes."""
+        """Count the numbers that are trained at some time, of parameters with these shapes."""
         last = max(start for start, _ in self.openings)
         slices = self.slices(last)
         whole = sum(prod(sizes[name]) for name in self.ever if name not in slices)

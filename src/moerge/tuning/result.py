@@ -103,7 +103,7 @@ def write_adapter(adapted: Any, work: Work, base: str) -> None:
 
 
 def facts_of(outlook: Outlook, inputs: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """What tune.json holds."""
+    """Return the content of tune.json."""
     settings = outlook.settings
     packages = ("moerge", "torch", "transformers", "accelerate", "numpy", *(["peft"] if settings.adapters else []))
     return {
@@ -118,7 +118,7 @@ def facts_of(outlook: Outlook, inputs: Mapping[str, Any], trained: Mapping[str, 
 
 
 def _trained(settings: Tuning) -> list[str]:
-    """What is trained at some time, as people call it."""
+    """Name what is trained at some time, as people call it."""
     found = [*settings.trains, *(part for opening in settings.opens for part in opening.train)]
     given = settings.adapters
     return [*dict.fromkeys(found), *([f"adapters of rank {given.rank} on {'+'.join(given.target)}"] if given else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.reader import Checkpoint
-from moerge.checkpoint.staging import MANIFEST, machine_errors
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
-from moerge.files import check_unchanged, target_of
+from moerge.files import check_unchanged, scratch_folder, target_of
 from moerge.progress import Advance, Progress, reporter
 from moerge.tuning.launch import check_device, check_launch, explain, on_main, rank
 from moerge.tuning.models import is_sharded, load_sharded, locate_models, skeleton_of
@@ -47,14 +47,14 @@ def require_tune_extra() -> None:
 
 
 def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
-    """What a tuning will do: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
+    """Plan a tuning: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
     require_tune_extra()
     from moerge.tuning.outlook import make_outlook
 
     request = load_tuning(tuning, seed=seed)
     models = locate_models(request, weights=False)
-    with tempfile.TemporaryDirectory(prefix="moerge-tune-") as folder:
-        work = Work(Path(folder) / "out")
+    with scratch_folder("moerge-tune-") as folder:
+        work = Work(folder / "out")
         skeleton, tokenizer = skeleton_of(models[""].folder)
         processes = request.settings.processes or 1
         return make_outlook(request, work, models, tokenizer, skeleton, processes, lambda text: None)
@@ -280,7 +280,7 @@ class _Job:
         return model
 
     def gather(self) -> None:
-        """Of a sharded model, put the parts together on the disk."""
+        """Put the parts of a sharded model together on the disk."""
         if self.request.settings.sharding == "none":
             return
         from moerge.quiet import without_progress_bars
@@ -295,7 +295,7 @@ class _Job:
             self.trainer.accelerator.wait_for_everyone()
 
     def _gathered(self, source: Checkpoint) -> Any:
-        """Of a sharded model, the whole that `gather` put together, on this process alone."""
+        """Load what `gather` put together of a sharded model, on this process alone."""
         from moerge.runtime.loading import load
 
         begin = source.folder if self.adapted else self.work.gathered
@@ -323,7 +323,7 @@ class _Job:
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
             made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
-        self.work.publish({MANIFEST: sealed(made)}, replace=force)
+        self.work.complete({MANIFEST: sealed(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 
 

@@ -157,7 +157,9 @@ class Tuning(_Strict):
 
     @property
     def trains(self) -> tuple[str, ...]:
-        """What is trained from the beginning beside adapters: where there are some, nothing that was not named."""
+        """Return the parts that are trained from the beginning beside adapters: where there are some, nothing that was not
+        named.
+        """
         return () if self.adapters and "train" not in self.model_fields_set else self.train
 
     @property
@@ -175,7 +177,7 @@ class Tuning(_Strict):
 
     @property
     def distils(self) -> bool:
-        """Whether teachers are needed."""
+        """Return whether teachers are needed."""
         return self.losses.distillation.weight > 0 or self.losses.distillation.hidden > 0
 
 

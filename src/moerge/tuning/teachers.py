@@ -1,4 +1,4 @@
-"""What the teachers make of the text: each runs once over the sequences of its sources, and its largest logits are kept."""
+"""Targets of the teachers: each runs once over the sequences of its sources, and its largest logits are kept."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Lessons:
 
     @property
     def sequences(self) -> int:
-        """How many sequences the teachers run over."""
+        """Return the number of sequences that the teachers run over."""
         return sum(map(len, self.needed.values()))
 
     def of(self, source: str, number: int) -> dict[str, torch.Tensor]:
@@ -50,14 +50,14 @@ class Lessons:
 
 
 def plan_lessons(request: Request, work: Work, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]) -> Lessons:
-    """Which sequences need targets: those that are drawn, each once however often it is drawn."""
+    """Plan the sequences that need targets: those that are drawn, each once however often it is drawn."""
     files = TargetFiles(work.targets, layers, request.settings.losses.distillation.top)
     used = (mixture.used(source, found.sequences) for source, found in enumerate(tokens))
     return Lessons(files, dict(zip(mixture.names, used, strict=True)))
 
 
 def lesson_bytes(request: Request, lessons: Lessons, config: Any) -> int:
-    """What the targets take on the disk."""
+    """Return the bytes of the targets on the disk."""
     settings, text = request.settings, config.get_text_config()
     itemsize = 4 if settings.dtype == "float32" else 2
     width, layers = int(text.hidden_size), len(lessons.files.layers)
@@ -161,7 +161,7 @@ def _unfit(
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model has positions for, None where its config sets no limit."""
+    """Return the number of tokens that a model has positions for, None where its config sets no limit."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None
 

@@ -101,7 +101,7 @@ def tokenise(
     """
     facts = file.with_suffix(".json")
     if facts.is_file():
-        return Tokens(file, **json.loads(facts.read_text()))
+        return Tokens(file, **json.loads(facts.read_text(encoding="utf-8")))
     end, wanted, found, count = tokenizer.eos_token_id, sequences * length, 0, 0
     digest, exhausted = running_digest(), True
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -121,5 +121,5 @@ def tokenise(
         raise InputError(f"holds {found} tokens, less than one sequence of length {length}: add text or lower 'length'")
     tokens = Tokens(file, length, found, count, exhausted, digest.hexdigest())
     with whole_file(facts) as beside:
-        beside.write_text(json.dumps({key: value for key, value in asdict(tokens).items() if key != "file"}))
+        beside.write_text(json.dumps({key: value for key, value in asdict(tokens).items() if key != "file"}), encoding="utf-8")
     return tokens

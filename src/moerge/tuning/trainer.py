@@ -171,7 +171,7 @@ class TuneTrainer(Trainer):
         step.drawn_S = drawn_S if step.drawn_S is None else step.drawn_S + drawn_S
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """As Trainer's; what is still closed gets no gradient, so that AdamW leaves it and its moments alone.
+        """Run Trainer's step; what is still closed gets no gradient, so that AdamW leaves it and its moments alone.
 
         An expert without a sequence has the gradient zero, as it has on several processes and as experts that lie in one tensor
         always have: its moments and weight decay go on.
@@ -189,11 +189,11 @@ class TuneTrainer(Trainer):
         return loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """As Trainer's; of parameters that are open only in part, `_decay_slices` sees to it."""
+        """Name the parameters that decay, as Trainer does; of those that are open only in part, `_decay_slices` sees to it."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self._schedule.sliced]
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """As Trainer's, with weight decay of slices."""
+        """Create Trainer's optimizer, with weight decay of slices."""
         optimizer: Any = super().create_optimizer(*args, **options)
         if self._schedule.sliced:
             optimizer.register_step_pre_hook(self._decay_slices)
@@ -211,7 +211,7 @@ class TuneTrainer(Trainer):
             local(parameter).mul_(torch.where(open_E, factor, 1.0)[:, None, None])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As Trainer's; where adapters are trained, only what is trained."""
+        """Save as Trainer does; where adapters are trained, only what is trained."""
         if not self._only_trained:
             super()._save(output_dir, state_dict)
         elif self.args.should_save or self.sharded:
@@ -293,7 +293,7 @@ class TuneTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer's; of a sharded model the whole state, as one process would have it."""
+        """Save as Trainer does; of a sharded model the whole state, as one process would have it."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -304,7 +304,7 @@ class TuneTrainer(Trainer):
             torch.save(self._scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """What `_save_optimizer_and_scheduler` saved, each process its part."""
+        """Load what `_save_optimizer_and_scheduler` saved, each process its part."""
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -349,14 +349,14 @@ class _Complete(TrainerCallback):
 
 
 def _let_go(model: Any) -> None:
-    """Of a sharded model, let go of the others' parts that forward keeps for a backward (FSDP2): the optimizer knows its own."""
+    """Let go, in a sharded model, of the others' parts that forward keeps for a backward (FSDP2): the optimizer knows its own."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _is_open(parameter: torch.Tensor, open_slices: Sequence[int]) -> torch.Tensor:
-    """Whether slices of a parameter [E, ...] are among these, bool [E]; of a sharded one, the slices that are this process's."""
+    """Return which slices of a parameter [E, ...] are among these, bool [E]; of a sharded one, the slices of this process."""
     open_E = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
     open_E[open_slices] = True
     mine: torch.Tensor = part_of(open_E, parameter)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.manifest import to_json
-from moerge.checkpoint.staging import MANIFEST, machine_errors, take_name
+from moerge.checkpoint.reader import read_json
+from moerge.checkpoint.staging import MANIFEST
+from moerge.checkpoint.workspace import Workspace, machine_errors, make_all_durable
 from moerge.errors import InputError
-from moerge.files import check_target, make_durable, umask, write_whole
+from moerge.files import check_target, write_whole
+from moerge.system import make_durable, umask
 
 FACTS = "tune.json"
 METRICS = "metrics.jsonl"
@@ -21,25 +22,15 @@ _FREE = ("save_every", "processes", "device", "dying")
 """Settings that may change when a tuning is continued: they do not change what is computed."""
 
 
-def _folder(target: Path) -> Path:
-    return target.parent / f".{target.name}.moerge-tuning"
-
-
-def interrupted(target: Path) -> bool:
-    """Whether a tuning that did not come to its end has left something to continue from."""
-    return (_folder(target) / _BEGUN).exists()
-
-
-class Work:
+class Work(Workspace):
     """One process holds its lock; `close` lets go of it."""
 
     def __init__(self, target: Path) -> None:
-        self.target, self.root = target, _folder(target)
+        super().__init__(target, "tuning", lock="lock", marker=_BEGUN)
         self.tokens, self.targets, self.result = self.root / "tokens", self.root / "targets", self.root / "result"
         self.gathered = self.root / "gathered"
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / METRICS
         self.board = self.root / "tensorboard"
-        self._lock: Any = None
         self.fresh = False
 
     def open(self, facts: Mapping[str, Any], sources: Mapping[str, Path], *, resume: bool, force: bool) -> None:
@@ -48,26 +39,20 @@ class Work:
         Raises InputError where OUT must not be written, or is being written, or what is continued was something else.
         """
         check_target(self.target, sources.items(), marks=(FACTS, MANIFEST), force=force)
-        left = self.root / _BEGUN
-        if left.exists() and not (resume or force):
+        if self.interrupted and not (resume or force):
             raise InputError(
                 f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force"
             )
         with machine_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.root / "lock", "wb")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another moerge is tuning into {self.target} right now: wait for it") from None
-            if left.exists() and resume:
-                self._compare(json.loads(left.read_text()), facts)
+            self.acquire()
+            if self.interrupted and resume:
+                self._compare(read_json(self.root / _BEGUN), facts)
             else:
-                self._empty()
+                self.empty()
                 self.fresh = True
             for folder in (self.tokens, self.targets, self.checkpoints):
                 folder.mkdir(exist_ok=True)
-            write_whole(left, to_json(facts))
+            write_whole(self.root / _BEGUN, to_json(facts))
             for folder in self.checkpoints.iterdir():
                 if not (folder / _COMPLETE).exists():
                     shutil.rmtree(folder)
@@ -75,7 +60,7 @@ class Work:
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for part in sorted({*before, *now}):
-            was, wanted = before.get(part) or {}, now.get(part) or {}
+            was, wanted = (value if isinstance(value, dict) else {} for value in (before.get(part), now.get(part)))
             for key in sorted({*was, *wanted} - set(_FREE if part == "settings" else ())):
                 if was.get(key) != wanted.get(key):
                     raise InputError(
@@ -83,51 +68,28 @@ class Work:
                         "continue it as it was, or start over with --force"
                     )
 
-    def _empty(self) -> None:
-        (self.root / _BEGUN).unlink(missing_ok=True)  # first, so that what is left is no tuning to continue
-        for path in self.root.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def latest(self) -> Path | None:
         """The newest complete training checkpoint."""
         found = [folder for folder in self.checkpoints.iterdir() if (folder / _COMPLETE).exists()]
         return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
-    def publish(self, files: Mapping[str, bytes], *, replace: bool) -> None:
+    def complete(self, files: Mapping[str, bytes], *, replace: bool) -> None:
         """Add files to the result, make it durable, give it the target's name, and remove everything else."""
         with machine_errors(self.root):
-            for name, content in files.items():
-                (self.result / name).write_bytes(content)
             if self.board.exists():
                 shutil.copytree(self.board, self.result / self.board.name)
             for path in self.result.rglob("*"):  # safetensors makes files that nobody else can read
-                path.chmod(0o666 & ~umask() if path.is_file() else 0o777 & ~umask())
-            _make_all_durable(self.result)
-            take_name(self.result, self.target, aside=self.root / "replaced", replace=replace)
-            make_durable(self.target.parent)
-            self._empty()
-            shutil.rmtree(self.root)
+                path.chmod((0o666 if path.is_file() else 0o777) & ~umask())
+            self.publish(self.result, files, replace=replace)
 
     def discard(self) -> None:
         """Remove what this run began, unless it has come as far as a training checkpoint."""
         if self.fresh and not (self.checkpoints.is_dir() and self.latest()):
-            shutil.rmtree(self.root, ignore_errors=True)
-
-    def close(self) -> None:
-        """Let others in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            super().discard()
 
 
 def mark_complete(checkpoint: Path) -> None:
     """Say that a training checkpoint is whole, once it is on the disk."""
-    _make_all_durable(checkpoint)
+    make_all_durable(checkpoint)
     (checkpoint / _COMPLETE).touch()
     make_durable(checkpoint)
-
-
-def _make_all_durable(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        make_durable(path)

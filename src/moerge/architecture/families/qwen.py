@@ -12,7 +12,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def derive_windows(config: dict[str, Any]) -> None:
-    """Which layers have a sliding window, as transformers 5 writes it down; the window is none where no layer slides."""
+    """Return the layers with a sliding window, as transformers 5 writes them down; no window where no layer slides."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 0) if window else None
     if config.get("layer_types") is None:

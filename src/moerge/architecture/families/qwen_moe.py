@@ -33,7 +33,7 @@ def expert_modules(size: str, when: str = "") -> tuple[TensorRule, ...]:
 
 
 def _derive_moe_layers(config: dict[str, Any]) -> None:
-    """Which layers have experts: `mlp_only_layers` and all but each `decoder_sparse_step`th have none."""
+    """Return the layers with experts: all but `mlp_only_layers`, and of the rest each `decoder_sparse_step`th."""
     step, without = config.pop("decoder_sparse_step", 1), config.pop("mlp_only_layers", None) or []
     sparse = bool(config.get("num_local_experts")) and isinstance(step, int) and step > 0
     config["moe_layers"] = [sparse and layer not in without and (layer + 1) % step == 0 for layer in range(layer_count(config))]
@@ -125,7 +125,9 @@ QWEN3_MOE = Family(
 
 
 def _routed(config: Mapping[str, Any], experts: int, top_k: int) -> dict[str, Any]:
-    """What both configs say about experts: in every layer, of the dense size, with weights that add up to 1."""
+    """Return the settings of experts that both configs share: in every layer, of the dense size, with weights that add up to
+    1.
+    """
     return {
         "num_experts": experts,
         "num_experts_per_tok": top_k,

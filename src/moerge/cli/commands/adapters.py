@@ -40,7 +40,7 @@ def extract(
     json: AsJson = False,
 ) -> None:
     """Write what an expert learned as a LoRA adapter of its base, and say how much of it is kept."""
-    from moerge.cli import show_adapters
+    from moerge.cli.views import adapters as views
     from moerge.extraction import extract as run_extract
     from moerge.progress import TerminalProgress
 
@@ -57,7 +57,7 @@ def extract(
             threads=threads,
             progress=progress,
         )
-    show_adapters.extraction(found, quiet=quiet, as_json=json)
+    views.extraction(found, quiet=quiet, as_json=json)
 
 
 COMMANDS = (extract,)

@@ -24,7 +24,7 @@ def compare(
     json: AsJson = False,
 ) -> None:
     """Show how alike a recipe's experts are, per layer and role, and which roles can be merged."""
-    from moerge.cli import show_comparison
+    from moerge.cli.views import comparison as views
     from moerge.comparison import compare as run_compare
     from moerge.figures import check_folder
     from moerge.progress import TerminalProgress
@@ -34,7 +34,7 @@ def compare(
     with TerminalProgress(quiet=quiet) as progress:
         found = run_compare(recipe, density=density, threads=threads, progress=progress)
     written = found.write(out) if out is not None else ()
-    show_comparison.comparison(found, written, quiet=quiet, as_json=json)
+    views.comparison(found, written, quiet=quiet, as_json=json)
 
 
 COMMANDS = (compare,)

@@ -9,11 +9,11 @@ from moerge.cli.options import AsJson
 
 def doctor(json: AsJson = False) -> None:
     """Print versions, extras and what they lack, threads, GPUs, cache folders, and how generated code is contained."""
-    from moerge.cli import show_doctor
+    from moerge.cli.views import doctor as views
     from moerge.doctor import diagnose
 
     state = diagnose()
-    show_doctor.diagnosis(state, as_json=json)
+    views.diagnosis(state, as_json=json)
     if not state.healthy:
         raise typer.Exit(1)
 

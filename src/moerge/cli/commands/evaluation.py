@@ -74,7 +74,7 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Measure checkpoints on the paper's six benchmarks and on held-out text, with errors and differences from the first one."""
-    from moerge.cli import show_evaluation
+    from moerge.cli.views import evaluation as views
     from moerge.evaluation.benchmarks import parse_tasks
     from moerge.evaluation.run import Settings
     from moerge.evaluation.run import evaluate as run_evaluate
@@ -88,10 +88,10 @@ def evaluate(
     chosen |= {"trust_remote_code": trust_remote_code}
     settings = Settings(parse_tasks(tasks) if tasks else (), parse_texts(perplexity), **chosen)
     if allow_code_execution and any(benchmark.runs_code for benchmark in settings.benchmarks):
-        show_evaluation.wall(quiet=quiet)
+        views.wall(quiet=quiet)
     with resumable(lambda: out is not None and holds_results(out)):
         found = run_evaluate(checkpoints, settings, out=out, resume=resume, progress=TerminalProgress(quiet=quiet))
-    show_evaluation.evaluation(found, quiet=quiet, as_json=json)
+    views.evaluation(found, quiet=quiet, as_json=json)
 
 
 evaluate.__name__ = "eval"

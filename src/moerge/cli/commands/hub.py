@@ -26,7 +26,7 @@ def push(
     import sys
 
     from moerge import hub
-    from moerge.cli import show_hub
+    from moerge.cli.views import hub as views
     from moerge.progress import TerminalProgress
 
     if not dry_run:  # before minutes of verifying
@@ -34,10 +34,10 @@ def push(
     with TerminalProgress(quiet=quiet) as progress:
         upload = hub.prepare(checkpoint, repo, revision=revision, progress=progress)
     if dry_run:
-        show_hub.pushed(hub.Pushed(upload), quiet=quiet, as_json=json)
+        views.pushed(hub.Pushed(upload), quiet=quiet, as_json=json)
         return
     shown = not quiet and not json and sys.stderr.isatty()
-    show_hub.pushed(hub.send(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
+    views.pushed(hub.send(upload, private=private, message=message, show_progress=shown), quiet=quiet, as_json=json)
 
 
 COMMANDS = (push,)

@@ -24,14 +24,14 @@ def learn(
     json: AsJson = False,
 ) -> None:
     """Learn merging coefficients from unlabelled text (Expert Merging), and merge with them into OUT."""
-    from moerge.cli import show_learning
+    from moerge.cli.views import learning as views
     from moerge.learning.run import learn as run_learn
     from moerge.progress import TerminalProgress
     from moerge.recipe import load_recipe
 
     with TerminalProgress(quiet=quiet) as progress:
         result = run_learn(load_recipe(recipe, seed=seed), out, force=force, progress=progress)
-    show_learning.learned(result, quiet=quiet, as_json=json)
+    views.learned(result, quiet=quiet, as_json=json)
 
 
 COMMANDS = (learn,)

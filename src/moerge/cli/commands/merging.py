@@ -23,15 +23,15 @@ def plan(
     as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a mergekit file as a recipe of moerge's own.")] = False,
 ) -> None:
     """Print what a recipe amounts to; no tensor is read."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.merging.pipeline import plan as make_plan
     from moerge.tensors.threads import default_threads
 
     planned = make_plan(recipe, seed=seed, clients=clients)
     if as_recipe:
-        show.recipe(planned)
+        views.recipe(planned)
         return
-    show.plan(planned, threads or default_threads(), as_json=json)
+    views.plan(planned, threads or default_threads(), as_json=json)
 
 
 def merge(
@@ -49,8 +49,8 @@ def merge(
 ) -> None:
     """Merge as the recipe says and write the checkpoint folder OUT."""
     from moerge.checkpoint.staging import staging_folder
-    from moerge.cli import show
     from moerge.cli.console import parse_size
+    from moerge.cli.views import merging as views
     from moerge.merging.pipeline import merge as run_merge
     from moerge.progress import TerminalProgress
     from moerge.recipe import load_recipe
@@ -66,28 +66,28 @@ def merge(
     loaded = load_recipe(recipe, seed=seed)
     with TerminalProgress(quiet=quiet) as progress, resumable(lambda: staging_folder(out).exists()):
         result = run_merge(loaded, out, progress=progress, **options)
-    show.merge(result, quiet=quiet, as_json=json)
+    views.merge(result, quiet=quiet, as_json=json)
 
 
 def verify(checkpoint: CheckpointName, threads: Threads = None, quiet: Quiet = False, json: AsJson = False) -> None:
     """Check that every tensor is present, finite, of the right shape, and what the manifest says."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.inspection import verify as run_verify
     from moerge.progress import TerminalProgress
 
     with TerminalProgress(quiet=quiet) as progress:
         found = run_verify(checkpoint, threads=threads, progress=progress)
-    show.verification(found, quiet=quiet, as_json=json)
+    views.verification(found, quiet=quiet, as_json=json)
     if found.problems:
         raise typer.Exit(2)
 
 
 def inspect(checkpoint: CheckpointName, json: AsJson = False) -> None:
     """Show a checkpoint's family, sizes, roles, tokenizer, and how it was made."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.inspection import inspect as run_inspect
 
-    show.inspection(run_inspect(checkpoint), as_json=json)
+    views.inspection(run_inspect(checkpoint), as_json=json)
 
 
 def refresh(
@@ -96,10 +96,10 @@ def refresh(
     json: AsJson = False,
 ) -> None:
     """Replace the code that a sequence-routed checkpoint carries by this moerge's, for a newer transformers."""
-    from moerge.cli import show
+    from moerge.cli.views import merging as views
     from moerge.refresh import refresh as run_refresh
 
-    show.refreshed(run_refresh(checkpoint), quiet=quiet, as_json=json)
+    views.refreshed(run_refresh(checkpoint), quiet=quiet, as_json=json)
 
 
 COMMANDS = (plan, merge, verify, inspect, refresh)

@@ -27,7 +27,7 @@ def report(
     json: AsJson = False,
 ) -> None:
     """Put what was merged, compared, routed, learned and measured on one HTML page that needs no network."""
-    from moerge.cli import show_reporting
+    from moerge.cli.views import reporting as views
     from moerge.reporting import report as make_report
     from moerge.reporting.flow import NAME
 
@@ -37,7 +37,7 @@ def report(
     made.write(path)
     for card in cards:
         card.write()
-    show_reporting.reported(made, path, cards, quiet=quiet, as_json=json)
+    views.reported(made, path, cards, quiet=quiet, as_json=json)
 
 
 COMMANDS = (report,)

@@ -20,11 +20,11 @@ def generate(
     json: AsJson = False,
 ) -> None:
     """Continue a text with a checkpoint; the text it writes goes to standard output."""
-    from moerge.cli import show_running
+    from moerge.cli.views import running as views
     from moerge.inference.generation import generate as run_generate
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    show_running.generation(run_generate(checkpoint, prompt, trust_remote_code=trust_remote_code, **options), as_json=json)
+    views.generation(run_generate(checkpoint, prompt, trust_remote_code=trust_remote_code, **options), as_json=json)
 
 
 def route(
@@ -46,7 +46,7 @@ def route(
     json: AsJson = False,
 ) -> None:
     """Show how a MoE routes texts: the share of each expert, accuracy against domain and oracle, entropy, and balance."""
-    from moerge.cli import show_running
+    from moerge.cli.views import running as views
     from moerge.inference.figure import write_routes
     from moerge.inference.routes import parse_texts
     from moerge.inference.routes import route as run_route
@@ -62,7 +62,7 @@ def route(
     )
     if out is not None:
         write_routes(found, out)
-    show_running.routes(found, as_json=json)
+    views.routes(found, as_json=json)
 
 
 COMMANDS = (generate, route)

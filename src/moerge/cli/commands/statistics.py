@@ -46,7 +46,7 @@ def stats(
     json: AsJson = False,
 ) -> None:
     """Run each expert over its own text and write what 'method: fisher' and 'method: regmean' need."""
-    from moerge.cli import show_statistics
+    from moerge.cli.views import statistics as views
     from moerge.gather.gather import Options, add_folders, gather, parse_part
     from moerge.progress import TerminalProgress
     from moerge.recipe import load_recipe
@@ -57,7 +57,7 @@ def stats(
     options = Options(**chosen, force=force)
     progress = TerminalProgress(quiet=quiet)
     outcomes = add_folders(loaded, out, add, options) if add else gather(loaded, out, options, progress)
-    show_statistics.outcomes(outcomes, out, quiet=quiet, as_json=json)
+    views.outcomes(outcomes, out, quiet=quiet, as_json=json)
 
 
 COMMANDS = (stats,)

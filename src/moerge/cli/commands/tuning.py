@@ -22,26 +22,26 @@ def tune(
     json: AsJson = False,
 ) -> None:
     """Fine-tune or distil a mixture of experts or a dense model into OUT, on one process or, with torchrun, several."""
-    from moerge.cli import show_tuning
+    from moerge.cli.views import tuning as views
     from moerge.errors import InputError
     from moerge.progress import TerminalProgress
     from moerge.tuning.launch import rank
     from moerge.tuning.run import look
     from moerge.tuning.run import tune as run_tune
-    from moerge.tuning.work import interrupted
+    from moerge.tuning.work import Work
 
     if dry_run:
         found = look(settings, seed=seed)
         if rank() == 0:
-            show_tuning.outlook(found, as_json=json)
+            views.outlook(found, as_json=json)
         return
     if out is None:
         raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
     quiet = quiet or rank() > 0
-    with TerminalProgress(quiet=quiet, muted=rank() > 0) as progress, resumable(lambda: interrupted(out)):
+    with TerminalProgress(quiet=quiet, muted=rank() > 0) as progress, resumable(lambda: Work(out).interrupted):
         result = run_tune(settings, out, resume=resume, force=force, seed=seed, progress=progress)
     if result is not None:
-        show_tuning.tuned(result, quiet=quiet, as_json=json)
+        views.tuned(result, quiet=quiet, as_json=json)
 
 
 COMMANDS = (tune,)

@@ -49,7 +49,7 @@ def kept_adapters(assembly: Assembly, dense: Mapping[str, Any]) -> tuple[dict[st
 
 
 def kept_note(shared: Sequence[Output], factors: Sequence[Output], separate: Sequence[str], experts: int) -> str:
-    """How much smaller the result is than with a copy for each expert."""
+    """Say how much smaller the result is than with a copy for each expert."""
     own = sum(output.nbytes for output in shared if output.name != GATE and role_of(dense_name(output.name)[0]) in separate)
     added = sum(output.nbytes for output in factors)
     instead = (experts - 1) * own

@@ -1,4 +1,4 @@
-"""What the assemblers of all kinds of result share: from a recipe's models to operations."""
+"""The base of the assemblers of all kinds of result: from a recipe's models to operations."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Assembly:
 
     @cached_property
     def precision(self) -> Precision:
-        """Which tensors the models store wider than the rest."""
+        """Return the tensors that the models store wider than the rest."""
         models = self.models if self.alignment is None else self.alignment.models
         return Precision(tuple(models.values()), self.dtype)
 
@@ -81,7 +81,9 @@ class Assembly:
         return Output(tensor.name, tensor.role, dtype, tensor.shape, operation)
 
     def _dtype(self, tensor: Expected, operation: Operation) -> DType:
-        """What an override says, else the recipe's, else the wider type that all models store it in, else that of the result."""
+        """Choose the element type: an override's, else the recipe's, else the wider one that all models store it in, else the
+        result's.
+        """
         roles = dict.fromkeys((tensor.role, tensor.dense_role))
         asked = next(filter(None, (self.chooser.dtype(Place(role, tensor.name)) for role in roles)), self.recipe.dtype)
         return FLOATS[asked] if asked else self.precision.kept(operation) or self.dtype

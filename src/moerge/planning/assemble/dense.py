@@ -39,7 +39,7 @@ def assemble_dense(assembly: Assembly) -> Assembled:
 
 
 def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe) -> Candidates:
-    """What models that are taken apart into slices have beside their tables, and whose it is: the first slice's first model's.
+    """Check what models in slices have beside their tables; it comes from the first slice's first model.
 
     Each is checked by itself: their numbers of layers may differ.
 
@@ -134,7 +134,7 @@ def _stacked_config(config: Mapping[str, Any], family: Family, slices: Sequence[
 
 
 def _input(names: Mapping[str, str], tensor: Expected, start: int, offset: int | None) -> str:
-    """What a model calls the tensor that a slice takes; of what has no role its own name."""
+    """Return a model's name for the tensor that a slice takes; its own name where it has no role."""
     if offset is None:
         return names.get(tensor.role, tensor.name)
     return names[re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)]

@@ -44,12 +44,12 @@ class WholeExpert:
 
     @property
     def name(self) -> str:
-        """As the recipe calls it."""
+        """Return the recipe's name for it."""
         return self.model.name
 
     @cached_property
     def is_own(self) -> bool:
-        """Whether the result's tokens are its own, row by row."""
+        """Return whether the result's tokens are its own, row by row."""
         own = np.array_equal(self.pieces.rows_P, np.arange(self.rows))
         return own and bool((self.pieces.kinds_V == EXACT).all())
 
@@ -59,7 +59,7 @@ class WholeExpert:
         return self._rows(name, self.model.tensors[name].shape[1:], pieces)
 
     def embedded(self, width: int, scale: float) -> Tensor:
-        """What its embedding module puts out for each token of the result, padded to `width`."""
+        """Return the output of its embedding module for each token of the result, padded to `width`."""
         return self._rows(self.whole.embedding, (width,), self.pieces, scale)
 
     def head(self, width: int) -> Tensor:
@@ -67,7 +67,7 @@ class WholeExpert:
         return self._rows(self.whole.head or self.whole.embedding, (width,), self._head_pieces, self.whole.logit_scale)
 
     def head_bias(self) -> Tensor | None:
-        """What its logits have added, None if nothing."""
+        """Return the bias of its logits, None if there is none."""
         name = self.whole.head_bias
         return self._rows(name, (), self._head_pieces, self.whole.logit_scale) if name else None
 
@@ -79,7 +79,9 @@ class WholeExpert:
 
     @cached_property
     def _head_pieces(self) -> Pieces:
-        """Where two tokens of the result are one token of the expert's, only one of them can have its probability."""
+        """Return the pieces of the head: of two tokens of the result that are one of the expert's, only one can have its
+        probability.
+        """
         return self.pieces.for_head()
 
     def _rows(self, name: str, width: tuple[int, ...], pieces: Pieces, scale: float = 1.0) -> Tensor:

@@ -39,14 +39,14 @@ _NOT_WRITTEN = ("auto_map", "_name_or_path", "transformers_version", "torch_dtyp
 
 
 def stay_whole(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
-    """Whether this recipe's experts stay whole models: it says so, or it routes sequences and they are too different."""
+    """Return whether this recipe's experts stay whole models: it says so, or it routes sequences and they are too different."""
     if recipe.moe is None or not recipe.moe.by_sequence:
         return False
     return recipe.moe.asks_for_whole_models or unlike(models)
 
 
 def unlike(models: Sequence[Checkpoint]) -> bool:
-    """Whether these models differ in type or shape, so that they cannot be merged tensor by tensor."""
+    """Return whether these models differ in type or shape, so that they cannot be merged tensor by tensor."""
     if len({model.model_type for model in models}) > 1:
         return True
     configs = [canonical(model.config, family_of(model.config)) for model in models]
@@ -109,7 +109,7 @@ class _Building:
 
     @property
     def shared(self) -> bool:
-        """Whether there is one embedding and head for all."""
+        """Return whether there is one embedding and head for all."""
         return self.moe.embedding == "shared"
 
     @property
@@ -124,7 +124,7 @@ class _Building:
 
     @property
     def head_bias(self) -> bool:
-        """Whether the shared head has a bias."""
+        """Return whether the shared head has a bias."""
         return self.shared and any(expert.whole.head_bias for expert in self.experts)
 
     @cached_property
@@ -159,7 +159,7 @@ class _Building:
         return assembly.copied(expert.name, tensor.name)
 
     def _scale(self, expert: WholeExpert) -> float:
-        """What its embedding is scaled by, as its own module has it: in the element type of the weights."""
+        """Return the factor of its embedding, as its own module has it: in the element type of the weights."""
         return float(rounded(np.array(expert.whole.embedding_scale), self.dtype))
 
     def _head(self, tensor: Expected) -> Operation:
@@ -193,7 +193,7 @@ class _Building:
         return {**config, "dtype": dtype}
 
     def warnings(self) -> tuple[str, ...]:
-        """What is lost, and what is not ready for use."""
+        """Return warnings about what is lost, and what is not ready for use."""
         found = [text for expert in self.experts for text in expert.remarks(shared=self.shared)]
         if self.shared and self.moe.projectors == "random":
             found.append("the projectors are random, as the paper starts: the model writes noise until it is fine-tuned")
@@ -203,7 +203,7 @@ class _Building:
         return tuple(found)
 
     def notes(self) -> tuple[str, ...]:
-        """What is in it."""
+        """Return notes about its parts."""
         described = (f"{expert.name} ({expert.whole.model_type}, width {expert.whole.width})" for expert in self.experts)
         return (f"experts stay whole models: {', '.join(described)}",)
 

@@ -1,4 +1,4 @@
-"""Which row of each model is which row of the result, where the models' vocabularies differ.
+"""Alignment of the models' rows with the result's, where vocabularies differ.
 
 Shapes: V rows of the result, T tokens.
 """

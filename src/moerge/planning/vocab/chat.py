@@ -1,4 +1,4 @@
-"""Whose chat template a result has, and with it the tokens that end an answer; what to say where models differ in them."""
+"""The chat template of a result, and with it the tokens that end an answer; notes where models differ in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moerge.architecture import Family
 from moerge.checkpoint.companions import read_companions
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.files import read_file
 from moerge.planning.vocab.config import SPECIAL_IDS, find_key
 from moerge.recipe.schema import Recipe
 from moerge.tokenizer import SETTINGS, TEMPLATES, Vocabulary, read_object, special_tokens, write_object
@@ -24,7 +25,7 @@ _UNIMPORTANT = ("transformers_version", "_from_model_config", *SPECIAL_IDS)
 
 @dataclass(frozen=True)
 class Move:
-    """Where the tokens of models whose vocabularies differ have gone: `ids` are those of the result by text."""
+    """The new ids of the tokens of models whose vocabularies differ: `ids` are those of the result by text."""
 
     ids: Mapping[str, int]
     vocabularies: Mapping[str, Vocabulary]
@@ -116,7 +117,7 @@ def settle_chat(
 def _default(
     settings: Mapping[str, _Settings], source: str, files: Mapping[str, bytes], move: Move | None
 ) -> tuple[str | None, list[str]]:
-    """Whose template is taken where nobody is named, and why."""
+    """Choose the template where nobody is named, and give the reason."""
     having = {name: own.template for name, own in settings.items() if own.template}
     own = template_of(files)
     others = [name for name, template in having.items() if template != own and name != source]
@@ -147,7 +148,7 @@ def _from_file(recipe: Recipe, settings: Mapping[str, _Settings], source: str, f
     assert recipe.chat_template is not None
     path = recipe.folder / Path(recipe.chat_template).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
     except (OSError, ValueError):
         raise InputError(
             f"{recipe.source}: chat_template: {recipe.chat_template!r} is neither a model that it can be taken from "
@@ -209,7 +210,7 @@ class _Taking:
         return self.move.id_of(self.donor, value) if type(value) is int else None
 
     def notes(self) -> list[str]:
-        """Where models end their texts otherwise than the result does, or generate by other settings."""
+        """Return notes on models that end their texts otherwise than the result does, or generate by other settings."""
         ends, notes = {name: self._end(own) for name, own in self.settings.items()}, []
         differing = [name for name, end in ends.items() if end and ends[self.donor] and end != ends[self.donor]]
         if differing:
@@ -233,5 +234,5 @@ class _Taking:
 
 
 def _generation(own: _Settings) -> dict[str, str]:
-    """What a generation config says beside ids, in a form that can be compared."""
+    """Return a generation config without ids, in a form that can be compared."""
     return {key: repr(value) for key, value in read_object(own.files, _GENERATION).items() if key not in _UNIMPORTANT}

@@ -1,4 +1,4 @@
-"""What to say where vocabularies differ: errors that name the tokens, warnings and notes."""
+"""Messages about vocabularies that differ: errors that name the tokens, warnings and notes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _edges(roles: Mapping[str, str], token: str) -> set[str]:
 
 
 def undecided(vocabularies: Mapping[str, Vocabulary], source: str) -> InputError:
-    """What to say if vocabularies differ and the recipe does not say what to do about it."""
+    """Return the error for vocabularies that differ where the recipe does not say what to do about it."""
     ours = vocabularies[source]
     name, theirs = next((name, other) for name, other in vocabularies.items() if other.ids != ours.ids)
     parts = []
@@ -71,7 +71,7 @@ def undecided(vocabularies: Mapping[str, Vocabulary], source: str) -> InputError
 
 
 def no_tokenizers(sizes: Mapping[str, Any]) -> InputError:
-    """What to say if embeddings differ in size and there is no tokenizer to match their rows by."""
+    """Return the error for embeddings of different sizes without a tokenizer to match their rows by."""
     described = ", ".join(f"{name}: {size!r}" for name, size in sizes.items())
     return InputError(
         f"vocab_size differs ({described}) and no model has a tokenizer to match the rows by: put each model's tokenizer.json "
@@ -80,7 +80,7 @@ def no_tokenizers(sizes: Mapping[str, Any]) -> InputError:
 
 
 def not_readable(names: Sequence[str], source: str) -> InputError:
-    """What to say if a model has merge rules and no vocabulary, so that it cannot be compared with others."""
+    """Return the error for a model with merge rules and no vocabulary, which cannot be compared with others."""
     return InputError(
         f"the tokenizers of the models differ, and that of {', '.join(names)} cannot be compared token by token: give it a "
         f"tokenizer.json ({_SAVE})"
@@ -105,7 +105,7 @@ def tokens_without_rows(model: Checkpoint, family: Family | None) -> list[str]:
 
 
 def splitting_warnings(vocabularies: Mapping[str, Vocabulary], source: str) -> list[str]:
-    """Where text that a model was trained on is cut into other tokens by the source's tokenizer."""
+    """Return warnings about text that a model was trained on and the source's tokenizer cuts into other tokens."""
     ours = vocabularies[source].splitting
     warnings = []
     for name, vocabulary in vocabularies.items():

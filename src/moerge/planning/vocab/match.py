@@ -60,7 +60,7 @@ class OneVocabulary:
 
     @property
     def origin(self) -> str:
-        """Where tokenizer and generation config come from, in words."""
+        """Say where tokenizer and generation config come from."""
         donor = self.facts.get("generation_config", self.source)
         apart = donor != self.source
         return (
@@ -70,7 +70,7 @@ class OneVocabulary:
         )
 
     def with_chat(self, chat: Chat, family: Family | None) -> OneVocabulary:
-        """The same with a chat template, and the tokens that end an answer, in its files and configs."""
+        """Return the vocabulary with a chat template, and the tokens that end an answer, in its files and configs."""
         own = {"chat_template": chat.template, "generation_config": chat.donor if chat.donor != self.source else None}
         facts = {**self.facts, **{key: value for key, value in own.items() if value}}
         notes = (*self.notes, *chat.notes)
@@ -78,7 +78,7 @@ class OneVocabulary:
 
 
 def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str) -> OneVocabulary:
-    """What the recipe's `tokenizer` asks for, from configs and tokenizer files alone.
+    """Resolve the recipe's `tokenizer`, from configs and tokenizer files alone.
 
     Raises InputError where vocabularies differ and the recipe does not say whose counts, and where they cannot be matched.
     """
@@ -143,7 +143,9 @@ def _read(
 
 
 def _same_tokens(vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, Any]) -> bool:
-    """Whether all rows are the same tokens'; tokens that an embedding has no row for, such as a late [PAD], do not count."""
+    """Return whether all rows are the same tokens'; tokens that an embedding has no row for, such as a late [PAD], do not
+    count.
+    """
     names = iter(vocabularies)
     first = next(names)
     if all(vocabularies[name].ids == vocabularies[first].ids for name in names):
@@ -237,7 +239,9 @@ class _Matching:
         return ids, brought
 
     def _can_be_added(self, token: NewToken) -> bool:
-        """Whether the tokenizers library gives it an id of its own: not if its text reads like another token's spelling."""
+        """Return whether the tokenizers library gives it an id of its own: not if its text reads like another token's
+        spelling.
+        """
         return token.entry["content"] == token.text or token.entry["content"] not in self.vocabularies[self.source].ids
 
     def _check_extensible(self, files: Mapping[str, bytes], first: int) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors have a row for each token."""
+"""The tensors with a row for each token."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ __all__ = ["is_mergekit", "read_mergekit"]
 
 
 def is_mergekit(data: Mapping[str, Any]) -> bool:
-    """Whether a document is one of mergekit's: none of these keys is one of a recipe of ours."""
+    """Return whether a document is one of mergekit's: none of these keys is one of a recipe of ours."""
     return any(key in data for key in ("merge_method", "base_model", "slices", "models", "modules", "gate_mode"))
 
 
 def read_mergekit(document: Document, *, seed: int | None = None) -> Recipe:
-    """What a mergekit file means here; `seed` replaces its `random_seed`. InputError names the line and key at fault."""
+    """Read a mergekit file as a recipe; `seed` replaces its `random_seed`. InputError names the line and key at fault."""
     if seed is not None:
         document.data["random_seed"] = seed
     is_moe = "merge_method" not in document.data and ("experts" in document.data or "gate_mode" in document.data)

@@ -1,4 +1,4 @@
-"""What files for `mergekit-yaml` and `mergekit-moe` share."""
+"""The common parts of files for `mergekit-yaml` and `mergekit-moe`."""
 
 from __future__ import annotations
 
@@ -74,22 +74,12 @@ def read_tokenizer(document: Document, names: Mapping[str, str], warnings: list[
     return names[reference]
 
 
-def roster_experts(
-    document: Document, roster: Roster, base: Reference | None, *, named_base: str | None
-) -> tuple[dict[str, Any], str | None]:
-    """Our `experts` and `base`: a base that is merged like the others is only an expert, unless adapters lie on it."""
+def roster_models(roster: Roster, base: Reference | None, *, named_base: str | None) -> dict[str, Any]:
+    """Our `experts`, `base` and `base_adapter`: a base that is merged like the others is only an expert."""
+    apart = base if named_base == "base" else None
     experts = {}
-    adapted = sorted({reference.model for reference in roster.names if reference.adapter})
-    if base is None and len(adapted) > 1:
-        raise document.error(("models",), f": the adapters lie on different models ({', '.join(adapted)}): they need one base")
-    if base is None and adapted:
-        base = Reference(adapted[0])
     for reference, name in roster.names.items():
-        if reference.adapter and (base is None or base.adapter or reference.model != base.model):
-            message = f": the adapter {reference.adapter} lies on {reference.model}: only adapters on the base can be merged"
-            raise document.error(("base_model",), message)
-        experts[name] = {"model": reference.adapter or reference.model}
-    if base is not None and base.adapter:
-        raise document.error(("base_model",), f": the base should be a whole model, not the adapter {base.adapter} on one")
-    apart = named_base == "base" or any(reference.adapter for reference in roster.names)
-    return experts, base.model if base is not None and apart else None
+        on_base = apart is not None and apart.adapter is None and reference.model == apart.model and reference.adapter
+        experts[name] = {"model": reference.adapter} if on_base else {"model": reference.model, "adapter": reference.adapter}
+    found: dict[str, Any] = {"experts": experts}
+    return found if apart is None else {**found, "base": apart.model, "base_adapter": apart.adapter}

@@ -8,7 +8,7 @@ from typing import Any
 
 from moerge.errors import suggest
 from moerge.recipe.document import Document, Key, short
-from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed, read_tokenizer, roster_experts
+from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed, read_tokenizer, roster_models
 from moerge.recipe.mergekit.methods import METHODS, Foreign
 from moerge.recipe.mergekit.models import Reference, Roster, read_reference
 from moerge.recipe.mergekit.parameters import Setting, Settings, read_setting
@@ -17,14 +17,17 @@ from moerge.recipe.schema import Recipe
 
 _KEYS = (
     *("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "random_seed"),
-    *("tokenizer_source", "tokenizer", "chat_template"),
+    *("tokenizer_source", "tokenizer", "chat_template", "documents"),
 )
 _SOURCE_KEYS = ("model", "layer_range", "parameters")
 Found = tuple[Reference, Source]
 
 
-def read_merge(document: Document) -> Recipe:
-    """The recipe that a file for `mergekit-yaml` amounts to."""
+def read_merge(document: Document, trail: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that a file for `mergekit-yaml` amounts to, or the unnamed document of one for `mergekit-multi`.
+
+    `trail` names the documents that the result of this one is a model of.
+    """
     data = document.data
     check_keys(document, (), data, _KEYS)
     name, foreign = _method(document)
@@ -33,14 +36,14 @@ def read_merge(document: Document) -> Recipe:
     settings = reader.settings(("parameters",), data.get("parameters"), shared=True)
     parts = reader.parts()
     rule = MergekitRule(name, foreign, parts, settings, read_seed(document), document)
-    experts, ancestor = roster_experts(document, reader.roster, base, named_base=reader.base_name)
-    donor = reader.base_name or next(iter(experts), "base")
+    models = roster_models(reader.roster, base, named_base=reader.base_name)
+    donor = reader.base_name or next(iter(models["experts"]), "base")
     known = {name: model for reference, model in reader.roster.names.items() for name in (str(reference), model)}
     known |= {"base": donor} | ({str(base): donor} if base else {})
     tokenizer = read_tokenizer(document, known, reader.warnings)
     whole: dict[str, Any] = {
-        "base": ancestor,
-        "experts": experts,
+        **models,
+        "recipes": _recipes(document, models, trail),
         "method": rule.methods[0],
         "settings": rule,
         "slices": _slices(parts),
@@ -53,6 +56,26 @@ def read_merge(document: Document) -> Recipe:
         "warnings": (*reader.warnings, *_differences(name, foreign, parts, settings)),
     }
     return document.build(Recipe, whole)
+
+
+def _recipes(document: Document, models: Mapping[str, Any], trail: tuple[str, ...]) -> dict[str, Recipe]:
+    """The models that are other documents of the file, by their names here."""
+    others = document.mapping(("documents",), document.data.get("documents"))
+    locations = {name: expert["model"] for name, expert in models["experts"].items()} | {"base": models.get("base")}
+    found = {}
+    for name, location in locations.items():
+        if location not in others:
+            continue
+        if location in trail:
+            around = " -> ".join((*trail[trail.index(location) :], location))
+            raise document.error(("documents", location), f" is one of its own models ({around}): name another one there")
+        path: Key = ("documents", location)
+        inner = {**document.mapping(path, others[location]), "documents": others}
+        lines = {key[2:]: line for key, line in document.lines.items() if key[:2] == path and key != path}
+        lines |= {key: line for key, line in document.lines.items() if key[:1] == ("documents",)}
+        seeds = {key: document.data[key] for key in ("random_seed",) if key in document.data}
+        found[name] = read_merge(Document({**seeds, **inner}, document.source, lines), (*trail, location))
+    return found
 
 
 def _method(document: Document) -> tuple[str, Foreign]:
@@ -78,7 +101,7 @@ class _Reader:
 
     @property
     def base_name(self) -> str | None:
-        """What the base is called: "base" where it is the ancestor alone, by its own name where it is merged too."""
+        """Return the base's name: "base" where it is the ancestor alone, its own name where it is merged too."""
         return None if self.base is None else self.roster.names.get(self.base, "base")
 
     def parts(self) -> tuple[Part, ...]:
@@ -195,7 +218,7 @@ def _slices(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _differences(name: str, foreign: Foreign, parts: Sequence[Part], settings: Settings) -> list[str]:
-    """Where the result differs from mergekit's on purpose: only where a parameter that matters is set."""
+    """Return notes where the result differs from mergekit's on purpose: only where a parameter that matters is set."""
     scopes = [settings, *(part.settings for part in parts), *(source.settings for part in parts for source in part.sources)]
     used = {key for scope in scopes for key, setting in scope.items() if any(set(v) - {0, 1} for _, v in setting.entries)}
     return [

@@ -1,10 +1,11 @@
-"""What a mergekit file calls models, and the names they get here."""
+"""The models of a mergekit file, and the names they get here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moerge.recipe.document import Document, Key, short
@@ -24,25 +25,45 @@ class Reference:
 def read_reference(document: Document, path: Key, written: Any) -> Reference:
     """A reference such as `owner/name@revision+adapter`; InputError if it is none."""
     if isinstance(written, dict):
-        # how mergekit writes references that contain spaces
-        unknown = next((key for key in written if key not in ("model", "lora")), None)
+        # how mergekit writes references that contain spaces, and whoever has a path with a plus
+        unknown = next((key for key in written if key not in ("model", "lora", "override_architecture")), None)
         if unknown is not None:
             raise document.error((*path, str(unknown)), ": unknown key; a model is text, such as owner/name@revision")
-        named = [_path_of(written[key]) for key in ("model", "lora") if written.get(key)]
-        if "model" in written and named and all(isinstance(name, str) and name for name in named):
-            return Reference(*named)  # here a plus is a part of a name
+        model, adapter = (_path_of(document, (*path, key), written.get(key)) for key in ("model", "lora"))
+        if model is not None:
+            return Reference(model, adapter)
     if not isinstance(written, str) or not written:
         raise document.error(path, f" should be a folder or a Hub id, not {short(written)}")
-    parts = written.split("+")
-    if len(parts) > 2 or not all(parts):
-        raise document.error(path, f" should be a model or model+adapter, not {short(written)}")
-    return Reference(*parts)
+    return _divided(document, path, written)
 
 
-def _path_of(written: Any) -> Any:
+def _divided(document: Document, path: Key, written: str) -> Reference:
+    """The model, and the adapter after a plus; which plus, and whether any, is decided by the folders that there are."""
+    ways = [Reference(written[:at], written[at + 1 :]) for at, letter in enumerate(written) if letter == "+"]
+    if not ways or _exists(written):
+        return Reference(written)
+    if len(ways) > 1:
+        ways = [way for way in ways if _exists(way.model) and way.adapter and _exists(way.adapter)]
+    if len(ways) != 1 or not ways[0].model or not ways[0].adapter:
+        told = "; of a path with a plus write 'model: {path: ...}' and 'lora: {path: ...}'"
+        raise document.error(path, f" should be a model or model+adapter, not {short(written)}{told}")
+    return ways[0]
+
+
+def _exists(location: str) -> bool:
+    try:
+        return Path(location).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _path_of(document: Document, path: Key, written: Any) -> str | None:
+    """Text, or `path` and `revision`."""
     if isinstance(written, dict):
         revision = written.get("revision")
-        return f"{written.get('path')}@{revision}" if revision else written.get("path")
+        written = f"{written.get('path')}@{revision}" if revision else written.get("path")
+    if written is not None and (not isinstance(written, str) or not written):
+        raise document.error(path, f" should be a folder or a Hub id, not {short(written)}")
     return written
 
 

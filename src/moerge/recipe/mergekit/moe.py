@@ -32,8 +32,6 @@ def read_moe(document: Document) -> Recipe:
     if data.get("base_model") is None:
         raise document.error(("base_model",), " is missing: name the model whose attention, norms and embeddings are taken")
     base = read_reference(document, ("base_model",), data["base_model"])
-    if base.adapter:
-        raise document.error(("base_model",), f": the base should be a whole model, not the adapter {base.adapter} on one")
     if data.get("shared_experts"):
         raise document.error(("shared_experts",), " are not supported: leave them out, or list them among the experts")
     experts, prompts = _experts(document, base)
@@ -45,6 +43,7 @@ def read_moe(document: Document) -> Recipe:
         )
     whole: dict[str, Any] = {
         "base": base.model,
+        "base_adapter": base.adapter,
         "experts": experts,
         "method": Passthrough(model="base"),
         "moe": {"include_base": False, "top_k": top_k, "router": chosen, "format": _format(document)},
@@ -71,10 +70,9 @@ def _experts(document: Document, base: Reference) -> tuple[dict[str, Any], dict[
             if section.get(key) is not None:
                 raise document.error((*path, key), " is not supported: experts are copied unchanged; remove it")
         reference = read_reference(document, (*path, "source_model"), section["source_model"])
-        if reference.adapter and reference.model != base.model:
-            raise document.error((*path, "source_model"), f": the adapter {reference.adapter} should lie on the base, {base}")
         name = fresh_name(reference, experts)
-        experts[name] = {"model": reference.adapter or reference.model}
+        on_base = reference.adapter and not base.adapter and reference.model == base.model
+        experts[name] = {"model": reference.adapter} if on_base else {"model": reference.model, "adapter": reference.adapter}
         kinds = ("positive", "negative")
         prompts[name] = {kind: _texts(document, (*path, f"{kind}_prompts"), section.get(f"{kind}_prompts")) for kind in kinds}
     if len(experts) < 2:

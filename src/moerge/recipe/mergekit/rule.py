@@ -1,4 +1,4 @@
-"""What decides about each tensor of a mergekit file: the parameters of its models, its slices and its own."""
+"""The rule of a mergekit file for each tensor: the parameters of its models, its slices and its own."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from moerge.reporting.sections.similarity import similarity
 
 
 def sections(found: Collected) -> list[Section]:
-    """Those that have something to show; an expert has the same colour in all of them."""
+    """Return the sections that have something to show; an expert has the same colour in all of them."""
     colours = palette.numbered(
         [
             *(expert for checkpoint in found.checkpoints for expert in checkpoint.experts),

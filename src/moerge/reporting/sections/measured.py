@@ -1,4 +1,4 @@
-"""What was measured: benchmarks and held-out text with their errors, and the demo's table."""
+"""Measurements: benchmarks and held-out text with their errors, and the demo's table."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _best(scores: Sequence[Score]) -> float:
 
 
 def _judged(difference: Difference) -> str:
-    """What a difference says: the interval decides, not the value."""
+    """Judge a difference: the interval decides, not the value."""
     if difference.low is None or difference.high is None:
         return "one document: not known"
     if difference.low <= 0 <= difference.high:

@@ -1,4 +1,4 @@
-"""Which texts go to which expert: MergeME's table 2 and figures 5 to 9 for any model and text."""
+"""Routing of texts to experts: MergeME's table 2 and figures 5 to 9 for any model and text."""
 
 from __future__ import annotations
 

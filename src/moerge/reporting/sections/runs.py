@@ -1,4 +1,4 @@
-"""What was run when, what is missing, and how this page came about."""
+"""The runs, their times, what is missing, and how this page was made."""
 
 from __future__ import annotations
 

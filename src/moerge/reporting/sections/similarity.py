@@ -1,4 +1,4 @@
-"""How alike the experts are, and the verdict before merging: MergeME's figure 4, sign conflicts, and what TIES would trim."""
+"""Similarity of the experts, and the verdict before merging: MergeME's figure 4, sign conflicts, and what TIES would trim."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def joined(name: str, shape: tuple[int, ...], parts: Sequence[Source]) -> Source
 
 
 def culprit(source: Source) -> Source:
-    """What to blame for NaN or infinity in a source: of one that is made of `parts` the first that holds them."""
+    """Find the source of NaN or infinity: of one that is made of `parts` the first that holds them."""
     parts: Sequence[Source] = getattr(source.tensor, "parts", ())
     found = next((part for part in parts if not _is_finite(part.tensor)), None)
     return source if found is None else culprit(found)

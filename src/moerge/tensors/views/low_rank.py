@@ -26,7 +26,7 @@ _STRIP = 512
 
 @dataclass(frozen=True)
 class Factors:
-    """What a low-rank tensor adds, in memory: `magnitude` multiplies rows (R) or columns (C), None where there is none."""
+    """The factors of a low-rank tensor, in memory: `magnitude` multiplies rows (R) or columns (C), None where there is none."""
 
     left_RK: np.ndarray
     right_KC: np.ndarray

@@ -57,7 +57,7 @@ class RowsTensor(Sized):
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """Those of all sources."""
+        """Return the files of all sources."""
         return tuple(dict.fromkeys(file for source in self.sources for file in source.files))
 
     def open(self) -> RowsElements:
@@ -193,7 +193,9 @@ def pick_rows(chain: Sequence[Holder], donors: Sequence[Holder], weights: Sequen
 
 
 def _of_used(name: str, holders: Sequence[Holder], given: Mapping[str, float], picks_V: np.ndarray) -> RowsTensor:
-    """Of those sources alone that something is taken from; only those with a given weight take part in a mean."""
+    """Return the files of those sources alone that something is taken from; only those with a given weight take part in a
+    mean.
+    """
     averaged_V = picks_V == MEAN
     used = [number for number, h in enumerate(holders) if (picks_V == number).any() or (averaged_V.any() and h.model in given)]
     renumbered = np.full(len(holders), _UNDECIDED, np.int16)
@@ -210,5 +212,5 @@ def _of_used(name: str, holders: Sequence[Holder], given: Mapping[str, float], p
 
 
 def count_holders(rows_SV: Sequence[np.ndarray]) -> np.ndarray:
-    """How many have each of the rows, [V]."""
+    """Count the models that have each of the rows, [V]."""
     return np.sum([rows_V >= 0 for rows_V in rows_SV], axis=0) if rows_SV else np.zeros((), np.int64)

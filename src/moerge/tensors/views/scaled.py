@@ -28,12 +28,12 @@ class Scaled(Sized):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the other tensor."""
+        """Return the shape of the other tensor."""
         return self.inner.shape
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """Those of the other tensor."""
+        """Return the files of the other tensor."""
         return self.inner.files
 
     @property

@@ -1,4 +1,4 @@
-"""What a report holds."""
+"""Print results of `moerge report`."""
 
 from __future__ import annotations
 

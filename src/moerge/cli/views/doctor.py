@@ -1,17 +1,15 @@
-"""Print the state of an installation."""
+"""Print results of `moerge doctor`."""
 
 from __future__ import annotations
 
-from moerge.cli.console import Table, print_json, show_table
+from moerge.cli.console import Table, show_table, view
 from moerge.doctor import Dependency, Diagnosis, Extra, Folder
 from moerge.formatting import as_size
 
 
-def diagnosis(state: Diagnosis, *, as_json: bool) -> None:
+@view
+def diagnosis(state: Diagnosis) -> None:
     """Print a diagnosis."""
-    if as_json:
-        print_json(state.to_json())
-        return
     table = Table("", "")
     table.show_header = False
     table.add_row("moerge", state.moerge)

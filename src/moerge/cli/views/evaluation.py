@@ -1,23 +1,18 @@
-"""Figures of checkpoints with their errors."""
+"""Print results of `moerge eval`."""
 
 from __future__ import annotations
 
 import sys
 
-from moerge.cli.console import Table, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, print_warnings, say, show_table, view
 from moerge.evaluation import sandbox
 from moerge.evaluation.result import Difference, Evaluation, Score
 from moerge.formatting import short_names
 
 
-def evaluation(found: Evaluation, *, quiet: bool, as_json: bool) -> None:
+@view
+def evaluation(found: Evaluation) -> None:
     """Print a table of the benchmarks, one of the texts, and the differences."""
-    if as_json:
-        print_json(found.to_json())
-        return
-    print_warnings(found.warnings)
-    if quiet:
-        return
     _benchmarks(found)
     _texts(found)
     _differences(found)

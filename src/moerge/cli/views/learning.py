@@ -1,9 +1,9 @@
-"""Results of learning."""
+"""Print results of `moerge learn`."""
 
 from __future__ import annotations
 
-from moerge.cli import show
 from moerge.cli.console import Table, print_json, say, show_table
+from moerge.cli.views import merging
 from moerge.learning.run import LearnResult
 
 
@@ -17,7 +17,7 @@ def learned(result: LearnResult, *, quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
         return
-    show.merge(result.merged, quiet=quiet, as_json=False)
+    merging.merge(result.merged, quiet=quiet, as_json=False)
     if quiet:
         return
     table = Table("expert", "mean coefficient")

@@ -1,25 +1,20 @@
-"""Results about adapters."""
+"""Print results of `moerge extract`, and what adapters are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moerge.cli.console import Table, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, say, show_table, view
 from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
     from moerge.extraction import Extraction
 
 
-def extraction(found: Extraction, *, quiet: bool, as_json: bool) -> None:
+@view
+def extraction(found: Extraction) -> None:
     """Print what an extraction kept."""
-    if as_json:
-        print_json(found.to_json())
-        return
-    print_warnings(found.warnings)
-    if quiet:
-        return
     table = Table("role", "stored as", "tensors", "rank", "of the task vector", "kept")
     for role in found.roles:
         low, high = role.ranks or ("", "")
@@ -33,7 +28,7 @@ def extraction(found: Extraction, *, quiet: bool, as_json: bool) -> None:
 
 
 def adapter_rows(table: Table, adapter: Mapping[str, Any]) -> None:
-    """What an adapter is, as rows of a table of facts."""
+    """Add an adapter's settings as rows to a table of facts."""
     ranks, alpha = ", ".join(map(str, adapter["ranks"])), adapter["alpha"]
     facts = [adapter["type"], *adapter["variants"], *([f"rank {ranks}"] if ranks else []), *([f"alpha {alpha}"] if alpha else [])]
     table.add_row("adapter", ", ".join(facts))

@@ -1,21 +1,16 @@
-"""What went to the Hub."""
+"""Print the result of `moerge push`."""
 
 from __future__ import annotations
 
-from moerge.cli.console import Table, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, say, show_table, view
 from moerge.formatting import as_size
 from moerge.hub import Pushed
 
 
-def pushed(found: Pushed, *, quiet: bool, as_json: bool) -> None:
+@view
+def pushed(found: Pushed) -> None:
     """Print where a checkpoint is now, or what would be uploaded."""
-    if as_json:
-        print_json(found.to_json())
-        return
     upload = found.upload
-    print_warnings(upload.warnings)
-    if quiet:
-        return
     if found.commit is None:
         table = Table("file", "size")
         for name, size in upload.files.items():

@@ -1,4 +1,4 @@
-"""How alike experts are, and what that means for merging them."""
+"""Print results of `moerge compare`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What a tuning will do, and what it did."""
+"""Print plans and results of `moerge tune`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moerge.cli.console import Table, print_json, say, show_table
-from moerge.cli.show_learning import note
+from moerge.cli.console import Table, print_json, say, show_table, view
+from moerge.cli.views.learning import note
 from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
@@ -38,13 +38,9 @@ def outlook(found: Outlook, *, as_json: bool) -> None:
         note(warning)
 
 
-def tuned(result: TuneResult, *, quiet: bool, as_json: bool) -> None:
+@view
+def tuned(result: TuneResult) -> None:
     """Print where the result lies and what the last step was like."""
-    if as_json:
-        print_json(result.to_json())
-        return
-    if quiet:
-        return
     facts, last = result.facts, result.facts["last"]
     say(
         f"{result.folder}: {facts['steps']:,} steps, {facts['tokens']:,} tokens in {as_time(facts['seconds'])}, "

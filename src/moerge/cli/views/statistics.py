@@ -1,4 +1,4 @@
-"""What became of each expert's statistics."""
+"""Print results of `moerge stats`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Results of running models."""
+"""Print generated text and routes."""
 
 from __future__ import annotations
 
-from moerge.cli.console import Table, as_percent, print_json, print_warnings, say, show_table
+from moerge.cli.console import Table, as_percent, print_json, say, show_table, view
 from moerge.errors import printable
 from moerge.inference.generation import Generation
 from moerge.inference.result import Routes
@@ -16,12 +16,9 @@ def generation(found: Generation, *, as_json: bool) -> None:
         print(printable(found.text))
 
 
-def routes(found: Routes, *, as_json: bool) -> None:
+@view
+def routes(found: Routes) -> None:
     """Print how texts are routed: for each expert its mean weight, and in brackets how often it is first."""
-    if as_json:
-        print_json(found.to_json())
-        return
-    print_warnings(found.warnings)
     judged = ["oracle"] if found.oracle_accuracy is not None else []
     table = Table("text", "docs", *found.experts, "entropy", "accuracy", *judged)
     table.collapse_padding = True  # room for the names of a few experts on a narrow terminal

@@ -1,12 +1,12 @@
-"""Results as tables for people and JSON for programs."""
+"""Print plans, merges, verifications and inspections."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from moerge.cli.console import Table, print_json, print_warnings, say, show_table
-from moerge.cli.show_adapters import adapter_rows
+from moerge.cli.console import Table, print_json, print_warnings, say, show_table, view
+from moerge.cli.views.adapters import adapter_rows
 from moerge.errors import one_line
 from moerge.formatting import as_count, as_size, as_time
 from moerge.inspection import Inspection, Verification
@@ -90,22 +90,16 @@ def verification(found: Verification, *, quiet: bool, as_json: bool) -> None:
             say(note)
 
 
-def refreshed(found: Refreshed, *, quiet: bool, as_json: bool) -> None:
+@view
+def refreshed(found: Refreshed) -> None:
     """Print which files of code are new."""
-    if as_json:
-        print_json(found.to_json())
-        return
-    print_warnings(found.warnings)
-    if not quiet:
-        removed = f", {', '.join(found.removed)} removed" if found.removed else ""
-        say(f"{found.folder}: {', '.join(found.written) or 'nothing'} written{removed}")
+    removed = f", {', '.join(found.removed)} removed" if found.removed else ""
+    say(f"{found.folder}: {', '.join(found.written) or 'nothing'} written{removed}")
 
 
-def inspection(found: Inspection, *, as_json: bool) -> None:
+@view
+def inspection(found: Inspection) -> None:
     """Print what a checkpoint is."""
-    if as_json:
-        print_json(found.to_json())
-        return
     facts = found.to_json()
     family = found.family or f"{found.checkpoint.model_type or 'no model_type'} (unknown to moerge)"
     say((str(found.checkpoint.folder), "bold"))

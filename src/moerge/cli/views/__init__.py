@@ -1,0 +1,1 @@
+"""Views: print results of commands, one module for each module of commands."""
