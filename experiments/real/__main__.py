@@ -20,10 +20,10 @@ from moerge.demonstration.runtime import import_models_extra
 
 from . import tables, training
 from .report import write
-from .settings import BUDGETS, EXPERTS, Budget, Work
+from .settings import BUDGETS, EXPERTS, MemoryBudget, Work
 from .text import write_text
 
-STEPS: dict[str, Callable[[Work, Budget, int, Callable[[dict[str, Any]], None]], None]] = {"2": tables.run}
+STEPS: dict[str, Callable[[Work, MemoryBudget, int, Callable[[dict[str, Any]], None]], None]] = {"2": tables.run}
 """Steps with results, in the order in which they are run unless --steps says otherwise."""
 
 
@@ -57,7 +57,7 @@ def main() -> None:
             print(f"seed {seed}, step {step}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 
-def _save(path: Path, found: dict[str, Any], budget: Budget) -> None:
+def _save(path: Path, found: dict[str, Any], budget: MemoryBudget) -> None:
     content = {"budget": dataclasses.asdict(budget), **found}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

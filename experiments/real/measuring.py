@@ -13,7 +13,7 @@ import numpy as np
 from moerge.evaluation.bootstrap import Estimate, bootstrap
 from moerge.evaluation.run import Settings, evaluate
 
-from .settings import DOMAINS, Budget, Work
+from .settings import DOMAINS, MemoryBudget, Work
 
 GIVEN = 256
 """Characters at the beginning of a document that are read and not predicted: models that route sequences route by them."""
@@ -21,7 +21,7 @@ Documents = dict[str, list[list[float]]]
 """Nats, tokens and bytes of each document, by domain."""
 
 
-def measure(work: Work, budget: Budget, seed: int, name: str, checkpoint: Path, split: str = "valid") -> Documents:
+def measure(work: Work, budget: MemoryBudget, seed: int, name: str, checkpoint: Path, split: str = "valid") -> Documents:
     """A checkpoint on every domain's text; what is measured already is read."""
     out = work.made(seed, f"measured-{split}", name)
     limit = budget.heldout if split == "valid" else budget.calibration

@@ -8,13 +8,13 @@ from typing import Any
 
 from .measuring import Documents, bits, measure
 from .rows import AVERAGE, DENSE, MIXTURES, SCALES, Row, alone, merged
-from .settings import Budget, Work
+from .settings import MemoryBudget, Work
 
 Result = dict[str, Any]
 Save = Callable[[Result], None]
 
 
-def run(work: Work, budget: Budget, seed: int, save: Save) -> None:
+def run(work: Work, budget: MemoryBudget, seed: int, save: Save) -> None:
     """Measure row by row, and save after each, since an hour of two cores is soon over."""
     found: Result = {"documents": {}, "scales": {}}
     for name, documents in _alone(work, budget, seed):
@@ -25,12 +25,12 @@ def run(work: Work, budget: Budget, seed: int, save: Save) -> None:
         save(found)
 
 
-def _alone(work: Work, budget: Budget, seed: int) -> Iterator[tuple[str, Documents]]:
+def _alone(work: Work, budget: MemoryBudget, seed: int) -> Iterator[tuple[str, Documents]]:
     for name, checkpoint in alone(work, seed).items():
         yield name, measure(work, budget, seed, name, checkpoint)
 
 
-def _rows(work: Work, budget: Budget, seed: int, scales: Result) -> Iterator[tuple[str, Row]]:
+def _rows(work: Work, budget: MemoryBudget, seed: int, scales: Result) -> Iterator[tuple[str, Row]]:
     """Untuned merges and mixtures first: a tuned scale costs as many runs as there are scales."""
     yield "dense: average", Row(AVERAGE)
     mixtures = iter(MIXTURES.items())
@@ -43,7 +43,7 @@ def _rows(work: Work, budget: Budget, seed: int, scales: Result) -> Iterator[tup
     yield from mixtures
 
 
-def tuned_scale(work: Work, budget: Budget, seed: int, name: str, merge: Mapping[str, Any]) -> dict[float, float]:
+def tuned_scale(work: Work, budget: MemoryBudget, seed: int, name: str, merge: Mapping[str, Any]) -> dict[float, float]:
     """Mean bits per byte of the experts' domains on calibration text, by scale."""
     found = {}
     for scale in SCALES:

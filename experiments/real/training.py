@@ -8,13 +8,13 @@ from typing import Any
 
 from moerge.tuning.run import tune
 
-from .settings import Budget, Work
+from .settings import MemoryBudget, Work
 
 GENERAL = 0.2
 """The part of general text in an expert's training, as in the paper's table 5."""
 
 
-def heal(base: Path, work: Work, budget: Budget) -> None:
+def heal(base: Path, work: Work, budget: MemoryBudget) -> None:
     """Tune the model on general text: what damage four bits did is mended before an expert could gain by mending it."""
     data = {"general": {"path": str(work.text("general", f"train-{budget.seeds[0]}"))}}
     settings = _settings(budget, data, budget.healing_tokens, budget.learning_rate, budget.seeds[0])
@@ -26,14 +26,14 @@ def heal(base: Path, work: Work, budget: Budget) -> None:
     _train(base, work.base, {**settings, **watched})
 
 
-def train_expert(work: Work, budget: Budget, seed: int, domain: str) -> None:
+def train_expert(work: Work, budget: MemoryBudget, seed: int, domain: str) -> None:
     """Continue the base's pretraining on one domain."""
     shares = {domain: 1 - GENERAL, "general": GENERAL}
     data = {name: {"path": str(work.text(name, f"train-{seed}")), "weight": share} for name, share in shares.items()}
     _train(work.base, work.expert(seed, domain), _settings(budget, data, budget.expert_tokens, 2 * budget.learning_rate, seed))
 
 
-def _settings(budget: Budget, data: Mapping[str, Any], tokens: int, learning_rate: float, seed: int) -> dict[str, Any]:
+def _settings(budget: MemoryBudget, data: Mapping[str, Any], tokens: int, learning_rate: float, seed: int) -> dict[str, Any]:
     steps = round(tokens / (budget.batch * budget.length))
     return {
         "data": dict(data),
