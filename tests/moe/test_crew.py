@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import moerge
 import tiny
-from moerge.execution import fitting
+from moerge.merging import fitting
 from moerge.runtime.forced_routing import ForcedRoutingModel
 from moerge.runtime.replicas import ModelReplicas
 from moerge.tensors.threads import single_threaded_blas
