@@ -17,7 +17,7 @@ import numpy as np
 
 from moerge.errors import InputError
 from moerge.execution.measuring import OrderedSum, Piece, chunked, sampled
-from moerge.execution.regions import Budget, merge_whole
+from moerge.execution.regions import MemoryBudget, merge_whole
 from moerge.execution.schedule import Job, Task, run_jobs
 from moerge.execution.store import NullStore, Store
 from moerge.methods.method import Block, Measurement, MergeMethod
@@ -29,7 +29,7 @@ from moerge.tensors.dtypes import DType
 from moerge.tensors.random import stream_key, uniform
 from moerge.tensors.source import Source
 from moerge.tensors.streams import BLOCK, WINDOW, Reader
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 from moerge.tensors.views.joined import culprit
 
 Steps = Generator[Sequence[Task], list[Any], Any]
@@ -52,7 +52,7 @@ class Execution:
     def run(self, outputs: Sequence[Output], threads: int) -> None:
         """Compute and store all outputs but those that are fitted to the others."""
         outputs = [output for output in outputs if not isinstance(output.operation, Fit)]
-        self._budget = Budget(largest(outputs))
+        self._budget = MemoryBudget(largest(outputs))
         finished: set[str] = set()
         run_jobs((self._check(output, finished) for output in outputs), threads)
         pending = [output for output in outputs if output.name not in finished]
@@ -60,7 +60,7 @@ class Execution:
         merges = [output.operation for output in outputs if isinstance(output.operation, Merge)]
         self.measure_model(merges if pending else [], threads)
         # What decomposes whole tensors adds up in an order that depends on the threads BLAS may use.
-        with one_thread_each() if largest(pending) else nullcontext():
+        with single_threaded_blas() if largest(pending) else nullcontext():
             run_jobs((self._produce(output) for output in pending), threads)
 
     def _check(self, output: Output, finished: set[str]) -> Job:

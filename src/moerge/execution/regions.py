@@ -48,7 +48,7 @@ class Run(Protocol):
         """Record a complete output and its digests."""
 
 
-class Budget:
+class MemoryBudget:
     """Bytes that tasks may hold together. Whoever waits for them is the next to get them."""
 
     def __init__(self, capacity: int) -> None:
@@ -70,7 +70,7 @@ class Budget:
                 self._freed.notify_all()
 
 
-def merge_whole(execution: Run, budget: Budget, output: Output, statistic: Any) -> None:
+def merge_whole(execution: Run, budget: MemoryBudget, output: Output, statistic: Any) -> None:
     """Merge and store one output of a method whose unit is rows or the whole tensor."""
     if _unit(output) == "rows":
         _Whole(execution, output, statistic).run()

@@ -23,7 +23,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.execution.executor import Execution
-from moerge.execution.regions import Budget, merge_whole
+from moerge.execution.regions import MemoryBudget, merge_whole
 from moerge.execution.schedule import run_at_once
 from moerge.files import SourceFile
 from moerge.operations.estimate import largest
@@ -32,7 +32,7 @@ from moerge.planning.plan import Plan
 from moerge.tensors.dtypes import DType
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import Sized, Tensor
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 
 _WHOLE = 3
 """Tensors in memory of methods that need them whole: readers go from one to the next, a few at a time."""
@@ -187,8 +187,8 @@ class _Merging:
         statistic = self._statistic(output)
         with self._merging:
             if output.name not in self._whole:
-                with one_thread_each():
-                    merge_whole(self._execution, Budget(largest([output])), output, statistic)
+                with single_threaded_blas():
+                    merge_whole(self._execution, MemoryBudget(largest([output])), output, statistic)
                 self._whole[output.name] = self._arrays.pop(output)
                 if len(self._whole) > _WHOLE:
                     self._whole.popitem(last=False)
