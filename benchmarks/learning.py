@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --runs 3
 
-Random Llama-shaped models in bfloat16, a base and K experts; one text of T tokens, float32 arithmetic. Each case runs in a
+Random Llama-shaped models in bfloat16, a base and E experts; one text of T tokens, float32 arithmetic. Each case runs in a
 process of its own, so that its peak memory is its own, and every round runs every case once:
 
 - `ordinary`: forward and backward pass of the base with gradients of all its weights, what fine-tuning it would take;
@@ -176,8 +176,8 @@ def _straightforward(folder: Path, experts: int, ids_1T: Any) -> Callable[[], No
     def step() -> None:
         merged = dict(base)
         for name in matrices:
-            c_K = torch.sigmoid(raw[name])
-            merged[name] = base[name] + sum(c_K[k] * tau[k][name] for k in range(experts))
+            c_E = torch.sigmoid(raw[name])
+            merged[name] = base[name] + sum(c_E[k] * tau[k][name] for k in range(experts))
         _loss(functional_call(model, merged, (ids_1T,), {"use_cache": False}).logits, ids_1T).backward()
 
     return step

@@ -89,21 +89,21 @@ def tensor(data: Any, part: Any, models: dict[str, Tensors], name: str, names: d
     values = {model: models[model][names[model]] for model in names}
     shape = next(iter(values.values())).shape
     sources = [source for source in part["sources"] if source["model"] != base or method in ("linear", "passthrough")]
-    theta_KN = np.stack([values[source["model"]].reshape(-1) for source in sources])
+    theta_EN = np.stack([values[source["model"]].reshape(-1) for source in sources])
     if method == "passthrough":
-        return theta_KN[0].reshape(shape) * value("scale", 1.0, sources[0])
+        return theta_EN[0].reshape(shape) * value("scale", 1.0, sources[0])
     if method == "slerp":
-        return reference.slerp(values[base].reshape(-1), theta_KN[0], value("t")).reshape(shape)
+        return reference.slerp(values[base].reshape(-1), theta_EN[0], value("t")).reshape(shape)
     weights = [value("weight", None, source) for source in sources]
     if method == "linear":
-        return reference.linear(theta_KN, weights, normalize=value("normalize", True)).reshape(shape)
+        return reference.linear(theta_EN, weights, normalize=value("normalize", True)).reshape(shape)
     base_N, scale = values[base].reshape(-1), value("lambda", 1.0)
     if method == "task_arithmetic":
         normalize = value("normalize", False)
-        return reference.task_arithmetic(base_N, theta_KN, weights, scale=scale, normalize=normalize).reshape(shape)
+        return reference.task_arithmetic(base_N, theta_EN, weights, scale=scale, normalize=normalize).reshape(shape)
     assert method == "ties"
-    tau_KN = reference.task_vectors(base_N, theta_KN)
+    tau_EN = reference.task_vectors(base_N, theta_EN)
     densities = [value("density", 1.0, source) for source in sources]
-    trimmed_KN = np.stack([reference.pruned(tau_N, density) for tau_N, density in zip(tau_KN, densities, strict=True)])
+    trimmed_EN = np.stack([reference.pruned(tau_N, density) for tau_N, density in zip(tau_EN, densities, strict=True)])
     aggregate: reference.Aggregate = "mean" if value("normalize", True) else "sum"
-    return reference.add_scaled(base_N, reference.disjoint_merge(trimmed_KN, weights, aggregate), scale).reshape(shape)
+    return reference.add_scaled(base_N, reference.disjoint_merge(trimmed_EN, weights, aggregate), scale).reshape(shape)

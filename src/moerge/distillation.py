@@ -1,4 +1,4 @@
-"""Losses of learning and distillation. Shapes: T tokens, V vocabulary, H hidden, K experts, C chunks."""
+"""Losses of learning and distillation. Shapes: T tokens, V vocabulary, H hidden, E experts, C chunks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def entropy(logits_TV: torch.Tensor) -> torch.Tensor:
 
 def drift_penalty(raw: Iterable[torch.Tensor], initial: float) -> torch.Tensor:
     """mean |sigmoid(a) - initial| over all coefficients: what gamma weighs."""
-    c = torch.cat([torch.sigmoid(a_KC).reshape(-1) for a_KC in raw])
+    c = torch.cat([torch.sigmoid(a_EC).reshape(-1) for a_EC in raw])
     return (c - initial).abs().mean()
 
 

@@ -1,6 +1,6 @@
 """What `moerge compare` measures, from whole models in float64, slow and obvious. Nothing here comes from moerge.comparison.
 
-Shapes: K experts, N parameters of all tensors of a region, one after the other.
+Shapes: E experts, N parameters of all tensors of a region, one after the other.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def expert(models: Models, name: str, names: Sequence[str], weights: Sequence[fl
 
 
 def _ties(taus: Sequence[np.ndarray], index: int, weights: Sequence[float], density: float) -> np.ndarray:
-    tau_KN = np.stack([tau.ravel() for tau in taus])
-    trimmed_KN = np.stack([reference.trim(tau_N, reference.threshold(tau_N, density)) for tau_N in tau_KN])
-    weighted_KN = trimmed_KN * np.array(weights, np.float32)[:, None]
-    agrees_KN = np.sign(weighted_KN) == reference.elected_signs(weighted_KN)
-    size_N, kept_N = np.abs(tau_KN[index]).astype(np.float64), trimmed_KN[index] != 0
-    won_N = kept_N & agrees_KN[index]
+    tau_EN = np.stack([tau.ravel() for tau in taus])
+    trimmed_EN = np.stack([reference.trim(tau_N, reference.threshold(tau_N, density)) for tau_N in tau_EN])
+    weighted_EN = trimmed_EN * np.array(weights, np.float32)[:, None]
+    agrees_EN = np.sign(weighted_EN) == reference.elected_signs(weighted_EN)
+    size_N, kept_N = np.abs(tau_EN[index]).astype(np.float64), trimmed_EN[index] != 0
+    won_N = kept_N & agrees_EN[index]
     return np.array([size_N.sum(), size_N[~kept_N].sum(), size_N[kept_N & ~won_N].sum(), size_N[won_N].sum()])

@@ -20,24 +20,24 @@ from strategies import stacks, weights
 REGION = Region("model", None, "all")
 
 
-def measured(tau_KN: np.ndarray, base_N: np.ndarray | None = None, lowest_K=None, weights=None) -> sums.TensorSums:
+def measured(tau_EN: np.ndarray, base_N: np.ndarray | None = None, lowest_E=None, weights=None) -> sums.TensorSums:
     """The sums of one tensor, given task vectors (or parameters, without a base) as a single block."""
 
     def source(name: str) -> Source:
-        return Source(name, ArrayTensor("w", F32, (tau_KN.shape[1],), np.zeros(tau_KN.shape[1], np.float32)))
+        return Source(name, ArrayTensor("w", F32, (tau_EN.shape[1],), np.zeros(tau_EN.shape[1], np.float32)))
 
-    experts = tuple(source(f"e{k}") for k in range(len(tau_KN)))
-    factors = tuple(weights or [1.0] * len(tau_KN))
+    experts = tuple(source(f"e{k}") for k in range(len(tau_EN)))
+    factors = tuple(weights or [1.0] * len(tau_EN))
     method, base = (Average(), None) if base_N is None else (Ties(), source("base"))
     operation = Merge(method, experts, factors, base)
-    statistic = sums.statistic(operation, None if lowest_K is None else np.array(lowest_K, np.float32))
+    statistic = sums.statistic(operation, None if lowest_E is None else np.array(lowest_E, np.float32))
     total = statistic.zeros()
-    statistic.add(np.ascontiguousarray(tau_KN), total, *(() if base_N is None else (base_N,)))
+    statistic.add(np.ascontiguousarray(tau_EN), total, *(() if base_N is None else (base_N,)))
     return sums.read(operation, total)
 
 
-def only_pair(tau_KN: np.ndarray, base_N: np.ndarray | None = None):
-    return _pair(REGION, "e0", "e1", measured(tau_KN, base_N).pairs["e0", "e1"])
+def only_pair(tau_EN: np.ndarray, base_N: np.ndarray | None = None):
+    return _pair(REGION, "e0", "e1", measured(tau_EN, base_N).pairs["e0", "e1"])
 
 
 SIZES = [1, 7, 511, 512, 513, 4096, 4097, 13_001]
@@ -46,31 +46,31 @@ SIZES = [1, 7, 511, 512, 513, 4096, 4097, 13_001]
 @pytest.mark.parametrize("size", SIZES)
 def test_sums_are_those_of_float64_arrays(size: int) -> None:
     rng = np.random.default_rng(size)
-    tau_KN = rng.standard_normal((3, size), dtype=np.float32) * (rng.random((3, size)) < 0.8).astype(np.float32)
+    tau_EN = rng.standard_normal((3, size), dtype=np.float32) * (rng.random((3, size)) < 0.8).astype(np.float32)
     base_N = rng.standard_normal(size, dtype=np.float32)
-    found = measured(tau_KN, base_N, [0.3, 0.3, 0.3])
-    exact_KN, base = tau_KN.astype(np.float64), base_N.astype(np.float64)
-    kept_KN = np.where(np.abs(tau_KN) >= np.float32(0.3), tau_KN, 0).astype(np.float32)
-    votes_N = (kept_KN[0] + kept_KN[1]) + kept_KN[2] >= 0
+    found = measured(tau_EN, base_N, [0.3, 0.3, 0.3])
+    exact_EN, base = tau_EN.astype(np.float64), base_N.astype(np.float64)
+    kept_EN = np.where(np.abs(tau_EN) >= np.float32(0.3), tau_EN, 0).astype(np.float32)
+    votes_N = (kept_EN[0] + kept_EN[1]) + kept_EN[2] >= 0
     for k, mine in enumerate(found.experts.values()):
-        assert (mine.parameters, mine.changed) == (size, np.count_nonzero(tau_KN[k]))
-        won_N = (kept_KN[k] >= 0) == votes_N
+        assert (mine.parameters, mine.changed) == (size, np.count_nonzero(tau_EN[k]))
+        won_N = (kept_EN[k] >= 0) == votes_N
         wanted = [
             base @ base,
-            base @ exact_KN[k],
-            exact_KN[k] @ exact_KN[k],
-            np.abs(exact_KN[k]).sum(),
-            np.abs(kept_KN[k]).sum(dtype=np.float64),
-            np.abs(kept_KN[k]).astype(np.float64)[won_N].sum(),
-            exact_KN[k] @ exact_KN.mean(axis=0),
+            base @ exact_EN[k],
+            exact_EN[k] @ exact_EN[k],
+            np.abs(exact_EN[k]).sum(),
+            np.abs(kept_EN[k]).sum(dtype=np.float64),
+            np.abs(kept_EN[k]).astype(np.float64)[won_N].sum(),
+            exact_EN[k] @ exact_EN.mean(axis=0),
         ]
         values = [mine.base_square, mine.base_dot, mine.square, mine.mass, mine.kept, mine.elected, mine.averaged]
         np.testing.assert_allclose(values, wanted, rtol=1e-12, atol=1e-12 * size)
     for (a, b), both in found.pairs.items():
         i, j = int(a[1:]), int(b[1:])
-        product_N, theta_KN = exact_KN[i] * exact_KN[j], exact_KN + base
+        product_N, theta_EN = exact_EN[i] * exact_EN[j], exact_EN + base
         assert (both.conflicts, both.both) == ((product_N < 0).sum(), (product_N != 0).sum())
-        wanted = [product_N.sum(), np.abs(product_N).sum(), theta_KN[i] @ theta_KN[j], theta_KN[i] @ theta_KN[i]]
+        wanted = [product_N.sum(), np.abs(product_N).sum(), theta_EN[i] @ theta_EN[j], theta_EN[i] @ theta_EN[i]]
         np.testing.assert_allclose(
             [both.dot, both.weight, both.theta_dot, both.theta_square_a], wanted, rtol=1e-12, atol=1e-12 * size
         )
@@ -90,20 +90,20 @@ def test_denormal_conflicts_count() -> None:
 
 
 @given(stacks(rows=1))
-def test_identical_experts(tau_KN: np.ndarray) -> None:
-    pair = only_pair(np.repeat(tau_KN, 2, axis=0), np.ones(tau_KN.shape[1], np.float32))
-    changed = np.any(tau_KN != 0)
+def test_identical_experts(tau_EN: np.ndarray) -> None:
+    pair = only_pair(np.repeat(tau_EN, 2, axis=0), np.ones(tau_EN.shape[1], np.float32))
+    changed = np.any(tau_EN != 0)
     assert pair.cosine == (pytest.approx(1, abs=1e-15) if changed else None)
     assert (pair.sign_conflict, pair.distance) == (0, 0)
     assert (pair.sign_conflict_changed, pair.sign_conflict_weighted) == ((0, 0) if changed else (None, None))
 
 
 @given(stacks(rows=1))
-def test_opposite_experts(tau_KN: np.ndarray) -> None:
-    pair = only_pair(np.concatenate([tau_KN, -tau_KN]), np.ones(tau_KN.shape[1], np.float32))
-    changed = np.count_nonzero(tau_KN)
+def test_opposite_experts(tau_EN: np.ndarray) -> None:
+    pair = only_pair(np.concatenate([tau_EN, -tau_EN]), np.ones(tau_EN.shape[1], np.float32))
+    changed = np.count_nonzero(tau_EN)
     assert pair.cosine == (pytest.approx(-1, abs=1e-15) if changed else None)
-    assert pair.sign_conflict == changed / tau_KN.size
+    assert pair.sign_conflict == changed / tau_EN.size
     assert (pair.sign_conflict_changed, pair.sign_conflict_weighted) == ((1, 1) if changed else (None, None))
 
 

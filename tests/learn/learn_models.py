@@ -62,12 +62,12 @@ def straightforward(
             base = module.parametrizations.weight.original.to(torch.float64)
             theta_N = base.reshape(-1)
             assert slot.directions is not None
-            tau_KN = torch.from_numpy(slot.directions.read()).to(torch.float64)
-            c_KC = torch.sigmoid(raw[slot.key])
+            tau_EN = torch.from_numpy(slot.directions.read()).to(torch.float64)
+            c_EC = torch.sigmoid(raw[slot.key])
             parts = [
-                part_M + sum(c_KC[k, chunk] * tau_M for k, tau_M in enumerate(tau_KM))
-                for chunk, (part_M, tau_KM) in enumerate(
-                    zip(theta_N.chunk(c_KC.shape[1]), tau_KN.chunk(c_KC.shape[1], dim=1), strict=True)
+                part_M + sum(c_EC[k, chunk] * tau_M for k, tau_M in enumerate(tau_EM))
+                for chunk, (part_M, tau_EM) in enumerate(
+                    zip(theta_N.chunk(c_EC.shape[1]), tau_EN.chunk(c_EC.shape[1], dim=1), strict=True)
                 )
             ]
             weights[f"{name}.weight"] = torch.cat(parts).view(base.shape)

@@ -99,7 +99,7 @@ def test_a_size_beyond_all_numbers_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_the_method_itself_never_reads_beyond_its_coefficients(start: int, experts: int, message: str) -> None:
-    method = Weighed(directions=TaskArithmetic(), c_KC=((1.0, 2.0), (3.0, 4.0)), chunk=5)
+    method = Weighed(directions=TaskArithmetic(), c_EC=((1.0, 2.0), (3.0, 4.0)), chunk=5)
     none = np.zeros(4, np.float32)
     block = Block(np.ones((experts, 4), np.float32), np.ones(experts, np.float32), none, none.copy(), None, none, start)
     with pytest.raises(InputError, match=message):

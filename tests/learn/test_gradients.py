@@ -58,14 +58,14 @@ def test_gradients_equal_those_of_the_straightforward_implementation(tmp_path: P
     model, raw, slots = learning_model(recipe, chunks=3)
     streamed = loss_of(model.forward(IDS, 0), make_target())
     streamed.backward()
-    found = {key: a_KC.grad.clone() for key, a_KC in raw.items()}
-    for a_KC in raw.values():
-        a_KC.grad = None
+    found = {key: a_EC.grad.clone() for key, a_EC in raw.items()}
+    for a_EC in raw.values():
+        a_EC.grad = None
     plain = loss_of(straightforward(model, slots, raw, IDS), make_target())
     plain.backward()
     assert streamed.item() == pytest.approx(plain.item(), abs=1e-12)
-    for key, a_KC in raw.items():
-        torch.testing.assert_close(found[key], a_KC.grad, rtol=1e-9, atol=1e-13)
+    for key, a_EC in raw.items():
+        torch.testing.assert_close(found[key], a_EC.grad, rtol=1e-9, atol=1e-13)
         assert found[key].abs().max() > 1e-8
 
 
@@ -79,9 +79,9 @@ def test_gradients_equal_finite_differences(tmp_path: Path) -> None:
 
     objective().backward()
     step = 1e-5
-    for a_KC in raw.values():
-        for index in range(a_KC.numel()):
-            flat = a_KC.data.view(-1)
+    for a_EC in raw.values():
+        for index in range(a_EC.numel()):
+            flat = a_EC.data.view(-1)
             value = flat[index].item()
             losses = []
             for side in (1, -1):
@@ -90,7 +90,7 @@ def test_gradients_equal_finite_differences(tmp_path: Path) -> None:
                     losses.append(objective().item())
             flat[index] = value
             expected = (losses[0] - losses[1]) / (2 * step)
-            assert a_KC.grad.view(-1)[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+            assert a_EC.grad.view(-1)[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
 def test_top_logits_are_the_whole_target_where_all_are_kept() -> None:
@@ -106,17 +106,17 @@ def test_top_logits_are_the_whole_target_where_all_are_kept() -> None:
 def test_both_implementations_learn_the_same_coefficients(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, learn={"dtype": "float64"})
     model, raw, slots = learning_model(recipe)
-    first = {key: a_KC.detach().clone() for key, a_KC in raw.items()}
+    first = {key: a_EC.detach().clone() for key, a_EC in raw.items()}
     learned = []
     for forward in (lambda: model.forward(IDS, 0), lambda: straightforward(model, slots, raw, IDS)):
-        for key, a_KC in raw.items():
-            a_KC.data.copy_(first[key])
+        for key, a_EC in raw.items():
+            a_EC.data.copy_(first[key])
         optimizer = torch.optim.AdamW(list(raw.values()), lr=0.5)
         for _ in range(5):
             optimizer.zero_grad()
             loss_of(forward(), make_target()).backward()
             optimizer.step()
-        learned.append({key: torch.sigmoid(a_KC.detach()).clone() for key, a_KC in raw.items()})
-    for key, c_KC in learned[0].items():
-        torch.testing.assert_close(c_KC, learned[1][key], rtol=1e-7, atol=1e-9)
-        assert (c_KC - torch.sigmoid(first[key])).abs().max() > 0.05
+        learned.append({key: torch.sigmoid(a_EC.detach()).clone() for key, a_EC in raw.items()})
+    for key, c_EC in learned[0].items():
+        torch.testing.assert_close(c_EC, learned[1][key], rtol=1e-7, atol=1e-9)
+        assert (c_EC - torch.sigmoid(first[key])).abs().max() > 0.05

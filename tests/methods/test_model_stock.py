@@ -61,10 +61,10 @@ def test_equal_experts_are_taken_whole_and_orthogonal_ones_not_at_all() -> None:
 
 
 def test_two_experts_at_sixty_degrees() -> None:
-    tau_KN = taus([1, 0], [0.5, math.sqrt(0.75)])
+    tau_EN = taus([1, 0], [0.5, math.sqrt(0.75)])
     ratio = 2 * 0.5 / (1 + 0.5)
     np.testing.assert_allclose(
-        merge_tensor("model_stock", np.zeros(2, np.float32), tau_KN), ratio * tau_KN.mean(axis=0), rtol=1e-6
+        merge_tensor("model_stock", np.zeros(2, np.float32), tau_EN), ratio * tau_EN.mean(axis=0), rtol=1e-6
     )
 
 

@@ -27,7 +27,7 @@ class Median(MergeMethod):
     gain: float = 1.0
 
     def merge(self, block: Block) -> None:
-        np.multiply(np.median(block.theta_KN, axis=0), np.float32(self.gain), out=block.out_N)
+        np.multiply(np.median(block.theta_EN, axis=0), np.float32(self.gain), out=block.out_N)
 '''
 
 

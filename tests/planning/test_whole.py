@@ -44,13 +44,13 @@ class Logged(MergeMethod):
 
     def merge(self, block: Block) -> None:
         LOG.append((block.start, block.shape))
-        assert block.theta_KN.flags.c_contiguous
+        assert block.theta_EN.flags.c_contiguous
         added: Any = 0
         if block.extras is not None and self.unit == "tensor":
             added = sum(extra.sum() for extra in block.extras if extra is not None)
         elif block.extras is not None:
             added = block.extras.sum(axis=0)
-        block.out_N[:] = block.theta_KN.sum(axis=0) + added
+        block.out_N[:] = block.theta_EN.sum(axis=0) + added
 
 
 class Store:

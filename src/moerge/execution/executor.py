@@ -165,7 +165,7 @@ class Execution:
             work = self._load(piece.operation, readers, begin, min(begin + BLOCK, piece.stop))
             base = (work.base_N,) if sums.statistic.uses_base else ()
             start = (begin,) if sums.statistic.uses_start else ()
-            sums.statistic.add(work.theta_KN, share, *base, *start)
+            sums.statistic.add(work.theta_EN, share, *base, *start)
         sums.add(index, share)
         nbytes = sum(reader.bytes_of(piece.stop - piece.start) for reader in readers)
         self.advance(nbytes)
@@ -187,15 +187,15 @@ class Execution:
     def _merged(
         self, output: Output, operation: Merge, readers: list[Reader], statistic: Any, start: int, stop: int
     ) -> np.ndarray:
-        weights_K, keys_K = operation.weights_K, operation.keys_K
+        weights_E, keys_E = operation.weights_E, operation.keys_E
         encoded = self.buffer(-1, stop - start, output.dtype)
         for begin in range(start, stop, BLOCK):
             end = min(begin + BLOCK, stop)
             work = self._load(operation, readers, begin, end)
-            extras_KN = self._extras(operation, readers, begin, end)
+            extras_EN = self._extras(operation, readers, begin, end)
             shape = (end - begin,)
             operation.method.merge(
-                Block(work.theta_KN, weights_K, work.base_N, work.out_N, statistic, keys_K, begin, shape=shape, extras=extras_KN)
+                Block(work.theta_EN, weights_E, work.base_N, work.out_N, statistic, keys_E, begin, shape=shape, extras=extras_EN)
             )
             encode(work.out_N, output.dtype, encoded[begin - start : end - start])
         self.finish(output, start, encoded)
@@ -216,11 +216,11 @@ class Execution:
         if not operation.extras:
             return None
         remaining = iter(readers[len(operation.values) :])
-        extras_KN = np.zeros((len(operation.extras), stop - start), np.float32)
-        for extra, extra_N in zip(operation.extras, extras_KN, strict=True):
+        extras_EN = np.zeros((len(operation.extras), stop - start), np.float32)
+        for extra, extra_N in zip(operation.extras, extras_EN, strict=True):
             if extra is not None:
                 self._decode(next(remaining), start, stop, extra_N)
-        return extras_KN
+        return extras_EN
 
     def _load(self, operation: Merge, readers: list[Reader], start: int, stop: int) -> _Workspace:
         """Elements start .. stop of all experts as float32: their values, or their differences to the base."""
@@ -229,7 +229,7 @@ class Execution:
         if operation.base is not None:
             base, *experts = experts
             self._decode(base, start, stop, work.base_N)
-        for expert, theta_N in zip(experts, work.theta_KN, strict=True):
+        for expert, theta_N in zip(experts, work.theta_EN, strict=True):
             self._decode(expert, start, stop, theta_N, work.base_N if operation.base is not None else None)
         return work
 
@@ -271,7 +271,7 @@ class _Workspace:
 
     def __init__(self, flat: np.ndarray, experts: int, count: int) -> None:
         self._flat, self._experts = flat, experts
-        self.theta_KN = flat[: experts * count].reshape(experts, count)
+        self.theta_EN = flat[: experts * count].reshape(experts, count)
         self.base_N, self.out_N = flat[experts * count :][: 2 * count].reshape(2, count)
 
     def first(self, count: int) -> _Workspace:

@@ -102,18 +102,18 @@ class _Whole:
     def _merge(self, memory_N: np.ndarray, start: int, count: int) -> None:
         operation = self.operation
         flat = memory_N[: (len(operation.experts) + 2) * count].reshape(-1, count)
-        theta_KN, base_N, out_N = flat[:-2], flat[-2], flat[-1]
+        theta_EN, base_N, out_N = flat[:-2], flat[-2], flat[-1]
         streams = iter(self.streams)
         if operation.base is not None:
             self._fill(next(streams), base_N)
-        for theta_N in theta_KN:
+        for theta_N in theta_EN:
             self._fill(next(streams), theta_N, base_N if operation.base is not None else None)
         extras = self._extras(streams, count)
         whole = operation.method.unit == "tensor"
         columns = columns_of(self.output.shape)
         shape = self.output.shape if whole else (count // columns, columns)
         block = Block(
-            theta_KN, operation.weights_K, base_N, out_N, self.statistic, operation.keys_K, start, shape=shape, extras=extras
+            theta_EN, operation.weights_E, base_N, out_N, self.statistic, operation.keys_E, start, shape=shape, extras=extras
         )
         operation.method.merge(block)
         self._store(out_N, start)
@@ -125,11 +125,11 @@ class _Whole:
             return None
         if self.operation.method.unit == "tensor":
             return [None if extra is None else self._whole(next(streams)) for extra in extras]
-        extras_KN = np.zeros((len(extras), count), np.float32)
-        for extra, extra_N in zip(extras, extras_KN, strict=True):
+        extras_EN = np.zeros((len(extras), count), np.float32)
+        for extra, extra_N in zip(extras, extras_EN, strict=True):
             if extra is not None:
                 self._fill(next(streams), extra_N)
-        return extras_KN
+        return extras_EN
 
     def _whole(self, stream: Stream) -> np.ndarray:
         tensor = stream.source.tensor

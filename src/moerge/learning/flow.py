@@ -196,7 +196,7 @@ class _Job:
             key: start[key].detach().repeat(1, count) if key in start else torch.full((experts, count), first, dtype=wide)
             for key, count in counts.items()
         }
-        self.raw = {key: a_KC.to(settings.device).requires_grad_() for key, a_KC in self.raw.items()}
+        self.raw = {key: a_EC.to(settings.device).requires_grad_() for key, a_EC in self.raw.items()}
         source, element, device = self.recipe.source, settings.dtype, settings.device
         model = MergingModel(self.plan.config, self.slots, self.raw, self.initial, dtype=element, device=device, source=source)
         targets = self._targets(model, (*train, *heldout))
@@ -228,7 +228,7 @@ class _Job:
         for key, group in groups.items():
             by_expert = zip(*(directions.norms() for directions in group), strict=True)
             norms[key] = [math.hypot(*norms_of_tensors) for norms_of_tensors in by_expert]
-        c = {key: torch.sigmoid(a_KC).mean(dim=1).tolist() for key, a_KC in self.raw.items()}
+        c = {key: torch.sigmoid(a_EC).mean(dim=1).tolist() for key, a_EC in self.raw.items()}
         self.importance = importances(c, norms, sizes)
         extra = round(self.settings.extra * len(groups))
         wanted = allocate(self.importance, {key: min(d.size for d in group) for key, group in groups.items()}, extra)

@@ -62,27 +62,27 @@ class Running:
 class MergedWeight(nn.Module):
     """A parametrization: the weight that a layer sees instead of the base's."""
 
-    def __init__(self, slot: MergedParameter, raw_KC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
+    def __init__(self, slot: MergedParameter, raw_EC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
         super().__init__()
-        self._slot, self._raw_KC, self._running, self._dtype = slot, [raw_KC], running, dtype
+        self._slot, self._raw_KC, self._running, self._dtype = slot, [raw_EC], running, dtype
 
     def forward(self, base: torch.Tensor) -> torch.Tensor:
         """The weight in the element type that the model computes in."""
         wanted = self._running.task if self._slot.own and self._running.model is None else self._running.model
         if wanted is not None:
             return _values(self._slot.of(wanted), base, self._dtype)
-        raw_KC, directions = self._raw_KC[0], self._slot.directions
-        assert raw_KC is not None and directions is not None
+        raw_EC, directions = self._raw_KC[0], self._slot.directions
+        assert raw_EC is not None and directions is not None
         merge: Any = _Merge.apply
-        weight: torch.Tensor = merge(torch.sigmoid(raw_KC), base, directions, self._dtype)
+        weight: torch.Tensor = merge(torch.sigmoid(raw_EC), base, directions, self._dtype)
         return weight
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, c_KC: torch.Tensor, base: torch.Tensor, directions: Directions, dtype: torch.dtype) -> torch.Tensor:
-        ctx.directions, ctx.chunks, ctx.like = directions, c_KC.shape[1], c_KC
-        return merged(base, directions, c_KC.detach(), dtype)
+    def forward(ctx: Any, c_EC: torch.Tensor, base: torch.Tensor, directions: Directions, dtype: torch.dtype) -> torch.Tensor:
+        ctx.directions, ctx.chunks, ctx.like = directions, c_EC.shape[1], c_EC
+        return merged(base, directions, c_EC.detach(), dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -92,7 +92,7 @@ class _Merge(torch.autograd.Function):
 class MergingModel:
     """A causal language model of this config whose weights are merged from `slots`.
 
-    `raw` holds the parameters a [K, C] by key, the coefficients being sigmoid(a). Tensors without a key have the coefficient
+    `raw` holds the parameters a [E, C] by key, the coefficients being sigmoid(a). Tensors without a key have the coefficient
     `fixed` once and for all. Raises InputError, naming the recipe `source`, for a config that transformers can make no model
     of, and where it calls tensors by names that cannot be matched.
     """
@@ -126,8 +126,8 @@ class MergingModel:
         self.running.model = model
         for parameter, slot in self._rest:
             if model is None and slot.directions is not None:
-                c_K1 = torch.full((len(slot.directions.merge.experts), 1), self._fixed, device=parameter.device)
-                parameter.data = merged(_values(slot.base, parameter, torch.float32), slot.directions, c_K1, self._dtype)
+                c_E1 = torch.full((len(slot.directions.merge.experts), 1), self._fixed, device=parameter.device)
+                parameter.data = merged(_values(slot.base, parameter, torch.float32), slot.directions, c_E1, self._dtype)
             else:
                 parameter.data = _values(slot.of(BASE if model is None else model), parameter, self._dtype)
 
@@ -136,11 +136,11 @@ class MergingModel:
         self.running.task = task
         return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
 
-    def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, raw_KC: torch.Tensor | None) -> None:
+    def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, raw_EC: torch.Tensor | None) -> None:
         """Wherever the parameter stands: a tied one is the embedding's and the head's."""
         stored = slot.base.tensor.dtype.torch_name
         parameter.data = _values(slot.base, parameter, getattr(torch, str(stored)))
-        weight = MergedWeight(slot, raw_KC, self.running, self._dtype)
+        weight = MergedWeight(slot, raw_EC, self.running, self._dtype)
         for module in list(self.module.modules()):
             for attribute in [name for name, own in module.named_parameters(recurse=False) if own is parameter]:
                 parametrize.register_parametrization(module, attribute, weight, unsafe=True)

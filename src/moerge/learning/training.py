@@ -30,7 +30,7 @@ class History:
 
 @dataclass
 class Trainer:
-    """Learns `raw` (a [K, C] by key) in place. `tell` is called after each text; errors name the recipe `source`."""
+    """Learns `raw` (a [E, C] by key) in place. `tell` is called after each text; errors name the recipe `source`."""
 
     model: MergingModel
     raw: Mapping[str, torch.Tensor]
@@ -125,7 +125,7 @@ class Trainer:
         return self.task_weights.get(sample.task, 1.0) * loss
 
     def _copy(self) -> dict[str, torch.Tensor]:
-        return {key: a_KC.detach().clone() for key, a_KC in self.raw.items()}
+        return {key: a_EC.detach().clone() for key, a_EC in self.raw.items()}
 
 
 def evaluations(updates: int, heldout: int, accumulation: int) -> list[int]:

@@ -55,12 +55,12 @@ class Merge:
         return (*self.values, *(extra for extra in self.extras if extra is not None))
 
     @property
-    def weights_K(self) -> np.ndarray:
+    def weights_E(self) -> np.ndarray:
         """The weights as a method sees them."""
         return np.array(self.weights, np.float32)
 
     @property
-    def keys_K(self) -> np.ndarray:
+    def keys_E(self) -> np.ndarray:
         """Random keys that depend on the seed, the expert and the tensor alone; empty for methods that draw nothing."""
         seed = self.method.random_seed
         keys = [stream_key(seed, s.model, s.tensor.name) for s in self.experts] if seed is not None else []

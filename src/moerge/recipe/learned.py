@@ -38,7 +38,7 @@ class Learnt(Rule):
         """The tensor's coefficients."""
         rows = self.found.by_tensor.get(place.name) or ((self.found.fixed,),) * len(self.found.experts)
         chunk = self.found.chunk_sizes.get(place.name, 1 << 62)
-        return Choice(Weighed(scale=self.method.scale, directions=directions(self.found, self.source), c_KC=rows, chunk=chunk))
+        return Choice(Weighed(scale=self.method.scale, directions=directions(self.found, self.source), c_EC=rows, chunk=chunk))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """InputError unless the coefficients are for tensors of these names and shapes, the ones that are merged."""
