@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 from moerge.files import LONGEST_LABEL
 from moerge.methods.method import Finite, MergeMethod
 from moerge.recipe.learning import Learning
-from moerge.recipe.rules import Choice, Matching, Rule
+from moerge.recipe.rules import MethodChoice, MethodRule, PatternRule
 from moerge.routers.base import Router
 from moerge.routers.sequence import FORMAT
 from moerge.texts import TextRequest
@@ -145,8 +145,8 @@ class Recipe(_Strict):
     source: str = "recipe"
     written: dict[str, Any] = Field(default_factory=dict)
     learn: Learning | None = None
-    learned: InstanceOf[Rule] | None = None
-    settings: InstanceOf[Rule] | None = None
+    learned: InstanceOf[MethodRule] | None = None
+    settings: InstanceOf[MethodRule] | None = None
     slices: tuple[Slice, ...] = ()
     recipes: dict[str, InstanceOf[Recipe]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -175,11 +175,12 @@ class Recipe(_Strict):
         return tuple(method for rule in (general, *special) for method in rule.methods)
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
+    def rules(self) -> tuple[MethodRule, ...]:
         """Return the rules that decide about each tensor, in the order they are asked."""
         if self.settings is not None:
             return (self.settings,)
         overrides = (
-            Matching(override.match, Choice(override.method, override.weights, override.dtype)) for override in self.overrides
+            PatternRule(override.match, MethodChoice(override.method, override.weights, override.dtype))
+            for override in self.overrides
         )
-        return (*overrides, self.learned or Matching("", Choice(self.method)))
+        return (*overrides, self.learned or PatternRule("", MethodChoice(self.method)))

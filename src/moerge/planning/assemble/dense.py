@@ -13,7 +13,7 @@ from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of
-from moerge.recipe.rules import Place
+from moerge.recipe.rules import TensorContext
 from moerge.recipe.schema import Recipe, Slice
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -31,9 +31,9 @@ def assemble_dense(assembly: Assembly) -> Assembled:
     for tensor in assembly.candidates:
         layer = _layer(tensor)
         inputs = dict.fromkeys(assembly.models, tensor.name)
-        place = Place(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, place=place)))
-    assembly.chooser.check_all_used()
+        context = TensorContext(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, context=context)))
+    assembly.resolver.check_all_used()
     config = assembly.models[assembly.source].config
     return Assembled(portable(config, family=assembly.family, dtype=str(assembly.dtype.torch_name)), outputs)
 
@@ -90,10 +90,10 @@ def _stacked(assembly: Assembly) -> Assembled:
     for tensor, row in places:
         part = slices[row.slice_index]
         inputs = {span.model: _input(names[span.model], tensor, span.start, row.offset) for span in part.sources}
-        place = Place(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
+        context = TensorContext(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
         members = tuple(span.model for span in part.sources)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, place=place, base=part.base or "base")))
-    assembly.chooser.check_all_used()
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, context=context, base=part.base or "base")))
+    assembly.resolver.check_all_used()
     return Assembled(portable(config, family=family, dtype=str(assembly.dtype.torch_name)), outputs)
 
 

@@ -41,7 +41,7 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
         else:
             operation = assembly.merged(original, experts)
         outputs.append(assembly.output(tensor, operation))
-    assembly.chooser.check_all_used()
+    assembly.resolver.check_all_used()
     routing = moe.router.routing(moe.top_k)
     if routing["kind"] == "learned":
         router = gate(len(experts), dense["hidden_size"])

@@ -44,7 +44,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         else:
             operation = assembly.merged(dense[tensor.role], experts)
         outputs.append(assembly.output(tensor, operation))
-    assembly.chooser.check_all_used()
+    assembly.resolver.check_all_used()
     made = portable(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
     cautions = filter(None, (chosen.caution(config), _unaligned(outputs)))
     return Assembled(made, outputs, experts, tuple(cautions))
