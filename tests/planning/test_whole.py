@@ -17,7 +17,7 @@ import moerge
 import tiny
 from moerge import InputError
 from moerge.execution import regions as whole
-from moerge.execution.executor import Execution
+from moerge.execution.executor import Executor
 from moerge.execution.regions import Budget
 from moerge.methods import Block, MergeMethod, TaskVectorMethod, merge_method
 from moerge.methods.method import Unit
@@ -89,7 +89,7 @@ def run(*outputs: Output, threads: int = 1) -> tuple[Store, int]:
         with lock:
             advanced[0] += nbytes
 
-    Execution(store, advance=advance).run(outputs, threads)
+    Executor(store, advance=advance).run(outputs, threads)
     return store, advanced[0]
 
 

@@ -15,7 +15,7 @@ from moerge.methods.method import MergeMethod
 from moerge.methods.ties import Ties
 from moerge.methods.values import Values, numbers
 from moerge.operations.operations import Merge, Output
-from moerge.planning.assemble.heterogeneous import unlike
+from moerge.planning.assemble.heterogeneous import differ_in_architecture
 from moerge.planning.build import build_plan, located
 from moerge.planning.plan import Plan
 from moerge.planning.resolver import MethodResolver
@@ -60,7 +60,7 @@ def compared_plan(
     the statistics or texts that it would need. `weights` and `commits` are as in `build_plan`. Raises InputError for models that
     cannot be merged tensor by tensor, and for what is wrong with the recipe's overrides.
     """
-    if recipe.moe is not None and recipe.moe.by_sequence and unlike(located(recipe)):
+    if recipe.moe is not None and recipe.moe.by_sequence and differ_in_architecture(located(recipe)):
         raise InputError(
             f"{recipe.source}: these experts differ in type or shape and stay whole models, so there are no tensors of theirs to "
             "compare: name those that are alike in a recipe of their own"

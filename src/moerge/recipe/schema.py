@@ -25,7 +25,7 @@ DROP = "drop"
 Float = Literal["float32", "float16", "bfloat16"]
 """Element types that a recipe may ask for."""
 
-WHOLE_MODEL_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
+HETEROGENEOUS_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
 """Keys of `moe` that are for experts that stay whole models."""
 
 
@@ -74,9 +74,9 @@ class MoE(_Strict):
         return self.format == FORMAT
 
     @property
-    def asks_for_whole_models(self) -> bool:
+    def asks_for_heterogeneous(self) -> bool:
         """Return whether something is said that only makes sense if experts stay whole models."""
-        return any(key in self.model_fields_set for key in WHOLE_MODEL_KEYS)
+        return any(key in self.model_fields_set for key in HETEROGENEOUS_KEYS)
 
 
 class Override(_Strict):

@@ -21,7 +21,7 @@ class RidgeRouter(RegressionRouter, MomentRouter):
 
     - lambda is `penalty` times the mean of A's diagonal, so that it means the same whatever the amount of text, the width and
       the norms; DUME's 0.01 is absolute, next to nothing for its amounts of text.
-    - Mixtral's gates have no bias, so the regression has none either: W is then the best gate without one. Fitting [x, 1] and
+    - Mixtral's gates have no bias, so the regression has none either: W is then the best gate without one. FitJob [x, 1] and
       dropping the bias is worse, since it shifts every decision by what the bias had corrected. Little is lost: normalised
       states have a large common part, by which W can express a constant.
     - `balance` gives every expert's text the same weight however long it is; false counts tokens, as DUME does.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from moerge.architecture import Expected, Family
+from moerge.architecture import ExpectedTensor, Family
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.average import Average
@@ -52,7 +52,7 @@ class Assembly:
     models: Mapping[str, Checkpoint]
     family: Family | None
     dtype: DType
-    candidates: Sequence[Expected]
+    candidates: Sequence[ExpectedTensor]
     source: str
     binder: Binder | None = None
     alignment: Alignment | None = None
@@ -69,7 +69,7 @@ class Assembly:
         models = self.models if self.alignment is None else self.alignment.models
         return Precision(tuple(models.values()), self.dtype)
 
-    def output(self, tensor: Expected, operation: Operation) -> Output:
+    def output(self, tensor: ExpectedTensor, operation: Operation) -> Output:
         """A tensor of the result. What is copied into another element type than its own is rounded to it."""
         dtype = self._dtype(tensor, operation)
         if isinstance(operation, Copy):
@@ -80,7 +80,7 @@ class Assembly:
                 operation = Merge(Average(), (operation.source,), (1.0,))
         return Output(tensor.name, tensor.role, dtype, tensor.shape, operation)
 
-    def _dtype(self, tensor: Expected, operation: Operation) -> DType:
+    def _dtype(self, tensor: ExpectedTensor, operation: Operation) -> DType:
         """Choose the element type: an override's, else the recipe's, else the wider one that all models store it in, else the
         result's.
         """
@@ -92,13 +92,13 @@ class Assembly:
         """A model's tensor."""
         return Copy(self._source(model, name))
 
-    def joined(self, tensor: Expected, models: Sequence[str], names: Sequence[str]) -> Operation:
+    def joined(self, tensor: ExpectedTensor, models: Sequence[str], names: Sequence[str]) -> Operation:
         """The tensors of these names, of the first model, then of the next, one after the other as one tensor."""
         return Copy(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
 
     def merged(
         self,
-        tensor: Expected,
+        tensor: ExpectedTensor,
         members: tuple[str, ...],
         *,
         context: TensorContext | None = None,
@@ -142,7 +142,7 @@ class Assembly:
     def _source(self, model: str, name: str) -> Source:
         return Source(model, self.models[model].tensors[name])
 
-    def _taken(self, tensor: Expected, context: TensorContext) -> Operation:
+    def _taken(self, tensor: ExpectedTensor, context: TensorContext) -> Operation:
         """A tensor that is one model's: the one that an override passes through, where it has it."""
         method = self.resolver.choose(context).method
         named = method.model if isinstance(method, Passthrough) else ""
