@@ -137,7 +137,7 @@ def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     import torch
 
     from moerge.learning.model import MergingModel
-    from moerge.learning.slots import make_slots
+    from moerge.learning.slots import merged_parameters
     from moerge.planning.build import build_plan
     from moerge.recipe import load_recipe
     from moerge.recipe.learning import Learning
@@ -146,7 +146,7 @@ def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     merge = {"method": "task_arithmetic", "scale": 0.3}
     recipe = load_recipe({"base": str(folder / "base"), "experts": names, "merge": merge})
     plan = build_plan(recipe)
-    slots = make_slots(recipe, plan, Learning(), ThreadPoolExecutor())
+    slots = merged_parameters(recipe, plan, Learning(), ThreadPoolExecutor())
     raw = {slot.key: torch.full((experts, 1), -0.85).requires_grad_() for slot in slots if slot.key}
     model = MergingModel(plan.config, slots, raw, 0.3, dtype="float32", device="cpu")
 

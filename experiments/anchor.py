@@ -57,7 +57,7 @@ CASES = (
     Case("fast", learning_rate=3e-3, length=3),
     Case("faster", learning_rate=5e-3, length=3),
     Case("wild", learning_rate=1e-2, length=3),
-    Case("two ancestors", ("base", "twin", "base")),
+    Case("two ancestors", ("base", "replica", "base")),
 )
 
 
@@ -90,7 +90,7 @@ def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, scale: float) 
 
     tokenizer = train_tokenizer(corpora)
     streams = {domain: pack(tokenizer, corpus.train) for domain, corpus in corpora.items()}
-    jobs: list[tuple[str, str, Training]] = [("base", "", TRAININGS["base"]), ("twin", "", TRAININGS["base"])]
+    jobs: list[tuple[str, str, Training]] = [("base", "", TRAININGS["base"]), ("replica", "", TRAININGS["base"])]
     for case in CASES:
         for expert, base in zip(EXPERTS, case.bases, strict=True):
             like = TRAININGS[expert]
@@ -100,7 +100,7 @@ def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, scale: float) 
         path = folder / name
         if path.exists():
             continue
-        with settled(seed + OTHER_SEED * (name == "twin")):
+        with settled(seed + OTHER_SEED * (name == "replica")):
             model: Any = load(folder / base) if base else _new_model(tokenizer)
             *_, last = train_model(model, training, streams, _steps(training, scale))
             model.to(torch.bfloat16).save_pretrained(path)

@@ -165,7 +165,7 @@ def w(*values: float, dtype: Any = np.float32) -> dict[str, np.ndarray]:
             None,
             [w(1)] * 2,
             {"method": "linear", "weights": [1, -1]},
-            "the weights sum to zero, so they cannot be normalised",
+            "the weights sum to zero, so they cannot be normalized",
         ),
         (
             None,

@@ -97,7 +97,7 @@ def make_mixed(folder: Path, *names: str) -> dict[str, Path]:
     return found
 
 
-def write_whole(
+def atomic_write(
     folder: Path, experts: Any = tuple(MIXED), *, name: str = "recipe.yaml", moe: Any = None, **sections: Any
 ) -> Path:
     """A recipe beside models, which stay whole; `moe` are keys of its section."""
@@ -110,7 +110,7 @@ def write_whole(
 
 def built(folder: Path, out: Path, experts: Any = tuple(MIXED), **sections: Any) -> Path:
     """A merge by the command, verified."""
-    result = moerge("merge", write_whole(folder, experts, **sections), out)
+    result = moerge("merge", atomic_write(folder, experts, **sections), out)
     assert result.code == 0, result.err
     checked = moerge("verify", out, "--json")
     assert checked.json["intact"], checked.out

@@ -12,7 +12,7 @@ OWN = dict(zip(DOMAINS, ("base", *EXPERTS), strict=True))
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """How much of everything. `cpu` is for two cores that are not idle, `gpu` for three minutes an expert of an H200."""
 
     seeds: tuple[int, ...]
@@ -44,12 +44,14 @@ class Budget:
     """Of the GPT-NeoX that takes the math expert's place."""
     device: str = "cpu"
     training_dtype: str = "bfloat16"
+    mixture_dtype: str = "float32"
+    """That mixtures are tuned in; CPUs multiply grouped bfloat16 matrices slowly."""
     dtype: str = "float32"
     """That models are measured in."""
 
 
 BUDGETS = {
-    "cpu": Budget(
+    "cpu": MemoryBudget(
         seeds=(0, 1),
         length=256,
         batch=3,
@@ -69,7 +71,7 @@ BUDGETS = {
         odd_layers=4,
         odd_tokens=262_144,
     ),
-    "gpu": Budget(
+    "gpu": MemoryBudget(
         seeds=(0, 1, 2),
         length=1_024,
         batch=32,
@@ -89,6 +91,7 @@ BUDGETS = {
         odd_layers=24,
         odd_tokens=100_000_000,
         device="cuda",
+        mixture_dtype="bfloat16",
     ),
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from moerge.files import whole_file
+from moerge.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def entropy(logits_TV: torch.Tensor) -> torch.Tensor:
     return -(log_TV.exp() * log_TV).sum(-1).mean()
 
 
-def departure(raw: Iterable[torch.Tensor], initial: float) -> torch.Tensor:
+def drift_penalty(raw: Iterable[torch.Tensor], initial: float) -> torch.Tensor:
     """mean |sigmoid(a) - initial| over all coefficients: what gamma weighs."""
     c = torch.cat([torch.sigmoid(a_KC).reshape(-1) for a_KC in raw])
     return (c - initial).abs().mean()
@@ -70,7 +70,7 @@ class TargetFiles:
         else:
             top = logits_TV.topk(self.largest, dim=-1)
             kept |= {"logits": top.values.contiguous().cpu(), "ids": top.indices.int().contiguous().cpu()}
-        with whole_file(self.file(name)) as beside:
+        with atomic_path(self.file(name)) as beside:
             save_file(kept, beside)
 
     def load(self, name: str) -> Target:

@@ -190,7 +190,7 @@ def unreadable(path: Path, error: OSError) -> InputError | MachineError:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, this process's own: it takes that name at the end, or is removed if the block fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -202,11 +202,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write a file that is either the old one or complete, its folder made if need be. MachineError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as beside:
+        with atomic_path(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None

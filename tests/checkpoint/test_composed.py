@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from moerge.checkpoint.header import read_header
 from moerge.tensors.dtypes import BF16, F16, F32, DType
 from moerge.tensors.tensor import ArrayTensor, Tensor
-from moerge.tokenizer import Pieces, composed
+from moerge.tokenizer import TokenAlignment, composed
 from moerge.tokenizer.composed import ComposedRows
 from moerge.tokenizer.pieces import COMPOSED, EXACT, LEFT
 from tiny import decode, encode, write_safetensors
 
 
-def pieces_of(rows: list[list[int]]) -> Pieces:
+def pieces_of(rows: list[list[int]]) -> TokenAlignment:
     counts_V = np.array([len(pieces) for pieces in rows], np.int64)
     kinds_V = np.array([LEFT, EXACT, COMPOSED], np.uint8)[np.minimum(counts_V, 2)]
     flat = np.array([row for pieces in rows for row in pieces], np.int32)
     marks_V = np.ones(len(rows), bool)
-    return Pieces(np.concatenate(([0], np.cumsum(counts_V))), flat, kinds_V, marks_V, ~marks_V)
+    return TokenAlignment(np.concatenate(([0], np.cumsum(counts_V))), flat, kinds_V, marks_V, ~marks_V)
 
 
 def in_memory(values: np.ndarray, dtype: DType = F32) -> ArrayTensor:

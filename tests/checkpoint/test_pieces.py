@@ -25,7 +25,7 @@ from tokenizers_of_all_kinds import (
 
 import moerge as api
 from moerge.checkpoint.reader import Checkpoint
-from moerge.tokenizer import Pieces, map_vocabulary, read_vocabulary
+from moerge.tokenizer import TokenAlignment, align_vocabulary, read_vocabulary
 from moerge.tokenizer.pieces import COMPOSED, EXACT, LEFT
 from moerge.tokenizer.splitting import Splitter
 from moerge.tokenizer.surfaces import read_tokens
@@ -38,8 +38,8 @@ NEXT = 1000
 """More rows than any tiny tokenizer has tokens."""
 
 
-def mapped(chosen: Checkpoint, own: Checkpoint, rows: int = NEXT, own_rows: int = NEXT) -> Pieces:
-    found = map_vocabulary(chosen, own, rows, own_rows)
+def mapped(chosen: Checkpoint, own: Checkpoint, rows: int = NEXT, own_rows: int = NEXT) -> TokenAlignment:
+    found = align_vocabulary(chosen, own, rows, own_rows)
     assert found.starts_V1.dtype == np.int64 and found.starts_V1.shape == (rows + 1,)
     assert found.rows_P.dtype == np.int32 and found.rows_P.shape == (found.starts_V1[-1],)
     assert found.kinds_V.dtype == np.uint8 and found.kinds_V.shape == (rows,)
@@ -49,7 +49,7 @@ def mapped(chosen: Checkpoint, own: Checkpoint, rows: int = NEXT, own_rows: int 
     return found
 
 
-def pieces_by_text(chosen: Checkpoint, own: Checkpoint, found: Pieces) -> dict[str, list[str]]:
+def pieces_by_text(chosen: Checkpoint, own: Checkpoint, found: TokenAlignment) -> dict[str, list[str]]:
     """The pieces of each token, both as their vocabularies spell them."""
     ours, theirs = read_vocabulary(chosen.folder), read_vocabulary(own.folder)
     assert ours is not None and theirs is not None
@@ -286,7 +286,7 @@ def test_nothing_in_common(tmp_path: Path) -> None:
     one = model(tokenizer_json(tmp_path / "one", first, [special(0, "<unk>")]))
     two = model(tokenizer_json(tmp_path / "two", second, [special(0, "<unk>")]))
     with pytest.raises(api.InputError) as caught:
-        map_vocabulary(one, two, 2, 2)
+        align_vocabulary(one, two, 2, 2)
     assert str(caught.value) == (
         "the tokenizers of one and two have no token in common, so two cannot be mapped to the tokens of one: "
         "choose another 'tokenizer', or leave one of them out"
@@ -298,23 +298,23 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
     none.folder.mkdir()
     for chosen, own in ((good, none), (none, good), (none, none)):
         with pytest.raises(api.InputError, match=r"none has no tokenizer whose tokens .*: put its tokenizer\.json"):
-            map_vocabulary(chosen, own, 300, 300)
+            align_vocabulary(chosen, own, 300, 300)
     shutil.copyfile(good.folder / "tokenizer.json", none.folder / "tokenizer.json")
     (none.folder / "tokenizer.json").write_text("{")
     with pytest.raises(api.InputError, match=r"cannot read .*none/tokenizer\.json as JSON"):
-        map_vocabulary(good, none, 300, 300)
+        align_vocabulary(good, none, 300, 300)
     tokenizer_json(none.folder, {"type": "BPE", "vocab": {"t": 0}, "merges": ["x y"]}, decoder={"type": "ByteLevel"})
     with pytest.raises(api.InputError, match=r"the tokenizers library cannot read .*none/tokenizer\.json: .*; fetch or copy it"):
-        map_vocabulary(good, none, 300, 300)
+        align_vocabulary(good, none, 300, 300)
     (none.folder / "tokenizer.json").unlink()
     write_json(none.folder / "vocab.json", {"t": 0, "h": 1, "Ġ": 2, "Ġt": 3})
     with pytest.raises(api.InputError, match=r"none/merges\.txt is missing or damaged: without it no text can be split"):
-        map_vocabulary(good, none, 300, 300)
+        align_vocabulary(good, none, 300, 300)
     (none.folder / "merges.txt").write_text("#version: 0.2\nĠ t\n\n")
-    assert pieces_by_text(good, none, map_vocabulary(good, none, 300, 300))["th"] == ["t", "h"]
+    assert pieces_by_text(good, none, align_vocabulary(good, none, 300, 300))["th"] == ["t", "h"]
     words = model(sentencepiece(tmp_path / "words", pieces_of_text("t"), WORDS))
     with pytest.raises(api.InputError, match="splits text into words"):
-        map_vocabulary(good, words, 300, 300)
+        align_vocabulary(good, words, 300, 300)
 
 
 def test_without_the_tokenizers_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_without_the_tokenizers_library(tmp_path: Path, monkeypatch: pytest.Monk
     small, large = model(byte_level(tmp_path / "small")), model(byte_level(tmp_path / "large", THE))
     assert mapped(small, large).shares == {"exact": 1.0, "composed": 0.0, "left": 0.0}
     with pytest.raises(api.InputError) as caught:
-        map_vocabulary(large, small, 300, 300)
+        align_vocabulary(large, small, 300, 300)
     assert str(caught.value) == "composing the tokens that small lacks of its own needs tokenizers: pip install 'moerge[models]'"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moerge.tensors.dtypes import BF16, F16, F32, DType
-from moerge.tensors.views.rows import MEAN, ZERO, ExactRows, Holder, RowsTensor, pick_rows
+from moerge.tensors.views.rows import MEAN, ZERO, OverwriteRows, RowSource, RowsTensor, pick_rows
 from tiny import decode, encode
 
 
@@ -97,7 +97,7 @@ def test_exact_rows_are_put_and_others_left(case: tuple[RowsTensor, np.ndarray],
     marks = np.array(data.draw(st.lists(st.booleans(), min_size=len(expected), max_size=len(expected))))
     start = data.draw(st.integers(0, expected.size))
     out = np.full(data.draw(st.integers(0, expected.size - start)), 7, kind.storage)
-    ExactRows(virtual, marks).put(start, out, kind)
+    OverwriteRows(virtual, marks).put(start, out, kind)
     whole = np.full(expected.shape, 7, kind.storage)
     whole[marks] = encode(expected, kind)[marks]
     assert np.array_equal(out, whole.reshape(-1)[start : start + out.size])
@@ -120,9 +120,9 @@ def test_the_element_type_is_the_sources_unless_something_is_computed() -> None:
     assert RowsTensor("t", (one, other), (rows, rows), copied, (1, 1)).dtype is F32
 
 
-def holder(name: str, *rows: int) -> Holder:
+def holder(name: str, *rows: int) -> RowSource:
     index = [name.encode()[0] * 10 + max(row, 0) for row in range(8)]
-    return Holder(name, tensor(np.array(index, np.float32)[:, None], name=name), np.array(rows, np.int32))
+    return RowSource(name, tensor(np.array(index, np.float32)[:, None], name=name), np.array(rows, np.int32))
 
 
 def read_all(virtual: RowsTensor) -> list[float]:

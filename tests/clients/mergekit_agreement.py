@@ -218,9 +218,9 @@ VOCABULARIES_LINEAR = VOCABULARIES.replace("task_arithmetic", "linear\nparameter
 
 CASES = [
     case("linear", LINEAR % "true"),
-    case("linear, not normalised", LINEAR % "false"),
+    case("linear, not normalized", LINEAR % "false"),
     case("task_arithmetic", generalized("task_arithmetic", "  lambda: 0.4\n")),
-    case("task_arithmetic, normalised", generalized("task_arithmetic", "  normalize: true\n")),
+    case("task_arithmetic, normalized", generalized("task_arithmetic", "  normalize: true\n")),
     case("filters and gradients", GRADIENTS),
     case("slerp of slices", SLERP),
     case("slerp of models", SLERP_MODELS),

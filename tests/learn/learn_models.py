@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from moerge.learning.model import MergingModel, Slot
-from moerge.learning.slots import make_slots
+from moerge.learning.model import MergedParameter, MergingModel
+from moerge.learning.slots import merged_parameters
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
 from moerge.recipe import Recipe, load_recipe
@@ -42,13 +42,15 @@ def dense_plan(recipe: Recipe) -> Plan:
     return build_plan(recipe.model_copy(update={"moe": None}))
 
 
-def slots_of(recipe: Recipe) -> list[Slot]:
+def slots_of(recipe: Recipe) -> list[MergedParameter]:
     """What learning works on."""
     assert recipe.learn is not None
-    return make_slots(recipe, dense_plan(recipe), recipe.learn, ThreadPoolExecutor(2))
+    return merged_parameters(recipe, dense_plan(recipe), recipe.learn, ThreadPoolExecutor(2))
 
 
-def straightforward(model: MergingModel, slots: Sequence[Slot], raw: Mapping[str, torch.Tensor], ids_1T: torch.Tensor) -> Any:
+def straightforward(
+    model: MergingModel, slots: Sequence[MergedParameter], raw: Mapping[str, torch.Tensor], ids_1T: torch.Tensor
+) -> Any:
     """The merged model's output with every merged parameter in memory at once, differentiable by autograd alone."""
     from torch.nn.utils import parametrize
 

@@ -10,7 +10,7 @@ import torch
 from learn_models import dense_plan, make_recipe, slots_of, straightforward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from moerge.distillation import Target, departure, entropy, hidden_distance, soft_cross_entropy
+from moerge.distillation import Target, drift_penalty, entropy, hidden_distance, soft_cross_entropy
 from moerge.learning.model import MergingModel
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_gradients_equal_finite_differences(tmp_path: Path) -> None:
     target = make_target()
 
     def objective() -> torch.Tensor:
-        return loss_of(model.forward(IDS, 0), target) + 0.8 * departure(raw.values(), 0.3)
+        return loss_of(model.forward(IDS, 0), target) + 0.8 * drift_penalty(raw.values(), 0.3)
 
     objective().backward()
     step = 1e-5

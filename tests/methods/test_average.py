@@ -73,14 +73,14 @@ def test_average_equals_linear_with_equal_weights() -> None:
 
 def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:
     theta_KN = np.ones((2, 3), np.float32)
-    with pytest.raises(InputError, match="the weights sum to zero, so they cannot be normalised"):
+    with pytest.raises(InputError, match="the weights sum to zero, so they cannot be normalized"):
         merge_tensor("linear", None, theta_KN, weights=[1, -1])
     np.testing.assert_array_equal(merge_tensor("linear", None, theta_KN, weights=[1, -1], normalize=False), np.zeros(3))
 
 
 def test_the_base_of_a_moe_counts_in_the_sum_of_weights() -> None:
     recipe = {"base": "base", "experts": {"math": {"model": "math", "weight": -1}}, "merge": {"method": "linear"}, "moe": {}}
-    with pytest.raises(InputError, match="the weights sum to zero, so they cannot be normalised"):
+    with pytest.raises(InputError, match="the weights sum to zero, so they cannot be normalized"):
         load_recipe(recipe)
     recipe["experts"]["code"] = {"model": "code", "weight": 1}
     assert load_recipe(recipe).includes_base

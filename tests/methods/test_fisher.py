@@ -132,4 +132,4 @@ def test_refusals() -> None:
         statistics=[state, state],
         weights=[2, -1],
     )
-    fails("the weights sum to zero, so they cannot be normalised", statistics=[state, state], weights=[0, 0])
+    fails("the weights sum to zero, so they cannot be normalized", statistics=[state, state], weights=[0, 0])

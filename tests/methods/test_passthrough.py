@@ -84,7 +84,7 @@ def test_an_override_replaces_the_weights_that_it_names(models: Path) -> None:
         ),
         (
             {"method": "linear", "overrides": [{"match": "norm", "weights": {"math": -2}}]},
-            "tensor 'model.layers.0.input_layernorm.weight': the weights sum to zero: they cannot be normalised",
+            "tensor 'model.layers.0.input_layernorm.weight': the weights sum to zero: they cannot be normalized",
         ),
     ],
 )

@@ -12,10 +12,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import moerge
 import tiny
-from moerge.execution import fitting
-from moerge.runtime.forced_routing import RunningMoE
-from moerge.runtime.replicas import Crew
-from moerge.tensors.threads import one_thread_each
+from moerge.merging import fitting
+from moerge.runtime.forced_routing import ForcedRoutingModel
+from moerge.runtime.replicas import ModelReplicas
+from moerge.tensors.threads import single_threaded_blas
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 
@@ -68,26 +68,26 @@ def test_gates_do_not_depend_on_threads(kind: str, models: Path, tmp_path: Path)
 
 def test_they_would_without_care(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above could not fail."""
-    monkeypatch.setattr(fitting, "one_thread_each", contextlib.nullcontext)
+    monkeypatch.setattr(fitting, "single_threaded_blas", contextlib.nullcontext)
     if gates(models, tmp_path / "one", "ridge", 1) == gates(models, tmp_path / "three", "ridge", 3):
         pytest.skip("on this processor torch's sums do not depend on the number of threads")
 
 
 def test_libraries_get_one_thread_meanwhile() -> None:
-    with torch_threads(3), threadpool_limits(2), one_thread_each():
+    with torch_threads(3), threadpool_limits(2), single_threaded_blas():
         assert torch.get_num_threads() == 1
         assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} <= {1}
 
 
 def test_a_crew_works_in_order_with_one_model_a_thread(models: Path, tmp_path: Path) -> None:
     gates(models, tmp_path / "moe", "hidden", 1)
-    model = RunningMoE(tmp_path / "moe", experts=4, layers=2)
+    model = ForcedRoutingModel(tmp_path / "moe", experts=4, layers=2)
     ids = [model.encode(f"w{word} w7 w9", 512) for word in range(3, 10)]
     expected = [model.losses(each, 1) for each in ids]
-    with one_thread_each(), Crew(model, 3) as crew:
+    with single_threaded_blas(), ModelReplicas(model, 3) as crew:
         seen = []
 
-        def look(model: RunningMoE, each: Any) -> tuple[RunningMoE, Any, int]:
+        def look(model: ForcedRoutingModel, each: Any) -> tuple[ForcedRoutingModel, Any, int]:
             return model, model.losses(each, 1), torch.get_num_threads()
 
         batches = list(crew.run(look, ids))
@@ -96,8 +96,8 @@ def test_a_crew_works_in_order_with_one_model_a_thread(models: Path, tmp_path: P
         assert all(torch.equal(losses, wanted) for (_, losses, _), wanted in zip(seen, expected, strict=True))
         assert {threads for *_, threads in seen} == {1}
         twins = [each for each, *_ in batches[1]]
-        assert [each for each, *_ in batches[2]] == twins and len({id(twin) for twin in twins}) == 3
+        assert [each for each, *_ in batches[2]] == twins and len({id(replica) for replica in twins}) == 3
         assert [each for each, *_ in batches[0]] == twins[:1] == [model]
-        weights = [{name: tensor.data_ptr() for name, tensor in twin._model.named_parameters()} for twin in twins]
+        weights = [{name: tensor.data_ptr() for name, tensor in replica._model.named_parameters()} for replica in twins]
         assert weights[0] == weights[1] == weights[2]
         assert crew.spread(lambda number: number * 2, range(5)) == [0, 2, 4, 6, 8]

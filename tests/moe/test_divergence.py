@@ -65,10 +65,10 @@ def test_it_stays_where_it_is_best() -> None:
 def test_threads_change_nothing() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from moerge.tensors.threads import one_thread_each
+    from moerge.tensors.threads import single_threaded_blas
 
     heads, unseen = problem(900, seed=1), problem(300, seed=2)
-    with one_thread_each(), ThreadPoolExecutor(3) as pool:
+    with single_threaded_blas(), ThreadPoolExecutor(3) as pool:
         together = Heads(heads.shared_KM, heads.bias_K, heads.state_SD, heads.log_p_SK, pool.map)
         results = [least_divergence(each, unseen, np.zeros((5, 4)), np.eye(5)) for each in (heads, together)]
     assert results[0].tobytes() == results[1].tobytes()

@@ -18,10 +18,10 @@ from moerge.projectors.fit import PENALTY
 from moerge.projectors.least_squares import NormalEquations
 from moerge.projectors.outputs import ExpertTables, projector_outputs
 from moerge.projectors.token_weights import SMOOTHING, smoothed
-from moerge.projectors.units import HEIGHT, Units, token_units
+from moerge.projectors.units import HEIGHT, Units, token_detectors
 from moerge.tensors.dtypes import BF16, F32, DType
 from moerge.tensors.tensor import ArrayTensor
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 from tiny import encode, llama_config, write_checkpoint
 
 TOKENS = 90
@@ -58,7 +58,7 @@ def fitted(
     outputs = [Output(tensor.name, tensor.role, dtype, tensor.shape, operation) for tensor, operation in made]
     found = {}
     for fitting in fit_jobs(outputs):
-        with one_thread_each():
+        with single_threaded_blas():
             values = fitting.fitter.fit(FitContext(folder, fitting.outputs, (expert.name,), threads=threads))
         assert values.keys() == {output.name for output in fitting.outputs}
         assert all(values[output.name].shape == output.shape for output in fitting.outputs)
@@ -203,7 +203,7 @@ def test_threads_change_nothing(tmp_path: Path) -> None:
 
 def test_units_stand_for_single_tokens() -> None:
     rows, mean = draw(0, 12, 64), np.full(64, 0.3)
-    units = token_units(rows, mean, 14, 0, "up")
+    units = token_detectors(rows, mean, 14, 0, "up")
     inner = rows @ units.up_NM.T + units.bias_N
     np.testing.assert_allclose(np.diag(inner), HEIGHT, atol=1e-4)
     np.testing.assert_allclose(mean @ units.up_NM[:12].T + units.bias_N[:12], -HEIGHT, atol=1e-4)
@@ -213,7 +213,7 @@ def test_units_stand_for_single_tokens() -> None:
 
 
 def test_a_token_at_the_mean_gets_a_unit_at_random() -> None:
-    units = token_units(np.ones((1, 4)), np.ones(4), 1, 0, "up")
+    units = token_detectors(np.ones((1, 4)), np.ones(4), 1, 0, "up")
     assert np.isfinite(units.up_NM).all() and 0 < np.abs(units.up_NM).max() <= 0.5
 
 

@@ -15,7 +15,7 @@ import tiny
 from moerge.errors import InputError
 from moerge.recipe import load_recipe
 from moerge.routers.base import router, routers
-from moerge.routers.moments import Moments, load_moments, read_facts, save_moments
+from moerge.routers.moments import GramStatistics, load_moments, read_facts, save_moments
 from moerge.routers.projection import leading_directions
 from moerge.routers.regression import logit_scale, ridge
 from moerge.routers.ridge import RidgeRouter
@@ -30,9 +30,9 @@ def states(seed: int, tokens: int) -> np.ndarray:
     return rng.standard_normal((LAYERS, tokens, HIDDEN)) + rng.standard_normal((LAYERS, 1, HIDDEN))
 
 
-def moments_of(states_LTH: np.ndarray) -> Moments:
+def moments_of(states_LTH: np.ndarray) -> GramStatistics:
     products = np.einsum("lti,ltj->lij", states_LTH, states_LTH)
-    return Moments(states_LTH.shape[1], states_LTH.sum(axis=1).astype(np.float32), products.astype(np.float32))
+    return GramStatistics(states_LTH.shape[1], states_LTH.sum(axis=1).astype(np.float32), products.astype(np.float32))
 
 
 def by_hand(states_E: list[np.ndarray], layer: int, penalty: float) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
 def test_saved_statistics_come_back_to_the_bit(tmp_path: Path) -> None:
     moments = moments_of(states(0, 20))
     symmetric = (moments.moment_LHH + moments.moment_LHH.transpose(0, 2, 1)) / 2
-    moments = Moments(20, moments.sum_LH, symmetric, {"documents": ["ab"], "path": "own"})
+    moments = GramStatistics(20, moments.sum_LH, symmetric, {"documents": ["ab"], "path": "own"})
     save_moments(tmp_path / "stats/math.safetensors", moments)
     assert [path.name for path in (tmp_path / "stats").iterdir()] == ["math.safetensors"]
     back = load_moments(tmp_path / "stats/math.safetensors", LAYERS, HIDDEN)

@@ -19,8 +19,8 @@ from moerge.routers.calibrated import collect
 from moerge.routers.perplexity import PerplexityRouter
 from moerge.routers.regression import logit_scale, ridge
 from moerge.routers.ridge import RidgeRouter
-from moerge.runtime.forced_routing import RunningMoE
-from moerge.runtime.replicas import Crew
+from moerge.runtime.forced_routing import ForcedRoutingModel
+from moerge.runtime.replicas import ModelReplicas
 from moerge.texts import overlap
 from recorded import Recorded
 
@@ -130,7 +130,7 @@ def test_ridge_gates_are_the_regression_on_router_inputs(models: Path) -> None:
 def test_perplexity_gates_are_the_regression_on_which_expert_was_best(level: str, models: Path) -> None:
     options = {"kind": "perplexity", "level": level, "normalize": "none", "temperature": 1.0, "balance": False}
     found = merge(models, "moe", options)
-    model = RunningMoE(models / "moe", experts=4, layers=2)
+    model = ForcedRoutingModel(models / "moe", experts=4, layers=2)
     moments, products = np.zeros((2, 16, 16)), np.zeros((2, 16, 4))
     chosen = set()
     for index, name in enumerate(NAMES):
@@ -162,7 +162,7 @@ def test_soft_targets_are_a_softmax_of_losses() -> None:
 
 def test_forced_paths_are_the_backbone_with_one_ffn_or_the_mean_of_all(models: Path) -> None:
     reference = by_hand(models)
-    model = RunningMoE(models / "by-hand", experts=4, layers=2)
+    model = ForcedRoutingModel(models / "by-hand", experts=4, layers=2)
     for index, name in enumerate(NAMES):
         losses = [model.losses(model.encode(document, 512), index).mean().item() for document in documents(name)]
         np.testing.assert_allclose(losses, reference[name][1], rtol=1e-5)
@@ -180,7 +180,7 @@ def test_forced_paths_are_the_backbone_with_one_ffn_or_the_mean_of_all(models: P
 
 def test_forcing_leaves_the_model_as_it_was(models: Path) -> None:
     merge(models, "moe", {"kind": "ridge"})
-    model = RunningMoE(models / "moe", experts=4, layers=2)
+    model = ForcedRoutingModel(models / "moe", experts=4, layers=2)
     ids = model.encode("w3 w20 w40 w50", 512)
     before = model._model(ids).logits
     for path in (0, 3, None):
@@ -191,16 +191,16 @@ def test_forcing_leaves_the_model_as_it_was(models: Path) -> None:
 
 def test_long_texts_are_cut(models: Path) -> None:
     merge(models, "moe", {"kind": "hidden"})
-    model = RunningMoE(models / "moe", experts=4, layers=2)
+    model = ForcedRoutingModel(models / "moe", experts=4, layers=2)
     assert model.encode("w5 " * 40, 8).shape == (1, 8)
-    with Crew(model, 2) as crew:
+    with ModelReplicas(model, 2) as crew:
         assert collect(crew, ["w5 " * 40, "w6 w7"], 8, 1).tokens == 10
 
 
 def test_projection_signs_are_those_of_the_skew_over_random_tokens(models: Path) -> None:
     merge(models, "mean", {"kind": "projection", "sign": "mean"}, calibration={})
     found = merge(models, "skew", {"kind": "projection"}, calibration={})
-    model = RunningMoE(models / "skew", experts=4, layers=2)
+    model = ForcedRoutingModel(models / "skew", experts=4, layers=2)
     runs = [model.router_inputs(model.random_tokens(seed, 128), None) for seed in range(24)]
     for layer in range(2):
         states = torch.cat([run[layer] for run in runs]).double().numpy()
@@ -242,7 +242,7 @@ def test_the_result_is_an_ordinary_mixtral_with_gates(kind: str, models: Path) -
 
 def test_ridge_sends_held_out_text_to_its_expert(models: Path) -> None:
     merge(models, "moe", {"kind": "ridge"})
-    model, encode = load(models / "moe"), RunningMoE(models / "moe", experts=4, layers=2).encode
+    model, encode = load(models / "moe"), ForcedRoutingModel(models / "moe", experts=4, layers=2).encode
     for index, name in enumerate(NAMES):
         with torch.no_grad():
             routed = [model(encode(text, 512), output_router_logits=True).router_logits for text in documents(name, seed=1)]
@@ -368,7 +368,7 @@ def test_the_plan_tells_what_the_router_costs(models: Path) -> None:
 def test_resume_refuses_other_calibration_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny.write_recipe(models, moe={"router": {"kind": "ridge"}}, calibration={name: f"{name}.txt" for name in NAMES})
     with monkeypatch.context() as patch:
-        patch.setattr(RunningMoE, "router_inputs", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(ForcedRoutingModel, "router_inputs", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             moerge.merge(recipe, models / "moe")
     write_texts(models, ["code"], seed=9)

@@ -9,7 +9,7 @@ import pytest
 
 from command import moerge
 from tiny import read_values, write_safetensors
-from whole_models import MIXED, built, write_whole
+from whole_models import MIXED, atomic_write, built
 
 pytestmark = pytest.mark.slow
 
@@ -58,9 +58,9 @@ def test_verify_misses_what_is_missing(name: str, mixed: Path, tmp_path: Path) -
 
 
 def test_other_programs_cannot_run_it(mixed: Path) -> None:
-    result = moerge("plan", write_whole(mixed, moe=RANDOM), "--for", "llama.cpp")
+    result = moerge("plan", atomic_write(mixed, moe=RANDOM), "--for", "llama.cpp")
     assert result.code == 2
     assert (
         "llama.cpp does not run moerge's own architecture, only transformers 5.5 and newer do: experts of different" in result.err
     )
-    assert moerge("plan", write_whole(mixed, moe=RANDOM), "--for", "transformers").code == 0
+    assert moerge("plan", atomic_write(mixed, moe=RANDOM), "--for", "transformers").code == 0

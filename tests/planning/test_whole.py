@@ -18,7 +18,7 @@ import tiny
 from moerge import InputError
 from moerge.execution import regions as whole
 from moerge.execution.executor import Executor
-from moerge.execution.regions import Budget
+from moerge.execution.regions import MemoryBudget
 from moerge.methods import Block, MergeMethod, TaskVectorMethod, merge_method
 from moerge.methods.method import Unit
 from moerge.operations.estimate import region_bytes
@@ -161,7 +161,7 @@ def test_nonfinite_statistics_are_named() -> None:
 
 
 def test_whole_tensors_wait_for_memory_and_none_is_overtaken() -> None:
-    budget, order = Budget(10), []
+    budget, order = MemoryBudget(10), []
     held, done = threading.Event(), threading.Event()
 
     def hold(nbytes: int, wait: threading.Event | None = None) -> None:

@@ -12,7 +12,7 @@ import texts
 import tiny
 from moerge.gather.gather import Options, gather
 from moerge.gather.places import places_of
-from moerge.gather.running import Sequences, _drawn, fisher_sums, gram_sums, layout_of, tokenised
+from moerge.gather.running import Sequences, _drawn, fisher_sums, gram_sums, layout_of, tokenized
 from moerge.statistics import Statistics
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
@@ -27,7 +27,7 @@ def load(folder: Path) -> Any:
 
 def sequences(folder: Path, expert: str = "math", **options: Any) -> Sequences:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return tokenised(tokenizer, texts.documents(expert, **options), 512)
+    return tokenized(tokenizer, texts.documents(expert, **options), 512)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +281,6 @@ def texts_settings() -> Any:
 
 def test_documents_of_one_token_are_left_out(models: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "math")
-    found = tokenised(tokenizer, ["w5", "w5 w6 w7", "w9 w8"], 2)
+    found = tokenized(tokenizer, ["w5", "w5 w6 w7", "w9 w8"], 2)
     assert found.ids == ([5, 6], [9, 8])
     assert (found.tokens, found.predicted) == (4, 2)

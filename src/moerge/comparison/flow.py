@@ -14,7 +14,7 @@ from moerge.comparison.compared import compared_plan
 from moerge.comparison.similarity import Similarity, measure, summarise, work_bytes
 from moerge.comparison.verdict import Verdict, advise, judge
 from moerge.errors import InputError
-from moerge.files import check_unchanged, write_whole
+from moerge.files import atomic_write, check_unchanged
 from moerge.formatting import Displayed
 from moerge.progress import Progress, reporter
 from moerge.recipe import Recipe, load_recipe
@@ -70,7 +70,7 @@ class Comparison(Displayed):
         for name, key in (("verdict", "verdicts"), ("pairs", "pairs"), ("experts", "rows")):
             files[folder / f"{name}.csv"] = figures.as_csv(data[key]).encode()
         for path, content in files.items():
-            write_whole(path, content)
+            atomic_write(path, content)
         written = list(files)
         if figures.available():
             for name, chart in charts.charts(self.similarity).items():

@@ -14,7 +14,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Evaluation, Kind, Measure, Score, to_csv
-from moerge.files import read_file, write_whole
+from moerge.files import atomic_write, read_file
 
 RESULTS = "results.json"
 Row = Mapping[str, Any]
@@ -69,16 +69,16 @@ class Store:
             return None
         file = Path("documents") / _file(checkpoint, kind, name)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(self._folder / file, "".join(lines).encode("utf-8", "backslashreplace"))
+        atomic_write(self._folder / file, "".join(lines).encode("utf-8", "backslashreplace"))
         return str(file)
 
     def write(self, evaluation: Evaluation) -> None:
         """Replace the results, and drop what is kept of measures that they hold."""
         if self._folder is None:
             return
-        write_whole(self._folder / RESULTS, to_json(evaluation.to_json()))
-        write_whole(self._folder / "results.csv", to_csv(evaluation.scores, Score).encode())
-        write_whole(self._folder / "differences.csv", to_csv(evaluation.differences, Difference).encode())
+        atomic_write(self._folder / RESULTS, to_json(evaluation.to_json()))
+        atomic_write(self._folder / "results.csv", to_csv(evaluation.scores, Score).encode())
+        atomic_write(self._folder / "differences.csv", to_csv(evaluation.differences, Difference).encode())
         for measure in evaluation.measures:
             path = self._folder / "partial" / _file(measure.checkpoint, measure.kind, measure.on)
             path.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from moerge.tensors.dtypes import DType
 from moerge.tensors.random import stream_key, uniform
 from moerge.tensors.source import Source
 from moerge.tensors.streams import BLOCK, WINDOW, Reader
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 from moerge.tensors.views.joined import nonfinite_source
 
 JobSteps = Generator[Sequence[Task], list[Any], Any]
@@ -60,7 +60,7 @@ class Executor:
         merges = [output.operation for output in outputs if isinstance(output.operation, Merge)]
         self.measure_model(merges if pending else [], threads)
         # What decomposes whole tensors adds up in an order that depends on the threads BLAS may use.
-        with one_thread_each() if largest(pending) else nullcontext():
+        with single_threaded_blas() if largest(pending) else nullcontext():
             run_jobs((self._produce(output) for output in pending), threads)
 
     def _check(self, output: Output, finished: set[str]) -> Job:

@@ -26,7 +26,7 @@ from moerge.gather.running import (
     fisher_sums,
     gram_sums,
     layout_of,
-    tokenised,
+    tokenized,
 )
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Merge
@@ -248,7 +248,7 @@ class _Gathering:
             check_replaceable(self.path)
         begun = time.monotonic()
         loaded = self._loaded(model)
-        sequences = tokenised(loaded.tokenizer, self.documents, self.options.tokens)
+        sequences = tokenized(loaded.tokenizer, self.documents, self.options.tokens)
         for ids in sequences.ids:
             loaded.check_ids(ids)
         if not sequences.ids:

@@ -51,7 +51,7 @@ class Sequences:
         return sum(len(ids) - 1 for ids in self.ids)
 
 
-def tokenised(tokenizer: Any, documents: Sequence[str], tokens: int) -> Sequences:
+def tokenized(tokenizer: Any, documents: Sequence[str], tokens: int) -> Sequences:
     """The first `tokens` tokens of each document, as the tokenizer starts a text; documents of a single token are left out."""
     encoded = [tokenizer(document, truncation=True, max_length=tokens)["input_ids"] for document in documents]
     kept = [(ids, xxhash.xxh3_64_intdigest(text.encode())) for ids, text in zip(encoded, documents, strict=True) if len(ids) > 1]

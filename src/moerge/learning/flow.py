@@ -22,8 +22,8 @@ from moerge.files import scratch_folder
 from moerge.formatting import as_size
 from moerge.learning.chunks import allocate, importances
 from moerge.learning.directions import Directions
-from moerge.learning.model import BASE, MergingModel, Slot, known_config
-from moerge.learning.slots import make_slots
+from moerge.learning.model import BASE, MergedParameter, MergingModel, known_config
+from moerge.learning.slots import merged_parameters
 from moerge.learning.targets import Sample, Targets
 from moerge.learning.training import History, Trainer, evaluations, interleave
 from moerge.methods.method import TaskVectorMethod
@@ -66,7 +66,7 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, progress:
         ThreadPoolExecutor() as pool,
         scratch_folder("moerge-learn-") as folder,
     ):
-        slots = make_slots(recipe, plan, settings, pool)
+        slots = merged_parameters(recipe, plan, settings, pool)
         samples = _samples(plan, texts, settings, folder)
         train, heldout = _split(samples, settings)
         job = _Job(recipe, plan, settings, slots, method.scale, folder, progress)
@@ -142,7 +142,7 @@ def _split(samples: Mapping[int, list[Sample]], settings: Learning) -> tuple[lis
     return interleave(train), [sample for found in heldout.values() for sample in found]
 
 
-def _ones(slots: Sequence[Slot]) -> dict[str, int]:
+def _ones(slots: Sequence[MergedParameter]) -> dict[str, int]:
     return {slot.key: 1 for slot in slots if slot.key}
 
 
@@ -151,7 +151,7 @@ class _Job:
     recipe: Recipe
     plan: Plan
     settings: Learning
-    slots: Sequence[Slot]
+    slots: Sequence[MergedParameter]
     initial: float
     folder: Path
     progress: Progress
@@ -217,7 +217,7 @@ class _Job:
                 self.targets.compute(model, list(distinct.values()), partial(self.advance, 1))
         return self.targets
 
-    def more_chunks(self, slots: Sequence[Slot]) -> dict[str, int]:
+    def more_chunks(self, slots: Sequence[MergedParameter]) -> dict[str, int]:
         """Chunk counts for the second stage, by importance."""
         groups: dict[str, list[Directions]] = {}
         for slot in slots:

@@ -32,7 +32,7 @@ BASE = -1
 
 
 @dataclass(frozen=True)
-class Slot:
+class MergedParameter:
     """A tensor of the model, by its name in the checkpoint: the base's, and the experts' `directions`.
 
     Without `directions` there is nothing to merge: the result has the base's tensor. `key` names the coefficients that it
@@ -62,7 +62,7 @@ class Running:
 class MergedWeight(nn.Module):
     """A parametrization: the weight that a layer sees instead of the base's."""
 
-    def __init__(self, slot: Slot, raw_KC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
+    def __init__(self, slot: MergedParameter, raw_KC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
         super().__init__()
         self._slot, self._raw_KC, self._running, self._dtype = slot, [raw_KC], running, dtype
 
@@ -100,7 +100,7 @@ class MergingModel:
     def __init__(
         self,
         config: Mapping[str, Any],
-        slots: Sequence[Slot],
+        slots: Sequence[MergedParameter],
         raw: Mapping[str, torch.Tensor],
         fixed: float,
         *,
@@ -110,7 +110,7 @@ class MergingModel:
     ) -> None:
         self.running, self._dtype, self._fixed = Running(), getattr(torch, dtype), fixed
         self.module = _skeleton(config, device, source)
-        self._rest: list[tuple[nn.Parameter, Slot]] = []
+        self._rest: list[tuple[nn.Parameter, MergedParameter]] = []
         parameters = dict(self.module.named_parameters())
         for name, slot in match_names(parameters, {slot.name: slot for slot in slots}).items():
             parameters[name].requires_grad_(False)
@@ -136,7 +136,7 @@ class MergingModel:
         self.running.task = task
         return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
 
-    def _parametrize(self, parameter: nn.Parameter, slot: Slot, raw_KC: torch.Tensor | None) -> None:
+    def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, raw_KC: torch.Tensor | None) -> None:
         """Wherever the parameter stands: a tied one is the embedding's and the head's."""
         stored = slot.base.tensor.dtype.torch_name
         parameter.data = _values(slot.base, parameter, getattr(torch, str(stored)))
@@ -186,7 +186,7 @@ def _values(source: Source, like: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(read_values(source)).to(like.device, dtype).view(source.tensor.shape)
 
 
-def match_names(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, Slot]) -> dict[str, Slot]:
+def match_names(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, MergedParameter]) -> dict[str, MergedParameter]:
     """The slot of each parameter: the tensor with the longest common ending, since transformers renames beginnings.
 
     Raises InputError where none has the parameter's shape, or two fit equally well.

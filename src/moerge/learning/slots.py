@@ -11,7 +11,7 @@ from moerge.errors import InputError
 from moerge.execution.executor import Executor
 from moerge.execution.schedule import Job, run_jobs
 from moerge.learning.directions import Directions
-from moerge.learning.model import Slot
+from moerge.learning.model import MergedParameter
 from moerge.methods.method import TaskVectorMethod
 from moerge.operations.operations import Merge, Output
 from moerge.planning.plan import Plan
@@ -48,7 +48,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(f"{recipe.source}: experts.{weighted[0]} has a weight, but learning finds the weights: remove it")
 
 
-def make_slots(recipe: Recipe, plan: Plan, settings: Learning, pool: ThreadPoolExecutor) -> list[Slot]:
+def merged_parameters(recipe: Recipe, plan: Plan, settings: Learning, pool: ThreadPoolExecutor) -> list[MergedParameter]:
     """A slot for each float tensor of the plan; those of the roles in `settings` learn, unless a MoE keeps them separate."""
     check_recipe(recipe)
     separate = recipe.moe.separate if recipe.moe else ()
@@ -60,12 +60,12 @@ def make_slots(recipe: Recipe, plan: Plan, settings: Learning, pool: ThreadPoolE
     for output in plan.outputs:
         merge = output.operation
         if not isinstance(merge, Merge) or merge.base is None:
-            slots.append(Slot(output.name, merge.sources[0]))
+            slots.append(MergedParameter(output.name, merge.sources[0]))
             continue
         own = bool(output.role) and plays(separate, output)
         learns = not own and len(output.shape) == 2 and plays(settings.roles, output)
         key = _key(output, settings.granularity) if learns else ""
-        slots.append(Slot(output.name, merge.base, Directions(merge, pool), key, own))
+        slots.append(MergedParameter(output.name, merge.base, Directions(merge, pool), key, own))
     if not any(slot.key for slot in slots):
         raise InputError(f"{recipe.source}: {_why_none(recipe, plan, settings)}: nothing to learn")
     return _measured(slots)
@@ -87,7 +87,7 @@ def _key(output: Output, granularity: str) -> str:
     return f"layers.{layer[1]}" if layer else output.name
 
 
-def _measured(slots: Sequence[Slot]) -> list[Slot]:
+def _measured(slots: Sequence[MergedParameter]) -> list[MergedParameter]:
     """The slots with what their methods need to know before they trim. What a MoE keeps separate has no part in that."""
     executor, found = Executor(), list(slots)
     merges = {i: slot.directions.merge for i, slot in enumerate(slots) if slot.directions is not None and not slot.own}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moerge.distillation import departure, entropy, hidden_distance, soft_cross_entropy
+from moerge.distillation import drift_penalty, entropy, hidden_distance, soft_cross_entropy
 from moerge.errors import InputError
 from moerge.learning.model import MergingModel
 from moerge.learning.targets import Sample, Targets
@@ -75,7 +75,7 @@ class Trainer:
     def _update(self, group: Sequence[Sample], optimizer: Any, history: History, update: int) -> None:
         total = 0.0
         for sample in group:
-            objective = self.objective(sample) + self.settings.gamma * departure(self.raw.values(), self.initial)
+            objective = self.objective(sample) + self.settings.gamma * drift_penalty(self.raw.values(), self.initial)
             (objective / len(group)).backward()  # type: ignore[no-untyped-call]
             total += objective.item() / len(group)
             self.tell()
@@ -95,7 +95,7 @@ class Trainer:
             for sample in heldout:
                 losses.append(self.objective(sample).item())
                 self.tell()
-            found = sum(losses) / len(losses) + self.settings.gamma * departure(self.raw.values(), self.initial).item()
+            found = sum(losses) / len(losses) + self.settings.gamma * drift_penalty(self.raw.values(), self.initial).item()
         self._check("the objective on the held-out texts" + (f" after update {update}" if update else ""), found)
         if update == 0:
             history.rows.append({"update": 0})

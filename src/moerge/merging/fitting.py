@@ -16,7 +16,7 @@ from moerge.planning.plan import Plan
 from moerge.progress import SILENT, Progress
 from moerge.tensors.codec import decode, encode
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 from moerge.texts import Texts
 
 
@@ -42,7 +42,7 @@ def fit_outputs(
     for fitting, context in fit_jobs:
         if fitting in pending:
             counter = counters.of(fitting.fitter)
-            with one_thread_each():
+            with single_threaded_blas():
                 fitted = fitting.fitter.fit(replace(context, threads=threads, advance=counter.advance))
             counter.advance(counter.left)
             for output in fitting.outputs:

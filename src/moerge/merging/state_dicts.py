@@ -110,7 +110,7 @@ def _factors(method: MergeMethod, weights: Sequence[float] | None, experts: Sequ
         if not math.isfinite(factor):
             raise InputError(f"{expert} has the weight {factor}: weights must be finite")
     if method.divides_by_weights and cancel(factors):
-        raise InputError("the weights sum to zero, so they cannot be normalised")
+        raise InputError("the weights sum to zero, so they cannot be normalized")
     return factors
 
 

@@ -27,7 +27,7 @@ class Average(MergeMethod):
 class Linear(MergeMethod):
     """theta = sum_k w_k theta_k, divided by sum_k w_k unless `normalize` is off.
 
-    Not normalised, weights that do not sum to 1 scale the whole model, norms and embeddings too: rarely what is meant.
+    Not normalized, weights that do not sum to 1 scale the whole model, norms and embeddings too: rarely what is meant.
     """
 
     name: ClassVar[str] = "linear"

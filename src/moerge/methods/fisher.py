@@ -36,7 +36,7 @@ class Fisher(StatisticsMethod):
     per: Literal["sequence", "token"] = "sequence"
 
     def prepared(self, statistics: Statistics, tensor: str) -> Tensor | None:
-        """The mean of the squared gradient, normalised, and not below the floor."""
+        """The mean of the squared gradient, normalized, and not below the floor."""
         stored = statistics.fisher(tensor)
         if stored is None:
             return None

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
-from moerge.methods.values import ByExpert, InOrder
+from moerge.methods.values import Ordered, PerExpert
 from moerge.registry import Registry
 from moerge.tensors.kernels import kernel
 
@@ -138,16 +138,16 @@ class MergeMethod(BaseModel):
 
     def for_experts(self, names: Sequence[str]) -> Self:
         """With each value that is given by name in the order of `names`; InputError if one is missing."""
-        changes = {key: value.ordered(f"{self.name}: {key!r}", names) for key, value in self if isinstance(value, ByExpert)}
+        changes = {key: value.ordered(f"{self.name}: {key!r}", names) for key, value in self if isinstance(value, PerExpert)}
         return self.model_copy(update=changes) if changes else self
 
     def check_experts(self, names: Sequence[str]) -> None:
         """InputError if a value is given for an expert that there is not, or not for all that there are."""
         for key, value in self:
-            unknown = next((name for name in value if name not in names), None) if isinstance(value, ByExpert) else None
+            unknown = next((name for name in value if name not in names), None) if isinstance(value, PerExpert) else None
             if unknown is not None:
                 raise InputError(f"{self.name}: {key!r} names {unknown!r}, which is not an expert: {suggest(unknown, names)}")
-            if isinstance(value, InOrder) and len(value) != len(names):
+            if isinstance(value, Ordered) and len(value) != len(names):
                 raise InputError(f"{self.name}: {key!r} has {len(value)} values for {len(names)} experts")
         self.for_experts(names)
 
@@ -197,7 +197,7 @@ def _add_scaled(base_N: np.ndarray, scale: np.float32, out_N: np.ndarray) -> Non
 
 
 def cancel(weights: Sequence[float]) -> bool:
-    """Return whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalised."""
+    """Return whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalized."""
     weights_K = np.array(weights, np.float32).astype(np.float64)
     return bool(abs(weights_K.sum()) <= _ROUNDING * np.abs(weights_K).sum())
 

@@ -146,7 +146,7 @@ class Karcher(_Spherical):
     """theta = origin + sum_k w_k |v_k| * m, m = argmin over |m| = 1 of sum_k w_k angle(m, v_k)^2, v_k = theta_k - origin.
 
     The Karcher mean of the directions (Karcher 1977; for merging arXiv 2603.04972 and mergekit), found by gradient steps
-    m <- exp_m(sum_k w_k log_m(v_k / |v_k|)) from the normalised mean on, at most `max_iter` and until one is shorter than `tol`.
+    m <- exp_m(sum_k w_k log_m(v_k / |v_k|)) from the normalized mean on, at most `max_iter` and until one is shorter than `tol`.
     mergekit has no weights, works on the weights of models alone, and also leaves out vectors shorter than `tol`, not only
     zero ones.
 

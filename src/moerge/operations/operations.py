@@ -14,7 +14,7 @@ from moerge.operations.fitter import Fitter
 from moerge.tensors.random import stream_key
 from moerge.tensors.source import Source
 from moerge.tensors.spec import TensorSpec
-from moerge.tensors.views.rows import ExactRows
+from moerge.tensors.views.rows import OverwriteRows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Merge:
     weights: tuple[float, ...]
     base: Source | None = None
     extras: tuple[Source | None, ...] = ()
-    exact: ExactRows | None = None
+    exact: OverwriteRows | None = None
 
     @property
     def values(self) -> tuple[Source, ...]:

@@ -32,7 +32,7 @@ from moerge.planning.plan import Plan
 from moerge.tensors.dtypes import DType
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import Sized, Tensor
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 
 _WHOLE = 3
 """Tensors in memory of methods that need them whole: readers go from one to the next, a few at a time."""
@@ -187,7 +187,7 @@ class _Merging:
         statistic = self._statistic(output)
         with self._merging:
             if output.name not in self._whole:
-                with one_thread_each():
+                with single_threaded_blas():
                     merge_regions(self._executor, MemoryBudget(largest([output])), output, statistic)
                 self._whole[output.name] = self._arrays.pop(output)
                 if len(self._whole) > _WHOLE:

@@ -13,7 +13,7 @@ from moerge.operations.fitter import FitContext
 from moerge.projectors.fit import PENALTY, Pairs, ProjectorFit, named
 from moerge.projectors.least_squares import NormalEquations
 from moerge.projectors.token_weights import TokenWeights
-from moerge.projectors.units import Units, token_units
+from moerge.projectors.units import Units, token_detectors
 from moerge.tensors.dtypes import DType
 from moerge.tensors.tables import Table
 from moerge.tensors.tensor import Tensor
@@ -24,8 +24,8 @@ class ProjectorInFit(ProjectorFit):
     """Proj-in: ridge regression of E_i - E P on [E, 1, gelu(up(E))], each token counting as `TokenWeights` says.
 
     E [V, M] is the shared embedding, E_i [V, D] the expert's, and P keeps the first D of M coordinates. Each unit of the MLP's
-    first layer stands for one of the N tokens that count most (see `token_units`): so these come out nearly exact, and the linear
-    part serves all others.
+    first layer stands for one of the N tokens that count most (see `token_detectors`): so these come out nearly exact,
+    and the linear part serves all others.
     """
 
     kind: ClassVar[str] = "projector_in"
@@ -57,7 +57,7 @@ class ProjectorInFit(ProjectorFit):
 
     def _units(self, shared: Table, weights_V: np.ndarray, mean_M: np.ndarray, name: str, dtype: DType) -> Units:
         chosen_K = np.argsort(-weights_V, kind="stable")[: self.units]
-        units = token_units(shared.take(chosen_K), mean_M, self.units, self.seed, f"{name}.up")
+        units = token_detectors(shared.take(chosen_K), mean_M, self.units, self.seed, f"{name}.up")
         return Units(rounded(units.up_NM, dtype), rounded(units.bias_N, dtype))
 
     def _solution(self, context: FitContext, pairs: Pairs, weights_V: np.ndarray, units: Units) -> np.ndarray:

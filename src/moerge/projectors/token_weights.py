@@ -9,7 +9,7 @@ import numpy as np
 
 from moerge.errors import InputError
 from moerge.runtime.extras import require_models_extra
-from moerge.runtime.tokens import known_tokens, load_tokenizer
+from moerge.runtime.tokens import encode_checked, load_tokenizer
 from moerge.texts import TextRequest, Texts, read_texts
 
 if TYPE_CHECKING:
@@ -76,5 +76,5 @@ def _count(context: FitContext, tokens: int) -> dict[str, np.ndarray]:
     counts = {name: np.zeros(tokens) for name in documents}
     for name, texts in documents.items():
         for text in texts:
-            counts[name] += np.bincount(known_tokens(tokenizer, text, LONGEST, tokens, name), minlength=tokens)
+            counts[name] += np.bincount(encode_checked(tokenizer, text, LONGEST, tokens, name), minlength=tokens)
     return counts

@@ -31,7 +31,7 @@ class Units:
         return value_RN
 
 
-def token_units(tokens_KM: np.ndarray, mean_M: np.ndarray, units: int, seed: int, name: str) -> Units:
+def token_detectors(tokens_KM: np.ndarray, mean_M: np.ndarray, units: int, seed: int, name: str) -> Units:
     """A unit for each of K token embeddings: up = 2 h a / |a|^2, a being the embedding less the mean, and a bias.
 
     So h goes into the gelu at the token itself, -h at the mean, and in between according to how far another embedding lies in the

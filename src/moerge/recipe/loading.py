@@ -233,7 +233,7 @@ def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> No
     members_base = recipe.includes_base and not method.uses_task_vectors
     weights = [expert.weight for expert in recipe.experts.values()] + [1.0] * members_base
     if method.divides_by_weights and cancel(weights):
-        raise document.error(("experts",), ": the weights sum to zero, so they cannot be normalised")
+        raise document.error(("experts",), ": the weights sum to zero, so they cannot be normalized")
 
 
 def _check_moe(recipe: Recipe, document: Document) -> None:

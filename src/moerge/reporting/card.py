@@ -17,7 +17,7 @@ from moerge.checkpoint.manifest import read_manifest, sealed
 from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
-from moerge.files import read_file, whole_file
+from moerge.files import atomic_path, read_file
 from moerge.reporting.data import Checkpoint, Collected, Difference, Evaluation, Route, Score
 from moerge.tensors.digest import file_digest
 
@@ -51,7 +51,7 @@ class Update:
         """Replace the card, and its digest in the manifest. Raises InputError where they cannot be written."""
         try:
             for name, content in ((CARD, self.card), (MANIFEST, self.manifest)):
-                with whole_file(self.folder / name) as beside:
+                with atomic_path(self.folder / name) as beside:
                     beside.write_bytes(content)
         except OSError as error:
             raise InputError(f"cannot write the model card in {self.folder}: {error.strerror or error}") from None

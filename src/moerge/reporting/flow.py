@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.files import whole_file
+from moerge.files import atomic_path
 from moerge.formatting import Displayed
 from moerge.reporting.card import Update, updates
 from moerge.reporting.collect import collect
@@ -52,7 +52,7 @@ class Report(Displayed):
         try:
             if path.exists() and _MARK not in path.read_bytes()[:5000]:
                 raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
-            with whole_file(path) as beside:
+            with atomic_path(path) as beside:
                 beside.write_bytes(page)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from None

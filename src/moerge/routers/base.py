@@ -38,7 +38,7 @@ class Router(BaseModel):
 class RandomRouter(Router):
     """Uniform with mean 0 and standard deviation `std`, by default that of a fresh linear layer: 1 / sqrt(3 * hidden).
 
-    The paper's starting point before fine-tuning and its baseline without. Inputs are normalised, so logits then have a
+    The paper's starting point before fine-tuning and its baseline without. Inputs are normalized, so logits then have a
     standard deviation near 0.58 whatever the width, and the experts' outputs are mixed almost evenly.
     """
 

@@ -13,10 +13,10 @@ from pydantic import Field
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import FittedRouter
-from moerge.routers.moments import Moments, load_moments, read_facts, save_moments
+from moerge.routers.moments import GramStatistics, load_moments, read_facts, save_moments
 from moerge.runtime.extras import require_models_extra
-from moerge.runtime.forced_routing import RunningMoE
-from moerge.runtime.replicas import Crew
+from moerge.runtime.forced_routing import ForcedRoutingModel
+from moerge.runtime.replicas import ModelReplicas
 from moerge.texts import TextRequest, Texts, read_texts
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class RunningRouter(FittedRouter):
         """The whole merged model, a float64 matrix [hidden, hidden] twice for each layer, and the texts that run."""
         return size.nbytes * (2 if self.dtype == "float32" else 1) + 2 * size.layers * size.hidden**2 * 8
 
-    def running(self, context: FitContext) -> RunningMoE:
+    def running(self, context: FitContext) -> ForcedRoutingModel:
         """The merged model in memory."""
         experts, layers = len(context.experts), len(context.outputs)
-        return RunningMoE(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
+        return ForcedRoutingModel(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
 
-    def crew(self, context: FitContext) -> Crew:
+    def crew(self, context: FitContext) -> ModelReplicas:
         """Return the bytes for as many texts at once as there are threads."""
-        return Crew(self.running(context), context.threads)
+        return ModelReplicas(self.running(context), context.threads)
 
 
 class CalibratedRouter(RunningRouter):
@@ -107,7 +107,7 @@ class CalibratedRouter(RunningRouter):
 
 
 class MomentRouter(CalibratedRouter):
-    """A calibrated router that needs no more of each text than its `Moments`, which add up.
+    """A calibrated router that needs no more of each text than its `GramStatistics`, which add up.
 
     `statistics` names a folder (relative to the recipe) where they are kept, a file for each expert. An expert whose file is
     there needs no calibration text any more: so experts can be added, which need text of their own only, or removed. Text that
@@ -139,7 +139,7 @@ class MomentRouter(CalibratedRouter):
     def _model_digest(self, context: FitContext, index: int) -> str:
         return context.model_digest(self.path_of(index))
 
-    def moments(self, context: FitContext) -> list[Moments]:
+    def moments(self, context: FitContext) -> list[GramStatistics]:
         """The statistics of every expert, from its file or from its text."""
         shape = len(context.outputs), context.outputs[0].shape[1]
         folder = None if self.statistics is None else context.relative_to / self.statistics
@@ -166,13 +166,13 @@ class MomentRouter(CalibratedRouter):
 
 
 def collect(
-    crew: Crew,
+    crew: ModelReplicas,
     documents: Sequence[str],
     tokens: int,
     path: int | None,
     facts: dict[str, Any] | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> Moments:
+) -> GramStatistics:
     """The sums over all router inputs while `documents` run on `path`."""
     totals = Accumulator(crew)
     ids = [crew.model.encode(document, tokens) for document in documents]
@@ -185,7 +185,7 @@ def collect(
 class Accumulator:
     """Adds up router inputs text after text: products in float32 a text at a time, totals in float64."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: ModelReplicas) -> None:
         self.tokens = 0
         self._crew = crew
         self._layers: list[_Layer] = []
@@ -210,12 +210,12 @@ class Accumulator:
         """The sum of x^T y over targets y, in float64; of x where there are none."""
         return np.stack([layer.product_HC.cpu().numpy() for layer in self._layers])
 
-    def moments(self, facts: dict[str, Any]) -> Moments:
+    def moments(self, facts: dict[str, Any]) -> GramStatistics:
         """Return the moments of everything added so far."""
         if self.tokens == 0:
             raise InputError("calibration: no text has a token: name files with some text")
         sum_LH = self.product_LHC[..., 0].astype(np.float32)
-        return Moments(self.tokens, sum_LH, self.moment_LHH.astype(np.float32), facts)
+        return GramStatistics(self.tokens, sum_LH, self.moment_LHH.astype(np.float32), facts)
 
 
 class _Layer:
@@ -242,6 +242,6 @@ def _same(saved: Path, facts: dict[str, Any]) -> bool:
     return all(known.get(key) == value for key, value in facts.items())
 
 
-def gates_of(context: FitContext, make: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+def gates_by_name(context: FitContext, make: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
     """The gate that `make(layer)` returns, for every layer, by name."""
     return {gate.name: make(layer) for layer, gate in enumerate(context.outputs)}

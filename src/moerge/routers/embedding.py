@@ -10,7 +10,7 @@ from moerge.checkpoint.reader import open_folder
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
 from moerge.routers.base import FittedRouter, Temperature
-from moerge.routers.calibrated import gates_of
+from moerge.routers.calibrated import gates_by_name
 from moerge.routers.prompts import Prompts, prompt_texts
 from moerge.routers.regression import logit_scale
 from moerge.runtime.extras import require_models_extra
@@ -53,7 +53,7 @@ class EmbeddingRouter(FittedRouter):
             context.advance(len(context.texts[name].documents))
         rows_EH = np.stack(rows)
         gate_EH = logit_scale(rows_EH, "columns", self.temperature)
-        return gates_of(context, lambda layer: gate_EH)
+        return gates_by_name(context, lambda layer: gate_EH)
 
     def _embedding(self, context: FitContext) -> Tensor:
         assert context.family is not None

@@ -11,7 +11,7 @@ import numpy as np
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
 from moerge.routers.base import Temperature
-from moerge.routers.calibrated import MomentRouter, gates_of
+from moerge.routers.calibrated import MomentRouter, gates_by_name
 from moerge.routers.prompts import Prompts, direction, prompt_texts
 from moerge.routers.regression import logit_scale
 from moerge.texts import TextRequest, Texts
@@ -19,7 +19,7 @@ from moerge.texts import TextRequest, Texts
 if TYPE_CHECKING:
     import torch
 
-    from moerge.runtime.forced_routing import RunningMoE
+    from moerge.runtime.forced_routing import ForcedRoutingModel
 
 
 class HiddenRouter(MomentRouter):
@@ -58,7 +58,7 @@ class HiddenRouter(MomentRouter):
             experts = len(means_ELH)
             others_ELH = (means_ELH.sum(axis=0) - means_ELH) / max(1, experts - 1)
             means_ELH = means_ELH - others_ELH
-        return gates_of(context, lambda layer: logit_scale(means_ELH[:, layer], "columns", self.temperature))
+        return gates_by_name(context, lambda layer: logit_scale(means_ELH[:, layer], "columns", self.temperature))
 
     def _prompt_means(self, context: FitContext, prompts: Mapping[str, Prompts]) -> np.ndarray:
         rows = []
@@ -79,5 +79,5 @@ class HiddenRouter(MomentRouter):
         return np.stack([state_H.cpu().double().numpy() for state_H in states])
 
 
-def _router_inputs(model: RunningMoE, ids_1T: torch.Tensor, path: int | None) -> list[torch.Tensor]:
+def _router_inputs(model: ForcedRoutingModel, ids_1T: torch.Tensor, path: int | None) -> list[torch.Tensor]:
     return model.router_inputs(ids_1T, path)

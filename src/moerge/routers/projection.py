@@ -13,7 +13,7 @@ from pydantic import Field
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import Temperature
-from moerge.routers.calibrated import RunningRouter, gates_of
+from moerge.routers.calibrated import RunningRouter, gates_by_name
 from moerge.routers.regression import logit_scale
 from moerge.tensors.linalg import leading_svd
 
@@ -36,7 +36,7 @@ class ProjectionRouter(RunningRouter):
 
     - `sign: skew` (default) runs the merged model over random tokens. Few inputs go far along an expert's direction, and those
       that do are like its own text: the sign is that of the third moment of v x.
-    - `sign: mean` runs nothing: the sign is that of v m, m being the mean of the base's normalised embeddings times the norm
+    - `sign: mean` runs nothing: the sign is that of v m, m being the mean of the base's normalized embeddings times the norm
       before this FFN, if there is one. It ignores all that lies before the layer, and hardly beats a coin.
 
     Rows get unit norm; logits are divided by `temperature`. The base's task vector is zero and so is its row. It is what can be
@@ -84,7 +84,7 @@ class ProjectionRouter(RunningRouter):
             rows = [(scaled_HK * signs(layer, scaled_HK)).sum(axis=1) for scaled_HK in scaled_LEHK[layer]]
             return logit_scale(np.stack(rows), "columns", self.temperature)
 
-        return gates_of(context, gate)
+        return gates_by_name(context, gate)
 
     def _directions(self, context: FitContext, layer: int, expert: str) -> np.ndarray:
         """sigma_k v_k as columns; zero where nothing was trained."""

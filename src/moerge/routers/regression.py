@@ -24,7 +24,7 @@ def ridge(moment_HH: np.ndarray, targets_HE: np.ndarray, penalty: float) -> np.n
 
 
 def logit_scale(weights_EH: np.ndarray, normalize: Normalize, temperature: float) -> np.ndarray:
-    """A float32 gate whose logits are W x, normalised, over `temperature`. What is zero stays zero."""
+    """A float32 gate whose logits are W x, normalized, over `temperature`. What is zero stays zero."""
     if normalize == "joint":
         weights_EH = weights_EH - weights_EH.mean(axis=0)
     norms_E1 = np.linalg.norm(weights_EH, axis=1, keepdims=True)
@@ -39,7 +39,7 @@ class RegressionRouter(CalibratedRouter):
     """W = (A + lambda I)^-1 b, with A the sum of x^T x over router inputs x and b that of x^T y over targets y, layer by layer.
 
     lambda is `penalty` times the mean of A's diagonal. `balance` gives every expert's text the same weight, however long it is;
-    false counts tokens. W's columns are normalised as `normalize` says and logits divided by `temperature`.
+    false counts tokens. W's columns are normalized as `normalize` says and logits divided by `temperature`.
     """
 
     penalty: Positive = 0.01

@@ -22,7 +22,7 @@ from moerge.routers.base import FittedRouter, Positive, Temperature
 from moerge.routers.calibrated import Count, expert_texts
 from moerge.routers.sequence import SequenceRouter
 from moerge.runtime.extras import require_models_extra
-from moerge.runtime.tokens import known_tokens, load_tokenizer
+from moerge.runtime.tokens import encode_checked, load_tokenizer
 from moerge.tensors.linalg import log_softmax
 from moerge.tensors.tables import Table
 from moerge.texts import TextRequest, Texts
@@ -99,7 +99,7 @@ class RidgeRouting(FittedRouter, SequenceRouter):
         experts, documents = [], []
         for index, expert in enumerate(context.experts):
             for number, text in enumerate(context.texts[expert].documents[: self.texts]):
-                ids = known_tokens(tokenizer, text, self.tokens, tables[0][0].rows, expert)
+                ids = encode_checked(tokenizer, text, self.tokens, tables[0][0].rows, expert)
                 cut = cut_windows(ids, length)
                 windows += cut
                 experts += [index] * len(cut)

@@ -23,7 +23,7 @@ Route = int | None
 """Which expert takes every token; None mixes all in equal parts."""
 
 
-class RunningMoE:
+class ForcedRoutingModel:
     """A token-routed MoE in memory, whose gates are overruled, so that it does not matter what they hold."""
 
     def __init__(
@@ -75,7 +75,7 @@ class RunningMoE:
         """Return whether the processor computes, and not a device beside it."""
         return bool(self._device.type == "cpu")
 
-    def twin(self) -> RunningMoE:
+    def replica(self) -> ForcedRoutingModel:
         """Return a model with the same weights in modules of its own, so that it can run beside this one in another thread."""
         shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
         return copy.deepcopy(self, {id(part): part for part in shared})

@@ -15,7 +15,7 @@ from moerge.errors import InputError
 from moerge.tensors.codec import decode
 from moerge.tensors.digest import TensorDigest, file_digest
 from moerge.tensors.tensor import Tensor
-from moerge.tuning.outlook import Outlook
+from moerge.tuning.outlook import TunePlan
 
 MOST_DOCUMENTS = 100_000
 """Documents of a source whose hashes are kept, 20 bytes each; of longer ones none are, since some would look like all."""
@@ -24,7 +24,7 @@ _WINDOW = 1 << 20
 
 
 def tuned_manifest(
-    folder: Path, facts: Mapping[str, Any], outlook: Outlook, before: Mapping[str, Any], source: Checkpoint
+    folder: Path, facts: Mapping[str, Any], outlook: TunePlan, before: Mapping[str, Any], source: Checkpoint
 ) -> dict[str, Any]:
     """Return the content of `moerge.json`. `folder` is complete but for it, `before` the manifest of the model that was tuned.
 
@@ -48,7 +48,7 @@ def tuned_manifest(
     }
 
 
-def _texts(outlook: Outlook, before: Mapping[str, Any]) -> dict[str, Any]:
+def _texts(outlook: TunePlan, before: Mapping[str, Any]) -> dict[str, Any]:
     """Return the texts that were trained on: now, and when the model was tuned before, of which a name that comes again gets
     a number.
     """
@@ -60,7 +60,7 @@ def _texts(outlook: Outlook, before: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _seen(outlook: Outlook, index: int) -> dict[str, Any]:
+def _seen(outlook: TunePlan, index: int) -> dict[str, Any]:
     tokens, source = outlook.tokens[index], outlook.settings.data[outlook.mixture.names[index]]
     hashes = [f"{value:016x}" for value in tokens.hashes_N.tolist()] if tokens.documents <= MOST_DOCUMENTS else None
     return {"location": source.path or source.hub, "digest": tokens.digest, "documents": hashes}

@@ -17,7 +17,14 @@ from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import expert_names
 from moerge.tuning.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
 from moerge.tuning.settings import PARTS, Request, Tuning
-from moerge.tuning.teachers import Lessons, check_teachers, check_vocabularies, lesson_bytes, plan_lessons, positions
+from moerge.tuning.teachers import (
+    TeacherTargets,
+    check_teachers,
+    check_vocabularies,
+    plan_targets,
+    positions,
+    target_bytes_needed,
+)
 from moerge.tuning.tokens import Tokens, documents_of, tokenise
 from moerge.tuning.work import Work
 
@@ -26,7 +33,7 @@ _STATE_BYTES = 12
 
 
 @dataclass(frozen=True)
-class Outlook:
+class TunePlan:
     """Everything that is known before a model runs.
 
     `trained_on` says how many documents of each held-out text are trained on, by source.
@@ -38,8 +45,8 @@ class Outlook:
     parameters: Mapping[str, int]
     trained: int
     heldout: Mapping[str, Tokens]
-    lessons: Lessons | None
-    lesson_bytes: int
+    lessons: TeacherTargets | None
+    target_bytes_needed: int
     processes: int
     schedule: Schedule
     targets: Targets | None
@@ -97,7 +104,7 @@ class Outlook:
                 name: {"tokens": t.sequences * t.length, "digest": t.digest, "trained_on": dict(self.trained_on[name])}
                 for name, t in self.heldout.items()
             },
-            "target_bytes": self.lesson_bytes,
+            "target_bytes": self.target_bytes_needed,
             "checkpoint_bytes": self.checkpoint_bytes,
             "disk_bytes": self.disk_bytes,
             "warnings": list(self.warnings),
@@ -121,7 +128,7 @@ class Outlook:
         return tuple(found)
 
 
-def make_outlook(
+def make_plan(
     request: Request,
     work: Work,
     models: Mapping[str, Checkpoint],
@@ -129,7 +136,7 @@ def make_outlook(
     model: Any,
     processes: int,
     note: Callable[[str], None],
-) -> Outlook:
+) -> TunePlan:
     """Tokenise what the run needs into the work folder, and check settings against the model, which needs no values.
 
     `models` are where `locate_models` found them. The model gets the adapters that the settings ask for.
@@ -145,14 +152,14 @@ def make_outlook(
     weights = {name: source.weight for name, source in settings.data.items()}
     mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
     tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
-    lessons = plan_lessons(request, work, mixture, tokens, layers) if settings.distils else None
+    lessons = plan_targets(request, work, mixture, tokens, layers) if settings.distils else None
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     targets = targets_of(request, model, parts, schedule) if settings.adapters else None
     if settings.adapters and targets:
         add_adapters(model, settings.adapters, targets, settings.seed)
         schedule = with_adapters(schedule, model)
     heldout = {name: _heldout(request, work.tokens / "heldout", name, tokenizer) for name in settings.heldout}
-    outlook = Outlook(
+    outlook = TunePlan(
         settings,
         mixture,
         tokens,
@@ -160,7 +167,7 @@ def make_outlook(
         schedule.trained({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}),
         heldout,
         lessons,
-        lesson_bytes(request, lessons, model.config) if lessons else 0,
+        target_bytes_needed(request, lessons, model.config) if lessons else 0,
         processes,
         schedule,
         targets,

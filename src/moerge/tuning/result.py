@@ -24,7 +24,7 @@ from moerge.quiet import without_progress_bars
 from moerge.tensors.digest import combined_digest, running_digest
 from moerge.tokenizer import companion_files
 from moerge.tokenizer.portable import portable_tokenizer
-from moerge.tuning.outlook import Outlook
+from moerge.tuning.outlook import TunePlan
 from moerge.tuning.settings import Tuning
 from moerge.tuning.work import FACTS, METRICS, Work
 
@@ -102,7 +102,7 @@ def write_adapter(adapted: Any, work: Work, base: str) -> None:
     adapted.save_pretrained(work.result, save_embedding_layers=False)  # none has an adapter
 
 
-def facts_of(outlook: Outlook, inputs: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(outlook: TunePlan, inputs: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of tune.json."""
     settings = outlook.settings
     packages = ("moerge", "torch", "transformers", "accelerate", "numpy", *(["peft"] if settings.adapters else []))

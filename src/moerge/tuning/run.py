@@ -23,7 +23,7 @@ from moerge.tuning.settings import Request, load_tuning
 from moerge.tuning.work import Work
 
 if TYPE_CHECKING:
-    from moerge.tuning.outlook import Outlook
+    from moerge.tuning.outlook import TunePlan
     from moerge.tuning.result import TuneResult
 
 _TRANSFORMERS = (5, 5)
@@ -46,10 +46,10 @@ def require_tune_extra() -> None:
         raise InputError(f"tuning needs transformers {wanted} or newer, and this is {transformers.__version__}: upgrade it")
 
 
-def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
+def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> TunePlan:
     """Plan a tuning: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
     require_tune_extra()
-    from moerge.tuning.outlook import make_outlook
+    from moerge.tuning.outlook import make_plan
 
     request = load_tuning(tuning, seed=seed)
     models = locate_models(request, weights=False)
@@ -57,7 +57,7 @@ def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> 
         work = Work(folder / "out")
         skeleton, tokenizer = skeleton_of(models[""].folder)
         processes = request.settings.processes or 1
-        return make_outlook(request, work, models, tokenizer, skeleton, processes, lambda text: None)
+        return make_plan(request, work, models, tokenizer, skeleton, processes, lambda text: None)
 
 
 def tune(
@@ -137,17 +137,17 @@ class _Job:
             if outlook.lessons:
                 self._teach(outlook, {name: m.folder for name, m in models.items() if name})
 
-    def _teach(self, outlook: Outlook, teachers: Mapping[str, Path]) -> None:
+    def _teach(self, outlook: TunePlan, teachers: Mapping[str, Path]) -> None:
         from moerge.tuning.teachers import check_space, run_teachers
 
         settings, lessons, (_, _, config) = self.request.settings, outlook.lessons, self.outlook
         assert lessons is not None
         amount = lessons.sequences * settings.length
-        size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
+        size = f"{outlook.target_bytes_needed / 1e6:,.3g} MB in {self.work.targets}"
         self.progress.info(f"the teachers' targets for {amount:,} tokens take {size}")
         if self.work.fresh:
             remedy = "lower losses.distillation.top, or write to another disk"
-            check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
+            check_space(outlook.target_bytes_needed, self.work.targets, "the teachers' targets", remedy)
         tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
         run_teachers(self.request, lessons, teachers, tokens, config, self.device, self._begin(amount))
 
@@ -165,13 +165,13 @@ class _Job:
         return locate_models(self.request)
 
     @cached_property
-    def outlook(self) -> tuple[Outlook, Any, Any]:
+    def outlook(self) -> tuple[TunePlan, Any, Any]:
         """The outlook, the tokenizer and the model's config; tokens that are there are not made again."""
-        from moerge.tuning.outlook import make_outlook
+        from moerge.tuning.outlook import make_plan
 
         skeleton, tokenizer = skeleton_of(self.models[""].folder)
         warn = self.progress.warning if rank() == 0 else lambda text: None
-        outlook = make_outlook(self.request, self.work, self.models, tokenizer, skeleton, self.processes, warn)
+        outlook = make_plan(self.request, self.work, self.models, tokenizer, skeleton, self.processes, warn)
         return outlook, tokenizer, skeleton.config
 
     def arguments(self) -> Any:

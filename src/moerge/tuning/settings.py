@@ -107,7 +107,7 @@ class Adapters(_Strict):
     save: Literal["merged", "adapter"] = "merged"
 
 
-class Opening(_Strict):
+class UnfreezeStep(_Strict):
     """From this step on (0 is the first) these parts are trained too."""
 
     step: Count
@@ -128,7 +128,7 @@ class Tuning(_Strict):
     model: Annotated[str, Field(min_length=1)]
     data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=LONGEST_LABEL)], Source], Field(min_length=1)]
     train: Train = ("all",)
-    opens: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
+    opens: Annotated[tuple[UnfreezeStep, ...], Field(strict=False)] = ()
     adapters: Adapters | None = None
     losses: Losses = Losses()
     learning_rate: Positive = 1e-5

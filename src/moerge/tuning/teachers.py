@@ -30,7 +30,7 @@ whose product with 0 is none."""
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TeacherTargets:
     """The targets of a run: which sequences of which source need some, and where they lie."""
 
     files: TargetFiles
@@ -49,14 +49,16 @@ class Lessons:
         return {"target_logits": found.logits, **ids, **hidden}
 
 
-def plan_lessons(request: Request, work: Work, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]) -> Lessons:
+def plan_targets(
+    request: Request, work: Work, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]
+) -> TeacherTargets:
     """Plan the sequences that need targets: those that are drawn, each once however often it is drawn."""
     files = TargetFiles(work.targets, layers, request.settings.losses.distillation.top)
     used = (mixture.used(source, found.sequences) for source, found in enumerate(tokens))
-    return Lessons(files, dict(zip(mixture.names, used, strict=True)))
+    return TeacherTargets(files, dict(zip(mixture.names, used, strict=True)))
 
 
-def lesson_bytes(request: Request, lessons: Lessons, config: Any) -> int:
+def target_bytes_needed(request: Request, lessons: TeacherTargets, config: Any) -> int:
     """Return the bytes of the targets on the disk."""
     settings, text = request.settings, config.get_text_config()
     itemsize = 4 if settings.dtype == "float32" else 2
@@ -75,7 +77,7 @@ def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
 @torch.no_grad()
 def run_teachers(
     request: Request,
-    lessons: Lessons,
+    lessons: TeacherTargets,
     teachers: Mapping[str, Path],
     tokens: Mapping[str, Tokens],
     student: Any,

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import InputError, MachineError
-from moerge.files import whole_file
+from moerge.files import atomic_path
 from moerge.tensors.digest import running_digest
 from moerge.texts.documents import read_documents
 from moerge.texts.overlap import document_hash
 from moerge.tuning.settings import Source
 
 _DOCUMENTS = 64
-"""Documents tokenised at a time."""
+"""Documents tokenized at a time."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,6 @@ def tokenise(
     if found < length:
         raise InputError(f"holds {found} tokens, less than one sequence of length {length}: add text or lower 'length'")
     tokens = Tokens(file, length, found, count, exhausted, digest.hexdigest())
-    with whole_file(facts) as beside:
+    with atomic_path(facts) as beside:
         beside.write_text(json.dumps({key: value for key, value in asdict(tokens).items() if key != "file"}), encoding="utf-8")
     return tokens

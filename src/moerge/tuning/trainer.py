@@ -25,7 +25,7 @@ from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import local, part_of
 from moerge.tuning.parts import Schedule, router_modules
 from moerge.tuning.settings import Tuning
-from moerge.tuning.teachers import Lessons
+from moerge.tuning.teachers import TeacherTargets
 from moerge.tuning.tokens import Tokens
 from moerge.tuning.work import mark_complete
 
@@ -36,7 +36,7 @@ _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 class Sequences(Dataset[dict[str, torch.Tensor]]):
     """The run's sequences in their order: ids [T], the source's number, and the teacher's targets."""
 
-    def __init__(self, mixture: Mixture, tokens: Sequence[Tokens], lessons: Lessons | None) -> None:
+    def __init__(self, mixture: Mixture, tokens: Sequence[Tokens], lessons: TeacherTargets | None) -> None:
         self._mixture, self._tokens, self._lessons = mixture, tokens, lessons
         self._available = [found.sequences for found in tokens]
 

@@ -12,7 +12,7 @@ from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.workspace import Workspace, machine_errors, make_all_durable
 from moerge.errors import InputError
-from moerge.files import check_target, write_whole
+from moerge.files import atomic_write, check_target
 from moerge.system import make_durable, umask
 
 FACTS = "tune.json"
@@ -52,7 +52,7 @@ class Work(Workspace):
                 self.fresh = True
             for folder in (self.tokens, self.targets, self.checkpoints):
                 folder.mkdir(exist_ok=True)
-            write_whole(self.root / _BEGUN, to_json(facts))
+            atomic_write(self.root / _BEGUN, to_json(facts))
             for folder in self.checkpoints.iterdir():
                 if not (folder / _COMPLETE).exists():
                     shutil.rmtree(folder)

@@ -9,13 +9,13 @@ from moerge.cli.views.learning import note
 from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
-    from moerge.tuning.outlook import Outlook
+    from moerge.tuning.outlook import TunePlan
     from moerge.tuning.result import TuneResult
 
 __all__ = ["note", "outlook", "tuned"]
 
 
-def outlook(found: Outlook, *, as_json: bool) -> None:
+def outlook(found: TunePlan, *, as_json: bool) -> None:
     """Print the sources with their shares of tokens, what is trained, and sizes."""
     figures = found.to_json()
     if as_json:

@@ -128,7 +128,7 @@ class Assembly:
         method = method.for_experts(members)
         weights = tuple(choice.weights.get(name, 1.0) for name in members)
         if method.divides_by_weights and cancel(weights):
-            raise InputError(f"{self.recipe.source}: tensor {tensor.name!r}: the weights sum to zero: they cannot be normalised")
+            raise InputError(f"{self.recipe.source}: tensor {tensor.name!r}: the weights sum to zero: they cannot be normalized")
         merge = Merge(method, tuple(self._own(name, names[name]) for name in members), weights, base_source)
         merge = self.binder.bind(merge) if self.binder and isinstance(method, StatisticsMethod) else merge
         has_tokens = self.alignment is not None and tensor.name in self.alignment.names

@@ -24,7 +24,7 @@ from moerge.tensors.tensor import Tensor
 from moerge.tensors.views.rounded import Rounded
 from moerge.tokenizer import companion_files, has_tokenizer
 from moerge.tokenizer.composed import ComposedRows
-from moerge.tokenizer.pieces import EXACT, Pieces, map_vocabulary
+from moerge.tokenizer.pieces import EXACT, TokenAlignment, align_vocabulary
 
 _SHOWN = 3
 
@@ -38,7 +38,7 @@ class HeterogeneousExpert:
 
     model: Checkpoint
     decoder: DecoderInterface
-    pieces: Pieces
+    pieces: TokenAlignment
     rows: int
     unused: tuple[str, ...] = ()
 
@@ -78,13 +78,13 @@ class HeterogeneousExpert:
         return ExpertTables(self.name, embedding, head, None if bias is None else Rounded(bias, dtype))
 
     @cached_property
-    def _head_pieces(self) -> Pieces:
+    def _head_pieces(self) -> TokenAlignment:
         """Return the pieces of the head: of two tokens of the result that are one of the expert's, only one can have its
         probability.
         """
         return self.pieces.for_head()
 
-    def _rows(self, name: str, width: tuple[int, ...], pieces: Pieces, scale: float = 1.0) -> Tensor:
+    def _rows(self, name: str, width: tuple[int, ...], pieces: TokenAlignment, scale: float = 1.0) -> Tensor:
         tensor = self.model.tensors[name]
         if self.is_own and tensor.shape == (self.rows, *width) and scale == 1:
             return tensor
@@ -133,7 +133,7 @@ def _expert(model: Checkpoint, decoder: DecoderInterface, chosen: Checkpoint, ro
     unused = tuple(name for name in model.tensors if name not in known and not _is_expected_leftover(model, decoder, name))
     kept = replace(model, tensors={name: tensor for name, tensor in model.tensors.items() if name in known})
     check_shapes([kept], {model.name: kept.tensors}, decoder.tensors)
-    pieces = map_vocabulary(chosen, model, rows, decoder.rows)
+    pieces = align_vocabulary(chosen, model, rows, decoder.rows)
     return HeterogeneousExpert(kept, decoder, pieces, rows, unused)
 
 
@@ -193,7 +193,7 @@ def resolve_tokenizer(
     return alike.with_chat(settle_chat(recipe, [chosen], chosen.name, alike.files, None, None), None)
 
 
-def _bytes(pieces: Pieces) -> bytes:
+def _bytes(pieces: TokenAlignment) -> bytes:
     return b"".join(part.tobytes() for part in (pieces.starts_V1, pieces.rows_P, pieces.doubled_V))
 
 

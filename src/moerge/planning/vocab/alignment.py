@@ -16,7 +16,7 @@ from moerge.checkpoint.reader import Checkpoint
 from moerge.operations.operations import Merge
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import Tensor
-from moerge.tensors.views.rows import ZERO, ExactRows, Holder, RowsTensor, count_holders, pick_rows
+from moerge.tensors.views.rows import ZERO, OverwriteRows, RowSource, RowsTensor, count_holders, pick_rows
 
 _LARGEST_MULTIPLE = 128
 
@@ -74,7 +74,7 @@ class Alignment:
             extras=tuple(
                 self._extra(source, extra) for source, extra in zip(merge.experts, merge.extras, strict=bool(merge.extras))
             ),
-            exact=ExactRows(owners, exact_V) if exact_V.any() else None,
+            exact=OverwriteRows(owners, exact_V) if exact_V.any() else None,
         )
 
     def _extra(self, source: Source, extra: Source | None) -> Source | None:
@@ -95,8 +95,8 @@ class Alignment:
     def _fallbacks(self) -> Sequence[str]:
         return (self.source, *(model for model in self.models if model != self.source))
 
-    def _holders(self, name: str, models: Iterable[str]) -> list[Holder]:
-        return [Holder(model, self.models[model].tensors[name], self.rows[model]) for model in models]
+    def _holders(self, name: str, models: Iterable[str]) -> list[RowSource]:
+        return [RowSource(model, self.models[model].tensors[name], self.rows[model]) for model in models]
 
 
 def with_rows(model: Checkpoint, alignment: Alignment, experts: Sequence[str]) -> Checkpoint:
