@@ -12,7 +12,7 @@ OWN = dict(zip(DOMAINS, ("base", *EXPERTS), strict=True))
 
 
 @dataclass(frozen=True)
-class MemoryBudget:
+class Budget:
     """How much of everything. `cpu` is for two cores that are not idle, `gpu` for three minutes an expert of an H200."""
 
     seeds: tuple[int, ...]
@@ -51,7 +51,7 @@ class MemoryBudget:
 
 
 BUDGETS = {
-    "cpu": MemoryBudget(
+    "cpu": Budget(
         seeds=(0, 1),
         length=256,
         batch=3,
@@ -71,7 +71,7 @@ BUDGETS = {
         odd_layers=4,
         odd_tokens=262_144,
     ),
-    "gpu": MemoryBudget(
+    "gpu": Budget(
         seeds=(0, 1, 2),
         length=1_024,
         batch=32,

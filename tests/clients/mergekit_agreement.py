@@ -264,6 +264,7 @@ CASES = [
     case("other vocabularies, union", VOCABULARIES % "union"),
     case("other vocabularies, linear", VOCABULARIES_LINEAR, "a model without a token does not take part in its row"),
     case("mergekit-moe", MOE, dtype=""),
+    case("mergekit-moe, residual_scale", MOE.replace("w8 w9], ", "w8 w9], residual_scale: 0.3, "), dtype=""),
     case("mergekit-moe, hidden", MOE.replace("cheap_embed", "hidden"), "gates: see docs/mergekit.md", dtype=""),
     case("mergekit-moe, uniform_random", MOE.replace("cheap_embed", "uniform_random"), "gates: another random draw", dtype=""),
     case("dare_linear, density 1", generalized("dare_linear", models=dense(MODELS))),

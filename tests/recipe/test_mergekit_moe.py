@@ -108,6 +108,16 @@ def test_hidden_gates_are_router_inputs_of_the_prompts(mode: str, here: Path) ->
         np.testing.assert_allclose(found[layer], unit(np.stack(rows)), atol=1e-5)
 
 
+def test_residual_scale_multiplies_what_an_expert_adds(here: Path) -> None:
+    plain = yaml.safe_load(MOE.replace("{mode}", "uniform_random"))
+    scaled = yaml.safe_load(MOE.replace("{mode}", "uniform_random"))
+    scaled["experts"][1]["residual_scale"] = 0.3
+    one, other = (tiny.read_values(moerge.merge(file, out).folder) for file, out in ((plain, "plain"), (scaled, "scaled")))
+    for name, values in one.items():
+        factor = np.float32(0.3) if ".experts.1.w2." in name else np.float32(1)
+        np.testing.assert_array_equal(other[name], values * factor, err_msg=name)
+
+
 def test_threads_do_not_matter(here: Path) -> None:
     made = [moerge.merge(write("hidden"), f"out-{threads}", threads=threads).folder for threads in (1, 3)]
     first, second = (tiny.read_tensors(folder) for folder in made)

@@ -144,8 +144,11 @@ def _default(
 
 
 def _from_file(recipe: Recipe, settings: Mapping[str, _Settings], source: str, files: Mapping[str, bytes]) -> Chat:
-    """A template from a file of the user's; all else is that of the tokenizer's model."""
+    """A template of the user's, from a file or in the recipe; all else is that of the tokenizer's model."""
     assert recipe.chat_template is not None
+    if "{" in recipe.chat_template:
+        changed = {**_without_template(files), _FILE: recipe.chat_template.encode()}
+        return Chat(changed, source, recipe.source, {}, ("the chat template is the recipe's own",))
     path = recipe.folder / Path(recipe.chat_template).expanduser()
     try:
         text = read_file(path).decode("utf-8")
