@@ -19,6 +19,7 @@ from command import Result, moerge, refuses
 from moerge.checkpoint.staging import JOURNAL, staging_folder
 from moerge.errors import InputError
 from moerge.merging.card import code
+from moerge.progress import Progress
 from moerge.tuning.settings import load_tuning
 from tiny import EXPERTS, edit_config, llama_config, llama_shapes, make_models, read_tensors, write_recipe
 
@@ -156,9 +157,9 @@ def test_journals(tmp_path: Path, lines: list[Any], first: bool) -> None:
     make_models(tmp_path)
     recipe = write_recipe(tmp_path, merge={"method": "ties"})
 
-    def stop(plan: Any) -> Any:
-        return lambda nbytes: (_ for _ in ()).throw(KeyboardInterrupt)
-
+    stop = mock.Mock(spec=Progress, **{"phase.return_value": mock.Mock(side_effect=KeyboardInterrupt)})
+    stop.__enter__ = lambda self: self
+    stop.__exit__ = lambda self, *_: None
     with pytest.raises(KeyboardInterrupt):
         package.merge(recipe, tmp_path / "out", threads=1, progress=stop)
     journal = staging_folder(tmp_path / "out") / JOURNAL

@@ -151,7 +151,7 @@ def verifying(*names: str) -> Run:
 
 
 def comparing(folder: Path, rng: Random) -> None:
-    from moerge.comparison.compare import compare
+    from moerge.comparison.flow import compare
 
     compare(folder / "recipe.yaml", threads=1).to_json()
 
