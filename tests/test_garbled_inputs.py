@@ -174,7 +174,9 @@ def deep(levels: int) -> dict[str, Any]:
     return {"a": deep(levels - 1)} if levels else {}
 
 
-@pytest.mark.parametrize("wrong", [5, None, ["a.yaml"], b"a.yaml", "\0", object()], ids=["number", "none", "list", "bytes", "null", "object"])
+@pytest.mark.parametrize(
+    "wrong", [5, None, ["a.yaml"], b"a.yaml", "\0", object()], ids=["number", "none", "list", "bytes", "null", "object"]
+)
 def test_what_is_no_recipe(wrong: Any, tmp_path: Path) -> None:
     for call in (package.plan, load_tuning, lambda value: package.merge(value, tmp_path / "out")):
         with pytest.raises(InputError):

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from moerge.architecture import Expected, Family, family_of
-from moerge.architecture.config import canonical
+from moerge.architecture import ExpectedTensor, Family, family_of
+from moerge.architecture.config import normalized_config
 from moerge.architecture.heterogeneous import expected_heterogeneous, expert_prefix
 from moerge.architecture.needed import Compared, compare_with_transformers
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
@@ -26,7 +26,7 @@ from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
 from moerge.formatting import Displayed
-from moerge.planning.checks import expected_of, respelled
+from moerge.planning.checks import expected_of, with_canonical_names
 from moerge.planning.heads import settle_head
 from moerge.progress import Advance, Progress, reporter
 from moerge.runtime.loading import check_runnable
@@ -70,7 +70,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     Which tensors have to be there the family's table says and, where it is installed, transformers for the config's class.
     Raises InputError where not even the headers make sense.
     """
-    checkpoint = respelled(locate(str(location)))
+    checkpoint = with_canonical_names(locate(str(location)))
     manifest = read_manifest(checkpoint.folder)
     family = stored_family(checkpoint.config, checkpoint.tensors)
     problems = _structure(checkpoint, family, manifest)
@@ -105,7 +105,7 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
             problems.append(f"tensor {tensor.name!r} is missing")
         elif found.shape != tensor.shape:
             problems.append(f"tensor {tensor.name!r} has shape {list(found.shape)}, expected {list(tensor.shape)}")
-    if family and family.untabled and family.nested and not any(map(family.is_untabled, stored)):
+    if family and family.unmodeled and family.nested and not any(map(family.is_unmodeled, stored)):
         problems.append(f"no tensor of what a {family.model_type} has beside its language model is there")
     if manifest:
         problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
@@ -115,7 +115,7 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
     return list(dict.fromkeys(problems))
 
 
-def _expected(checkpoint: Checkpoint, family: Family | None) -> list[Expected]:
+def _expected(checkpoint: Checkpoint, family: Family | None) -> list[ExpectedTensor]:
     """The tensors that the config calls for; none where moerge does not know the family."""
     where = str(checkpoint.folder)
     if checkpoint.model_type not in BY_SEQUENCE:
@@ -155,7 +155,7 @@ def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: A
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Displayed):
-    """The facts of a checkpoint, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
+    """The facts of a checkpoint, from its config and headers. `expert_models` are those of experts that are whole models."""
 
     checkpoint: Checkpoint
     family: str | None
@@ -166,12 +166,12 @@ class Inspection(Displayed):
     files: tuple[str, ...]
     manifest: Mapping[str, Any] | None
     adapter: Mapping[str, Any] | None = None
-    wholes: tuple[Mapping[str, Any], ...] = ()
+    expert_models: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
         dense = expert_config(self.checkpoint.config)
-        config = canonical(dense, family_of(dense))
+        config = normalized_config(dense, family_of(dense))
         return {
             "checkpoint": str(self.checkpoint.folder),
             "model_type": self.checkpoint.model_type,
@@ -179,7 +179,7 @@ class Inspection(Displayed):
             "parameters": self.parameters,
             "bytes": self.checkpoint.nbytes,
             "dtypes": dict(self.dtypes),
-            "expert_models": [dict(whole) for whole in self.wholes],
+            "expert_models": [dict(model) for model in self.expert_models],
             "layers": config.get("num_hidden_layers"),
             "hidden_size": config.get("hidden_size"),
             "tied_embeddings": bool(config.get("tie_word_embeddings")),
@@ -204,7 +204,7 @@ class Role:
 
 def inspect(location: str | Path) -> Inspection:
     """Family, sizes, roles, tokenizer and origin of a checkpoint folder or Hub id, without reading a tensor."""
-    checkpoint = respelled(locate(str(location), weights=False))
+    checkpoint = with_canonical_names(locate(str(location), weights=False))
     family = stored_family(checkpoint.config, checkpoint.tensors)
     tensors = checkpoint.tensors.values()
     dtypes: Counter[str] = Counter()
@@ -221,16 +221,16 @@ def inspect(location: str | Path) -> Inspection:
         files=tuple(companion_files(checkpoint.folder)),
         manifest=read_manifest(checkpoint.folder),
         adapter=describe_adapter(checkpoint) if is_adapter(checkpoint) else None,
-        wholes=_wholes(checkpoint) if checkpoint.model_type == HETEROGENEOUS else (),
+        expert_models=_expert_models(checkpoint) if checkpoint.model_type == HETEROGENEOUS else (),
     )
 
 
-def _wholes(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
+def _expert_models(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
     found = []
     for number, (name, config) in enumerate(
         zip(checkpoint.config.get("expert_names") or (), checkpoint.config.get("expert_configs") or (), strict=False)
     ):
-        known, begin = canonical(config, family_of(config)), expert_prefix(number)
+        known, begin = normalized_config(config, family_of(config)), expert_prefix(number)
         own = [tensor.size for tensor in checkpoint.tensors.values() if tensor.name.startswith(begin)]
         facts = {"name": name, "model_type": config.get("model_type"), "layers": known.get("num_hidden_layers")}
         facts |= {"hidden_size": known.get("hidden_size"), "vocab_size": known.get("vocab_size"), "parameters": sum(own)}

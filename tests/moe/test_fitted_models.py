@@ -81,7 +81,7 @@ def test_the_plan_lists_what_is_fitted(models: Path) -> None:
     assert "fit 4" in out and "projector_out, penalty 1e-06" in out and "projector_out.up, seed 0, uniform within" in out
     assert "the projectors are computed after merging with one expert after the other in memory" in out and "from 24 texts" in out
     planned = moerge.plan(recipe(models, "plan"))
-    assert [(type(each.fitter), each.fitter.expert) for each in planned.fittings] == [  # type: ignore[attr-defined]
+    assert [(type(each.fitter), each.fitter.expert) for each in planned.fit_jobs] == [  # type: ignore[attr-defined]
         (fitter, name) for name in WIDTHS for fitter in (ProjectorInFit, ProjectorOutFit)
     ]
     bare = " ".join(command("plan", recipe(models, "plan", text=False)).out.split())

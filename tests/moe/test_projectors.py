@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moerge.architecture.heterogeneous import FACTOR, expected_projectors, projector_config
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
-from moerge.operations.operations import Draw, Output, fittings
+from moerge.operations.operations import Draw, Output, fit_jobs
 from moerge.projectors.fit import PENALTY
 from moerge.projectors.least_squares import NormalEquations
 from moerge.projectors.outputs import ExpertTables, projector_outputs
@@ -57,7 +57,7 @@ def fitted(
     made = projector_outputs("fitted", [expert], embedding.shape[1], seed)
     outputs = [Output(tensor.name, tensor.role, dtype, tensor.shape, operation) for tensor, operation in made]
     found = {}
-    for fitting in fittings(outputs):
+    for fitting in fit_jobs(outputs):
         with single_threaded_blas():
             values = fitting.fitter.fit(FitContext(folder, fitting.outputs, (expert.name,), threads=threads))
         assert values.keys() == {output.name for output in fitting.outputs}

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import moerge
 import tiny
 from moerge import InputError
-from moerge.execution import regions as whole
-from moerge.execution.executor import Execution
+from moerge.execution import regions
+from moerge.execution.executor import Executor
 from moerge.execution.regions import MemoryBudget
 from moerge.methods import Block, MergeMethod, TaskVectorMethod, merge_method
 from moerge.methods.method import Unit
@@ -89,7 +89,7 @@ def run(*outputs: Output, threads: int = 1) -> tuple[Store, int]:
         with lock:
             advanced[0] += nbytes
 
-    Execution(store, advance=advance).run(outputs, threads)
+    Executor(store, advance=advance).run(outputs, threads)
     return store, advanced[0]
 
 
@@ -188,7 +188,7 @@ def test_whole_tensors_wait_for_memory_and_none_is_overtaken() -> None:
 
 def test_together_tensors_at_work_need_no_more_than_the_largest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     held, most, lock = [0], [0], threading.Lock()
-    original: Callable[..., None] = whole._Whole.run
+    original: Callable[..., None] = regions.RegionMerge.run
 
     def watched(self: Any) -> None:
         with lock:
@@ -199,7 +199,7 @@ def test_together_tensors_at_work_need_no_more_than_the_largest_alone(monkeypatc
         with lock:
             held[0] -= region_bytes(self.output)
 
-    monkeypatch.setattr(whole._Whole, "run", watched)
+    monkeypatch.setattr(regions.RegionMerge, "run", watched)
     outputs = [
         output(Logged(at_a_time="tensor"), numbers(2, rows, 8), name=f"t{rows}") for rows in (1, 2, 3, 4, 9, 4, 3, 10, 5)[:8]
     ]

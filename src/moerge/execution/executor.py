@@ -17,7 +17,7 @@ import numpy as np
 
 from moerge.errors import InputError
 from moerge.execution.measuring import OrderedSum, Piece, chunked, sampled
-from moerge.execution.regions import MemoryBudget, merge_whole
+from moerge.execution.regions import MemoryBudget, merge_regions
 from moerge.execution.schedule import Job, Task, run_jobs
 from moerge.execution.store import NullStore, Store
 from moerge.methods.method import Block, Measurement, MergeMethod
@@ -30,14 +30,14 @@ from moerge.tensors.random import stream_key, uniform
 from moerge.tensors.source import Source
 from moerge.tensors.streams import BLOCK, WINDOW, Reader
 from moerge.tensors.threads import single_threaded_blas
-from moerge.tensors.views.joined import culprit
+from moerge.tensors.views.joined import nonfinite_source
 
-Steps = Generator[Sequence[Task], list[Any], Any]
+JobSteps = Generator[Sequence[Task], list[Any], Any]
 """A part of a job that returns something."""
 
 
 @dataclass
-class Execution:
+class Executor:
     """One run over outputs. `advance(bytes)` is called as work proceeds, from any thread."""
 
     store: Store = field(default_factory=NullStore)
@@ -82,7 +82,7 @@ class Execution:
         steps = method.measure(len(operations[0].experts), size)
         self._measured[method] = yield from self.measure(steps, method.measures, operations)
 
-    def statistic(self, operation: Merge) -> Steps:
+    def statistic(self, operation: Merge) -> JobSteps:
         """Measure the statistic that the operation's method needs before it merges, None for none; part of a job, after
         `measure_model`.
         """
@@ -98,7 +98,7 @@ class Execution:
         operation = output.operation
         statistic = (yield from self.statistic(operation)) if isinstance(operation, Merge) else None
         if isinstance(operation, Merge) and operation.method.unit != "block":
-            yield [partial(merge_whole, self, self._budget, output, statistic)]
+            yield [partial(merge_regions, self, self._budget, output, statistic)]
             return
         results = yield [partial(self._produce_chunk, output, statistic, start) for start in range(0, output.size, CHUNK)]
         digest = tensor_digest(result[0] for result in results)
@@ -141,7 +141,7 @@ class Execution:
         assert isinstance(operation, Draw)
         return self._drawn(output, operation, start, stop)
 
-    def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> Steps:
+    def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> JobSteps:
         """Drive a measurement, which makes at most so many `passes`, over some operations; part of a job."""
         unread = passes * sum(source.tensor.nbytes for operation in operations for source in operation.values)
         total: Any = None
@@ -241,7 +241,7 @@ class Execution:
         """Note that a source holds NaN or infinity; InputError unless that is allowed."""
         self.nonfinite.add(source.label)
         if not self.allow_nonfinite:
-            source = culprit(source)
+            source = nonfinite_source(source)
             raise InputError(
                 f"{source.model}: tensor {source.tensor.name!r} holds NaN or infinity: "
                 "repair or drop this expert, or merge anyway with --allow-nonfinite"

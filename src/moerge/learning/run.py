@@ -17,7 +17,7 @@ from moerge.files import check_unchanged, target_of
 from moerge.formatting import Displayed
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
-from moerge.planning.assemble.heterogeneous import stay_whole
+from moerge.planning.assemble.heterogeneous import is_heterogeneous
 from moerge.planning.build import build_plan, located
 from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
@@ -74,7 +74,7 @@ def learn(
 
     recipe = load_recipe(recipe)
     target, settings = target_of(out), recipe.learn or Learning()
-    if recipe.moe is not None and recipe.moe.by_sequence and stay_whole(recipe, located(recipe)):
+    if recipe.moe is not None and recipe.moe.by_sequence and is_heterogeneous(recipe, located(recipe)):
         raise InputError(
             f"{recipe.source}: experts that stay whole models have no coefficients to learn: merge them with `moerge merge` and "
             "fine-tune the result with `moerge tune`"

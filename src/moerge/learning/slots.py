@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from moerge.errors import InputError
-from moerge.execution.executor import Execution
+from moerge.execution.executor import Executor
 from moerge.execution.schedule import Job, run_jobs
 from moerge.learning.directions import Directions
 from moerge.learning.model import MergedParameter
@@ -89,16 +89,16 @@ def _key(output: Output, granularity: str) -> str:
 
 def _measured(slots: Sequence[MergedParameter]) -> list[MergedParameter]:
     """The slots with what their methods need to know before they trim. What a MoE keeps separate has no part in that."""
-    execution, found = Execution(), list(slots)
+    executor, found = Executor(), list(slots)
     merges = {i: slot.directions.merge for i, slot in enumerate(slots) if slot.directions is not None and not slot.own}
 
     def measure(index: int, merge: Merge) -> Job:
-        statistic = yield from execution.statistic(merge)
+        statistic = yield from executor.statistic(merge)
         slot = slots[index]
         assert slot.directions is not None
         found[index] = replace(slot, directions=replace(slot.directions, statistic=statistic))
 
     threads = default_threads()
-    execution.measure_model(list(merges.values()), threads)
+    executor.measure_model(list(merges.values()), threads)
     run_jobs((measure(index, merge) for index, merge in merges.items()), threads)
     return found

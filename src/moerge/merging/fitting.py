@@ -34,12 +34,12 @@ def fit_outputs(
     each unit that fitters count, texts or tokens.
     """
     remarks: tuple[str, ...] = ()
-    fittings = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fittings]
-    pending = [fitting for fitting, _ in fittings if not all(map(staging.finished, fitting.outputs))]
+    fit_jobs = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fit_jobs]
+    pending = [fitting for fitting, _ in fit_jobs if not all(map(staging.finished, fitting.outputs))]
     if pending:
         staging.add(files())
     counters = _Counters([fitting.fitter for fitting in pending], plan.calibration, progress)
-    for fitting, context in fittings:
+    for fitting, context in fit_jobs:
         if fitting in pending:
             counter = counters.of(fitting.fitter)
             with single_threaded_blas():

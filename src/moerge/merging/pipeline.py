@@ -1,6 +1,6 @@
 """The whole flow, from a recipe to a checkpoint: read this first.
 
-recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> fit_outputs -> publish
+recipe.yaml -> load_recipe -> build_plan -> Executor.run into a Staging folder -> fit_outputs -> publish
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
-from moerge.execution.executor import Execution
+from moerge.execution.executor import Executor
 from moerge.files import check_target, check_unchanged, target_of
 from moerge.formatting import Displayed, as_size, as_time
 from moerge.merging.card import model_card
@@ -113,14 +113,14 @@ def merge(
             return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
     start = check_start(plan, target, resume=resume, force=force)
     plan = _complete(plan)
-    for fitting in plan.fittings:
+    for fitting in plan.fit_jobs:
         fitting.fitter.require()
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
     with reporter(progress) as report, Staging(target, shards, fingerprint, start) as staging:
-        execution = Execution(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
-        execution.run(plan.outputs, threads)
+        executor = Executor(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
+        executor.run(plan.outputs, threads)
         remarks = fit_outputs(plan, staging, partial(_files, plan), threads, report)
         remarks = (*remarks, *differing(plan.statistics, plan.outputs, staging.inputs), *unlike_integers(plan))
         if remarks:

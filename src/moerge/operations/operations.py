@@ -152,14 +152,14 @@ class Output(TensorSpec):
 
 
 @dataclass(frozen=True)
-class Fitting:
+class FitJob:
     """A fitter and the outputs that it computes, in the plan's order."""
 
     fitter: Fitter
     outputs: tuple[Output, ...]
 
 
-def fittings(outputs: Iterable[Output]) -> tuple[Fitting, ...]:
+def fit_jobs(outputs: Iterable[Output]) -> tuple[FitJob, ...]:
     """Group the outputs that are computed by their fitters, in the order of their first outputs."""
     groups: dict[int, list[Output]] = {}
     fitters: dict[int, Fitter] = {}
@@ -168,7 +168,7 @@ def fittings(outputs: Iterable[Output]) -> tuple[Fitting, ...]:
             fitter = output.operation.fitter
             fitters.setdefault(id(fitter), fitter)
             groups.setdefault(id(fitter), []).append(output)
-    return tuple(Fitting(fitters[key], tuple(group)) for key, group in groups.items())
+    return tuple(FitJob(fitters[key], tuple(group)) for key, group in groups.items())
 
 
 def _short(value: Any) -> str:

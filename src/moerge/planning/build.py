@@ -13,21 +13,21 @@ from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
-from moerge.operations.operations import Fitting, fittings
+from moerge.operations.operations import FitJob, fit_jobs
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.assemble.dense import assemble_dense, check_alone
 from moerge.planning.assemble.experts import tokenizer_source
-from moerge.planning.assemble.heterogeneous import assemble_heterogeneous, settle, stay_whole
+from moerge.planning.assemble.heterogeneous import assemble_heterogeneous, is_heterogeneous, settle
 from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
 from moerge.planning.assemble.token_routed import assemble_token_routed
-from moerge.planning.checks import check_configs, check_models, merge_candidates, named_alike, respelled
+from moerge.planning.checks import check_configs, check_models, merge_candidates, with_alike_names, with_canonical_names
 from moerge.planning.heads import settle_head, untie_alike
 from moerge.planning.models import Commits, locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.precision import main_dtype
 from moerge.planning.statistics import Binder
 from moerge.planning.vocab.checks import listed, tokens_without_rows
-from moerge.planning.vocab.match import OneVocabulary, one_vocabulary
+from moerge.planning.vocab.match import ResolvedVocabulary, resolve_vocabulary
 from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import FLOATS, DType
 from moerge.texts import Texts
@@ -45,7 +45,7 @@ def build_plan(
     Raises InputError if the models cannot be merged as asked.
     """
     models = located(recipe, weights=weights, commits=commits)
-    if stay_whole(recipe, models):
+    if is_heterogeneous(recipe, models):
         return _plan_whole_models(recipe, models)
     check_models(models)
     source = recipe.config or models[0].name
@@ -53,7 +53,7 @@ def build_plan(
     models, untied = untie_alike(models, family)
     named, stacked = recipe.config is not None, bool(recipe.slices)
     warnings = check_configs(models, family, source=source, named=named, stacked=stacked)
-    vocabulary = one_vocabulary(models, family, recipe, source)
+    vocabulary = resolve_vocabulary(models, family, recipe, source)
     alike = vocabulary.models
     tokenizer = next(model for model in alike if model.name == vocabulary.source)
     warnings += (*vocabulary.warnings, *tokens_without_rows(tokenizer, family))
@@ -83,8 +83,8 @@ def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str 
     def build(inner: Recipe, inner_commits: Commits) -> Plan:
         return build_plan(inner, weights=weights, commits=inner_commits)
 
-    models = tuple(map(respelled, locate_models(recipe, weights=weights, commits=commits or {}, build=build)))
-    models = named_alike(models, recipe.config or models[0].name)
+    models = tuple(map(with_canonical_names, locate_models(recipe, weights=weights, commits=commits or {}, build=build)))
+    models = with_alike_names(models, recipe.config or models[0].name)
     return tuple(settle_head(model, stored_family(model.config, model.tensors)) for model in models)
 
 
@@ -132,14 +132,14 @@ def _planned(
     recipe: Recipe,
     models: tuple[Checkpoint, ...],
     made: Assembled,
-    vocabulary: OneVocabulary,
+    vocabulary: ResolvedVocabulary,
     own: Mapping[str, bytes] | None = None,
     *,
     config_from: str = "",
     warnings: Sequence[str] = (),
 ) -> Plan:
     """The plan of what was assembled, with its files, texts and remarks."""
-    calibration = calibration_texts(recipe, made.experts, fittings(made.outputs))
+    calibration = calibration_texts(recipe, made.experts, fit_jobs(made.outputs))
     files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")
@@ -169,10 +169,10 @@ def _planned(
             *vocabulary.notes,
         ),
     )
-    return replace(planned, notes=(*planned.notes, *_fitting_notes(planned)))
+    return replace(planned, notes=(*planned.notes, *_fit_notes(planned)))
 
 
-def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[Fitting]) -> tuple[Texts, ...]:
+def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[FitJob]) -> tuple[Texts, ...]:
     """The text of each expert that something is fitted to: where fitters want more and fewer documents, the more."""
     request = recipe.text_request(experts)
     found: dict[str, Texts] = {}
@@ -183,7 +183,7 @@ def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[F
     return tuple(found.values())
 
 
-def _vocabulary_facts(vocabulary: OneVocabulary) -> dict[str, Any]:
+def _vocabulary_facts(vocabulary: ResolvedVocabulary) -> dict[str, Any]:
     return {**vocabulary.facts, **({"digest": vocabulary.alignment.digest} if vocabulary.alignment else {})}
 
 
@@ -198,10 +198,10 @@ def _model_warnings(recipe: Recipe, models: Sequence[Checkpoint]) -> list[str]:
     return [*recipe.warnings, *(text for model in models for text in model.warnings)]
 
 
-def _fitting_notes(plan: Plan) -> list[str]:
+def _fit_notes(plan: Plan) -> list[str]:
     every = sum(len(texts.documents) for texts in plan.calibration)
     notes = []
-    for title, fitter in {fitting.fitter.title: fitting.fitter for fitting in plan.fittings}.items():
+    for title, fitter in {fitting.fitter.title: fitting.fitter for fitting in plan.fit_jobs}.items():
         model = "one expert after the other" if fitter.runs_one_expert else "the whole merged model"
         holds = f"with {model if fitter.runs_model else 'a few tensors'}"
         size = f"about {plan.fitting_bytes(title=title) / 1e9:.1f} GB{' with torch itself' if fitter.needs_torch else ''}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moerge.architecture import family_of
-from moerge.architecture.config import STRUCTURAL, canonical, differences
-from moerge.architecture.family import Expected, Family, expected_tensors
+from moerge.architecture.config import STRUCTURAL, differences, normalized_config
+from moerge.architecture.family import ExpectedTensor, Family, expected_tensors
 from moerge.architecture.stored import stored_family, unwrapped
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
@@ -23,14 +23,14 @@ KEEP_WHOLE = "a 'moe' section with 'format: moerge' keeps them whole and routes 
 """What can be made of models that cannot be merged tensor by tensor."""
 
 
-def respelled(model: Checkpoint) -> Checkpoint:
+def with_canonical_names(model: Checkpoint) -> Checkpoint:
     """The model with its tensors under the names that its family's table has for them, and without what wrappers put into them.
 
     Raises InputError if it has a tensor under two names.
     """
     plain = unwrapped(model.tensors)
     family = stored_family(model.config, plain.values())
-    names = {stored: spelled(name, family) for stored, name in plain.items()}
+    names = {stored: canonical_name(name, family) for stored, name in plain.items()}
     if all(name == stored for stored, name in names.items()):
         return model
     tensors: dict[str, Tensor] = {}
@@ -46,13 +46,13 @@ def respelled(model: Checkpoint) -> Checkpoint:
 _LAYER_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 
 
-def spelled(name: str, family: Family | None) -> str:
+def canonical_name(name: str, family: Family | None) -> str:
     """A tensor's name as its family's table has it, and as transformers has had it since it has no TensorFlow names."""
     name = _LAYER_NORM.sub(lambda match: "LayerNorm.weight" if match[1] == "gamma" else "LayerNorm.bias", name)
-    return name if family is None else family.spelled(name)
+    return name if family is None else family.canonical_name(name)
 
 
-def named_alike(models: Sequence[Checkpoint], source: str) -> tuple[Checkpoint, ...]:
+def with_alike_names(models: Sequence[Checkpoint], source: str) -> tuple[Checkpoint, ...]:
     """The models with names that begin as those of `source`, where only that differs: `model.` is lost or added in some saves."""
     leader = next(model for model in models if model.name == source)
     return tuple(_prefixed(model, leader) if model.model_type == leader.model_type else model for model in models)
@@ -125,7 +125,7 @@ def check_configs(
 
     Raises InputError where a difference changes the tensors' shapes, or changes results and nobody settled it.
     """
-    known = {model.name: canonical(model.config, family) for model in models}
+    known = {model.name: normalized_config(model.config, family) for model in models}
     for name, config in known.items():
         if not isinstance(config["rope_scaling"], Mapping | None):
             raise InputError(f"{name}: config.json: rope_scaling should be a mapping, not {config['rope_scaling']!r}")
@@ -151,10 +151,10 @@ def _described(differing: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(f"{key} ({shown})" for key, shown in values.items())
 
 
-def expected_of(family: Family, config: Mapping[str, Any], where: str) -> list[Expected]:
+def expected_of(family: Family, config: Mapping[str, Any], where: str) -> list[ExpectedTensor]:
     """The family's tensors for a config; InputError if the config lacks a size or garbles it."""
     try:
-        return expected_tensors(family, canonical(config, family))
+        return expected_tensors(family, normalized_config(config, family))
     except ValueError as error:
         raise InputError(f"{where}: config.json: {error}") from None
 
@@ -163,7 +163,7 @@ def expected_of(family: Family, config: Mapping[str, Any], where: str) -> list[E
 class Candidates:
     """The tensors of a merge, in the model's order. `owners` are the models that some of them are taken from as they are."""
 
-    tensors: Sequence[Expected] = ()
+    tensors: Sequence[ExpectedTensor] = ()
     owners: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -178,21 +178,21 @@ def merge_candidates(models: Sequence[Checkpoint], family: Family | None, recipe
     leader = next(model for model in models if model.name == source)
     expected = expected_of(family, leader.config, source) if family else []
     roles = {tensor.name: tensor.role for tensor in expected}
-    layers = canonical(leader.config, family).get("num_hidden_layers")
+    layers = normalized_config(leader.config, family).get("num_hidden_layers")
     parts = Parts(recipe, source, layers if type(layers) is int else None, stored, roles)
     first = models[0].name
     for name in sorted({name for tensors in stored.values() for name in tensors}):
-        parts.decide(name, roles.get(name, ""), beside=family is not None and family.is_untabled(name))
+        parts.decide(name, roles.get(name, ""), beside=family is not None and family.is_unmodeled(name))
     warnings = parts.warnings()
     shared = {
         model: {name: tensor for name, tensor in tensors.items() if name not in parts.owners and name not in parts.dropped}
         for model, tensors in stored.items()
     }
     check_present(models, shared, [tensor for tensor in expected if tensor.name not in parts.owners])
-    extra = [Expected("", name, tensor.shape) for name, tensor in shared[first].items() if name not in roles]
+    extra = [ExpectedTensor("", name, tensor.shape) for name, tensor in shared[first].items() if name not in roles]
     found = [*(tensor for tensor in expected if tensor.name not in parts.owners), *extra]
     check_shapes(models, shared, found)
-    strange = [tensor.name for tensor in extra if family is not None and not family.is_untabled(tensor.name)]
+    strange = [tensor.name for tensor in extra if family is not None and not family.is_unmodeled(tensor.name)]
     if family is None:
         kind = models[0].model_type
         how = "merged by tensor name, without roles; configs are compared key by key"
@@ -201,7 +201,7 @@ def merge_candidates(models: Sequence[Checkpoint], family: Family | None, recipe
         shown = ", ".join(strange[:3])
         warnings.append(f"{len(strange)} tensors that {family.model_type} does not use are merged by name: {shown}")
     taken = {name: stored[owner][name] for name, owner in parts.owners.items()}
-    own = [Expected(roles.get(name, ""), name, tensor.shape) for name, tensor in taken.items()]
+    own = [ExpectedTensor(roles.get(name, ""), name, tensor.shape) for name, tensor in taken.items()]
     return Candidates([*found, *own], parts.owners, warnings)
 
 
@@ -217,7 +217,9 @@ _NO_HEAD = (
 )
 
 
-def check_present(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
+def check_present(
+    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[ExpectedTensor]
+) -> None:
     """InputError for a tensor that a model lacks."""
     for model in models:
         missing = next((tensor for tensor in expected if tensor.name not in stored[model.name]), None)
@@ -226,7 +228,9 @@ def check_present(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str
             raise InputError(f"{model.name}: tensor {missing.name!r} is missing in {model.folder}, {cause}")
 
 
-def check_shapes(models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[Expected]) -> None:
+def check_shapes(
+    models: Sequence[Checkpoint], stored: Mapping[str, Mapping[str, Tensor]], expected: Sequence[ExpectedTensor]
+) -> None:
     """InputError for a tensor of another shape, or stored as what cannot be merged."""
     for model in models:
         for tensor in expected:

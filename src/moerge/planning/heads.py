@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moerge.architecture import Family
-from moerge.architecture.config import canonical, nested_key
+from moerge.architecture.config import nested_key, normalized_config
 from moerge.checkpoint.reader import Checkpoint
 from moerge.tensors.codec import decode
 from moerge.tensors.tensor import Tensor
@@ -96,7 +96,7 @@ def _said(config: Mapping[str, Any], family: Family | None) -> list[bool]:
 def _says_tied(config: Mapping[str, Any], family: Family | None) -> bool:
     """Return whether one of these places, or the family's default, says that the head is the embedding."""
     said = _said(config, family)
-    return any(said) if said else bool(canonical(config, family).get(_KEY))
+    return any(said) if said else bool(normalized_config(config, family).get(_KEY))
 
 
 def _is_silent(config: Mapping[str, Any], family: Family | None) -> bool:
@@ -108,7 +108,7 @@ def _tied(config: Mapping[str, Any], family: Family | None, tied: bool) -> dict[
     """The config with all places saying the same, where they do not."""
     key = nested_key(config, family)
     inner = config.get(key)
-    if set(_said(config, family)) <= {tied} and bool(canonical(config, family).get(_KEY)) == tied:
+    if set(_said(config, family)) <= {tied} and bool(normalized_config(config, family).get(_KEY)) == tied:
         return dict(config)
     if not isinstance(inner, Mapping):
         return {**config, _KEY: tied}

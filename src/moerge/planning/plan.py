@@ -14,9 +14,9 @@ from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
 from moerge.formatting import Displayed, as_count, as_size
-from moerge.operations.estimate import whole_memory
+from moerge.operations.estimate import region_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
-from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
+from moerge.operations.operations import Copy, Draw, Fit, FitJob, Operation, Output, fit_jobs
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
@@ -117,7 +117,7 @@ class Plan(Displayed):
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
-        merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
+        merging = threads * (buffers + histograms) + region_memory(self.outputs, threads)
         return merging + sum(model.working_bytes for model in self.models)
 
     @cached_property
@@ -139,11 +139,11 @@ class Plan(Displayed):
         return tuple(dict(zip(keys, (*group, len(sizes), sum(sizes)), strict=True)) for group, sizes in groups.items())
 
     @cached_property
-    def fittings(self) -> tuple[Fitting, ...]:
+    def fit_jobs(self) -> tuple[FitJob, ...]:
         """Return what is computed once the rest is merged, in order."""
-        return fittings(self.outputs)
+        return fit_jobs(self.outputs)
 
-    def _size(self, fitting: Fitting) -> MoESize:
+    def _size(self, fitting: FitJob) -> MoESize:
         """The size of the model, of which some outputs are still to be fitted."""
         outputs = fitting.outputs
         experts, hidden = outputs[0].shape[0], outputs[0].shape[-1]
@@ -166,7 +166,7 @@ class Plan(Displayed):
 
     def fitting_bytes(self, threads: int = 1, *, title: str = "") -> int:
         """Memory that computing takes what is computed once the rest is merged; 0 if nothing is. `title`: of that alone."""
-        every = [fitting for fitting in self.fittings if title in ("", fitting.fitter.title)]
+        every = [fitting for fitting in self.fit_jobs if title in ("", fitting.fitter.title)]
         needed = [
             fitting.fitter.memory_bytes(self._size(fitting), threads) + _TORCH_BYTES * fitting.fitter.needs_torch
             for fitting in every
@@ -176,9 +176,9 @@ class Plan(Displayed):
     @property
     def fitting_seconds(self) -> float:
         """A very rough estimate of the time that this takes, in seconds."""
-        return sum(self._seconds_of(fitting) for fitting in self.fittings)
+        return sum(self._seconds_of(fitting) for fitting in self.fit_jobs)
 
-    def _seconds_of(self, fitting: Fitting) -> float:
+    def _seconds_of(self, fitting: FitJob) -> float:
         fitter = fitting.fitter
         speed = _OPERATIONS_PER_SECOND if getattr(fitter, "device", "cpu") == "cpu" else _OPERATIONS_PER_SECOND_ON_A_DEVICE
         loaded = self._loaded_bytes(fitter)

@@ -16,11 +16,11 @@ from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
 from moerge.recipe.document import Document, Key, plain_copy
+from moerge.recipe.heterogeneous import conflicting_key
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
-from moerge.recipe.schema import DROP, UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
-from moerge.recipe.whole_models import misfit
+from moerge.recipe.schema import DROP, HETEROGENEOUS_KEYS, UNION, MoE, Override, Recipe
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
@@ -170,7 +170,7 @@ def _other_routing(kind: str, by_sequence: bool) -> str | None:
 def _check(recipe: Recipe, document: Document) -> None:
     if "base" in recipe.experts:
         raise document.error(("experts", "base"), ": 'base' is the name of the common ancestor; call this expert something else")
-    if recipe.moe and recipe.moe.by_sequence and recipe.moe.asks_for_whole_models and (found := misfit(recipe)):
+    if recipe.moe and recipe.moe.by_sequence and recipe.moe.asks_for_heterogeneous and (found := conflicting_key(recipe)):
         raise document.error(*found)
     names = ["base", *recipe.experts] if recipe.base else list(recipe.experts)
     for key, choices in (("tokenizer", [*names, UNION]), ("config", names)):
@@ -241,7 +241,7 @@ def _check_moe(recipe: Recipe, document: Document) -> None:
     if recipe.includes_base and recipe.base is None:
         raise document.error(("moe", "include_base"), " is true, so the recipe needs a 'base'")
     count = len(recipe.experts) + recipe.includes_base
-    whole = recipe.moe.by_sequence and recipe.moe.asks_for_whole_models
+    whole = recipe.moe.by_sequence and recipe.moe.asks_for_heterogeneous
     if count < 2 and not whole:
         raise document.error(("experts",), ": a MoE needs at least two experts")
     if recipe.moe.top_k > count and not (whole and "top_k" not in recipe.moe.model_fields_set):
@@ -259,7 +259,7 @@ def _check_by_token(moe: MoE, document: Document) -> None:
     if other is not None:
         message = f": native formats keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
         raise document.error(("moe", "separate", other), message)
-    for key in ("mix", "adapters", *WHOLE_MODEL_KEYS):
+    for key in ("mix", "adapters", *HETEROGENEOUS_KEYS):
         if key in moe.model_fields_set:
             raise document.error(("moe", key), f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moerge.architecture.family import Expected
+from moerge.architecture.family import ExpectedTensor
 from moerge.operations.fitter import Fitter
 from moerge.operations.operations import Draw, Fit, Operation
 from moerge.registry import Registry
@@ -30,7 +30,7 @@ class Router(BaseModel):
     kind: ClassVar[str]
     needs_training: ClassVar[bool] = False
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """Return the operation that fills one layer's gate."""
         raise NotImplementedError
 
@@ -47,7 +47,7 @@ class RandomRouter(Router):
     seed: int = 0
     std: Deviation | None = None
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
         return Draw.of_linear(gate.shape[1], self.seed, self.std)
 
@@ -73,7 +73,7 @@ class FittedRouter(Router, Fitter):
         """All texts that there are."""
         return sum(len(texts.documents) for texts in calibration)
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """Room for the gate, which `fit` fills later."""
         return Fit(self)
 

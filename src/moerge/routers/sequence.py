@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from moerge.architecture.family import Expected
+from moerge.architecture.family import ExpectedTensor
 from moerge.errors import suggest
 from moerge.operations.operations import Draw, Operation
 from moerge.registry import Registry
@@ -102,7 +102,7 @@ class LearnedRouting(SequenceRouter):
     seed: int = 0
     std: Deviation | None = None
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
         return Draw.of_linear(gate.shape[1], self.seed, self.std)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moerge.architecture.decoder_interface import whole_of
+from moerge.architecture.decoder_interface import decoder_interface
 from moerge.architecture.heterogeneous import EMBEDDING, expert_prefix
 from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.reader import Checkpoint, open_folder
@@ -179,9 +179,9 @@ def gate_tables(merged: Checkpoint) -> list[tuple[Table, float]]:
         return [(Table(merged.tensors["model.embed_tokens.0.weight"], "merged"), 1.0)]
     if config.get("embedding") != "separate":
         return [(Table(merged.tensors[EMBEDDING], "merged"), 1.0)]
-    wholes = [whole_of(own, f"expert {number}") for number, own in enumerate(config["expert_configs"])]
-    names = [expert_prefix(number) + whole.embedding for number, whole in enumerate(wholes)]
-    return [(Table(merged.tensors[n], "merged"), whole.embedding_scale) for n, whole in zip(names, wholes, strict=True)]
+    decoders = [decoder_interface(own, f"expert {number}") for number, own in enumerate(config["expert_configs"])]
+    names = [expert_prefix(number) + decoder.embedding for number, decoder in enumerate(decoders)]
+    return [(Table(merged.tensors[n], "merged"), decoder.embedding_scale) for n, decoder in zip(names, decoders, strict=True)]
 
 
 def window_length(config: Mapping[str, Any]) -> int:

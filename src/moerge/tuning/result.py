@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moerge.architecture import family_of
-from moerge.architecture.config import portable
+from moerge.architecture.config import portable_config
 from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.checkpoint.companions import model_companions
 from moerge.checkpoint.manifest import to_json
@@ -73,7 +73,7 @@ def write_result(model: Any, work: Work, source: Checkpoint, save_dtype: str | N
         _convert(model, dtype, {} if save_dtype else _dtypes(source)).save_pretrained(work.result)
     if model.config.model_type not in BY_SEQUENCE:
         config = read_json(work.result / "config.json")
-        (work.result / "config.json").write_bytes(to_json(portable(config, family=family_of(config), dtype=dtype)))
+        (work.result / "config.json").write_bytes(to_json(portable_config(config, family=family_of(config), dtype=dtype)))
     beside = model_companions(source.folder, source.config, others=()).files
     for name, content in {**beside, **portable_tokenizer(companion_files(source.folder))}.items():
         (work.result / name).parent.mkdir(parents=True, exist_ok=True)

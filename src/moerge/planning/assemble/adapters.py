@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moerge.architecture import Expected
+from moerge.architecture import ExpectedTensor
 from moerge.architecture.sequence import GATE, adapter_factors
 from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.errors import InputError
@@ -63,7 +63,7 @@ def _role(name: str) -> str | None:
         return None
 
 
-def _changed(assembly: Assembly, name: str, separate: Sequence[Expected]) -> Iterator[tuple[Expected, LowRankTensor]]:
+def _changed(assembly: Assembly, name: str, separate: Sequence[ExpectedTensor]) -> Iterator[tuple[ExpectedTensor, LowRankTensor]]:
     """The separate tensors that an expert changes."""
     model, base = assembly.models[name], assembly.models["base"]
     for tensor in separate:
@@ -91,7 +91,7 @@ def _problem(tensor: Tensor) -> str | None:
     return "transposes" if tensor.transposed else None
 
 
-def _adapted(tensor: Expected, expert: int, changed: LowRankTensor) -> Adapted:
+def _adapted(tensor: ExpectedTensor, expert: int, changed: LowRankTensor) -> Adapted:
     _, _, layer, module = tensor.name.removesuffix(".weight").split(".", 3)
     assert changed.a is not None
     return Adapted(expert, int(layer), module, changed.a.shape[0], changed.scale)

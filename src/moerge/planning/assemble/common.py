@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from moerge.architecture import Expected, Family
+from moerge.architecture import ExpectedTensor, Family
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.average import Average
@@ -15,11 +15,11 @@ from moerge.methods.method import MergeMethod, cancel
 from moerge.methods.passthrough import Passthrough
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Copy, Merge, Operation, Output
-from moerge.planning.match import MethodChooser
 from moerge.planning.precision import Precision
+from moerge.planning.resolver import MethodResolver
 from moerge.planning.statistics import Binder
 from moerge.planning.vocab.alignment import Alignment
-from moerge.recipe.rules import Place
+from moerge.recipe.rules import TensorContext
 from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import FLOATS, DType
 from moerge.tensors.source import Source
@@ -52,16 +52,16 @@ class Assembly:
     models: Mapping[str, Checkpoint]
     family: Family | None
     dtype: DType
-    candidates: Sequence[Expected]
+    candidates: Sequence[ExpectedTensor]
     source: str
     binder: Binder | None = None
     alignment: Alignment | None = None
     owners: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def chooser(self) -> MethodChooser:
+    def resolver(self) -> MethodResolver:
         """The recipe's rules."""
-        return MethodChooser(self.recipe)
+        return MethodResolver(self.recipe)
 
     @cached_property
     def precision(self) -> Precision:
@@ -69,7 +69,7 @@ class Assembly:
         models = self.models if self.alignment is None else self.alignment.models
         return Precision(tuple(models.values()), self.dtype)
 
-    def output(self, tensor: Expected, operation: Operation) -> Output:
+    def output(self, tensor: ExpectedTensor, operation: Operation) -> Output:
         """A tensor of the result. What is copied into another element type than its own is rounded to it."""
         dtype = self._dtype(tensor, operation)
         if isinstance(operation, Copy):
@@ -80,42 +80,42 @@ class Assembly:
                 operation = Merge(Average(), (operation.source,), (1.0,))
         return Output(tensor.name, tensor.role, dtype, tensor.shape, operation)
 
-    def _dtype(self, tensor: Expected, operation: Operation) -> DType:
+    def _dtype(self, tensor: ExpectedTensor, operation: Operation) -> DType:
         """Choose the element type: an override's, else the recipe's, else the wider one that all models store it in, else the
         result's.
         """
         roles = dict.fromkeys((tensor.role, tensor.dense_role))
-        asked = next(filter(None, (self.chooser.dtype(Place(role, tensor.name)) for role in roles)), self.recipe.dtype)
+        asked = next(filter(None, (self.resolver.dtype(TensorContext(role, tensor.name)) for role in roles)), self.recipe.dtype)
         return FLOATS[asked] if asked else self.precision.kept(operation) or self.dtype
 
     def copied(self, model: str, name: str) -> Operation:
         """A model's tensor."""
         return Copy(self._source(model, name))
 
-    def joined(self, tensor: Expected, models: Sequence[str], names: Sequence[str]) -> Operation:
+    def joined(self, tensor: ExpectedTensor, models: Sequence[str], names: Sequence[str]) -> Operation:
         """The tensors of these names, of the first model, then of the next, one after the other as one tensor."""
         return Copy(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
 
     def merged(
         self,
-        tensor: Expected,
+        tensor: ExpectedTensor,
         members: tuple[str, ...],
         *,
-        place: Place | None = None,
+        context: TensorContext | None = None,
         base: str = "base",
     ) -> Operation:
         """A merge over `members`; the base has no task vector, so methods that work on those leave it out.
 
-        `place` says where the tensor comes from, if not from the one of its own name in every model.
+        `context` says where the tensor comes from, if not from the one of its own name in every model.
         """
-        place = place or Place(tensor.role, tensor.name)
+        context = context or TensorContext(tensor.role, tensor.name)
         if tensor.name in self.owners:
-            return self._taken(tensor, place)
-        names = {model: place.inputs.get(model, tensor.name) for model in (*members, base, self.source)}
-        first = members[0] if place.inputs and self.source not in place.inputs else self.source
+            return self._taken(tensor, context)
+        names = {model: context.inputs.get(model, tensor.name) for model in (*members, base, self.source)}
+        first = members[0] if context.inputs and self.source not in context.inputs else self.source
         if not self._source(first, names[first]).tensor.dtype.is_float:
             return self.copied(first, names[first])
-        choice = self.chooser.choose(place)
+        choice = self.resolver.choose(context)
         method = choice.method
         if isinstance(method, Passthrough):
             return self.copied(method.model, names.get(method.model, tensor.name))
@@ -142,9 +142,9 @@ class Assembly:
     def _source(self, model: str, name: str) -> Source:
         return Source(model, self.models[model].tensors[name])
 
-    def _taken(self, tensor: Expected, place: Place) -> Operation:
+    def _taken(self, tensor: ExpectedTensor, context: TensorContext) -> Operation:
         """A tensor that is one model's: the one that an override passes through, where it has it."""
-        method = self.chooser.choose(place).method
+        method = self.resolver.choose(context).method
         named = method.model if isinstance(method, Passthrough) else ""
         has_it = named in self.models and tensor.name in self.models[named].tensors
         return self.copied(named if has_it else self.owners[tensor.name], tensor.name)

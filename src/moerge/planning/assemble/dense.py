@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moerge.architecture import Expected, Family
-from moerge.architecture.config import canonical, portable
+from moerge.architecture import ExpectedTensor, Family
+from moerge.architecture.config import normalized_config, portable_config
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of
-from moerge.recipe.rules import Place
+from moerge.recipe.rules import TensorContext
 from moerge.recipe.schema import Recipe, Slice
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -31,11 +31,11 @@ def assemble_dense(assembly: Assembly) -> Assembled:
     for tensor in assembly.candidates:
         layer = _layer(tensor)
         inputs = dict.fromkeys(assembly.models, tensor.name)
-        place = Place(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, place=place)))
-    assembly.chooser.check_all_used()
+        context = TensorContext(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, context=context)))
+    assembly.resolver.check_all_used()
     config = assembly.models[assembly.source].config
-    return Assembled(portable(config, family=assembly.family, dtype=str(assembly.dtype.torch_name)), outputs)
+    return Assembled(portable_config(config, family=assembly.family, dtype=str(assembly.dtype.torch_name)), outputs)
 
 
 def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe) -> Candidates:
@@ -54,13 +54,13 @@ def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Rec
         check_present([model], {model.name: model.tensors}, list(expected.values()))
         check_shapes([model], {model.name: model.tensors}, list(expected.values()))
         extra = [name for name in model.tensors if name not in expected and not family.is_buffer(name)]
-        strange = [name for name in extra if not family.is_untabled(name)]
+        strange = [name for name in extra if not family.is_unmodeled(name)]
         if strange:
             warnings.append(
                 f"{model.name}: {len(strange)} tensors that {family.model_type} does not use are left out: {strange[0]}"
             )
-        beside[model.name] = {name: model.tensors[name] for name in extra if family.is_untabled(name)}
-    by_name = {model.name: canonical(model.config, family)["num_hidden_layers"] for model in models}
+        beside[model.name] = {name: model.tensors[name] for name in extra if family.is_unmodeled(name)}
+    by_name = {model.name: normalized_config(model.config, family)["num_hidden_layers"] for model in models}
     for number, part in enumerate(recipe.slices):
         for span in part.sources:
             if span.stop > by_name[span.model]:
@@ -75,7 +75,7 @@ def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Rec
     if owners:
         text = f"{len(owners)} tensors beside the layers that not all models of the first slice share are {first[0]}'s: "
         warnings.append(text + next(iter(owners)))
-    return Candidates([Expected("", name, tensor.shape) for name, tensor in own.items()], owners, warnings)
+    return Candidates([ExpectedTensor("", name, tensor.shape) for name, tensor in own.items()], owners, warnings)
 
 
 def _stacked(assembly: Assembly) -> Assembled:
@@ -90,11 +90,11 @@ def _stacked(assembly: Assembly) -> Assembled:
     for tensor, row in places:
         part = slices[row.slice_index]
         inputs = {span.model: _input(names[span.model], tensor, span.start, row.offset) for span in part.sources}
-        place = Place(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
+        context = TensorContext(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
         members = tuple(span.model for span in part.sources)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, place=place, base=part.base or "base")))
-    assembly.chooser.check_all_used()
-    return Assembled(portable(config, family=family, dtype=str(assembly.dtype.torch_name)), outputs)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, context=context, base=part.base or "base")))
+    assembly.resolver.check_all_used()
+    return Assembled(portable_config(config, family=family, dtype=str(assembly.dtype.torch_name)), outputs)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Row:
         return 0.0 if self.offset is None else _depth(self.offset, layers)
 
 
-def _rows(tensors: Sequence[Expected], rows: Sequence[_Row]) -> Iterator[tuple[Expected, _Row]]:
+def _rows(tensors: Sequence[ExpectedTensor], rows: Sequence[_Row]) -> Iterator[tuple[ExpectedTensor, _Row]]:
     above = _Row(0)
     for tensor in tensors:
         layer = _layer(tensor)
@@ -125,7 +125,7 @@ def _stacked_config(config: Mapping[str, Any], family: Family, slices: Sequence[
     language = dict(nested if isinstance(nested, Mapping) else config)
     own_name = next((name for name, key in family.keys.items() if key == "num_hidden_layers" and name in language), None)
     language[own_name or "num_hidden_layers"] = sum(part.layers for part in slices)
-    spans, known = [part.sources[0] for part in slices], canonical(config, family)
+    spans, known = [part.sources[0] for part in slices], normalized_config(config, family)
     for listed in _LAYER_LISTS:
         kinds = language.get(listed, known.get(listed))  # derived from other keys, they would not fit the new layers
         if isinstance(kinds, list) and kinds and (listed in language or len(set(kinds)) > 1):
@@ -133,14 +133,14 @@ def _stacked_config(config: Mapping[str, Any], family: Family, slices: Sequence[
     return {**config, family.nested: language} if isinstance(nested, Mapping) else language
 
 
-def _input(names: Mapping[str, str], tensor: Expected, start: int, offset: int | None) -> str:
+def _input(names: Mapping[str, str], tensor: ExpectedTensor, start: int, offset: int | None) -> str:
     """Return a model's name for the tensor that a slice takes; its own name where it has no role."""
     if offset is None:
         return names.get(tensor.role, tensor.name)
     return names[re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)]
 
 
-def _layer(tensor: Expected) -> int | None:
+def _layer(tensor: ExpectedTensor) -> int | None:
     """The number of the layer that a tensor belongs to; guessed from its name in a family without roles."""
     if tensor.role:
         return int(tensor.role.split(".")[1]) if tensor.role.startswith("layers.") else None

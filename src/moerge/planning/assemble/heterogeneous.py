@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from moerge.architecture import Expected, family_of
-from moerge.architecture.config import STRUCTURAL, canonical, portable
-from moerge.architecture.heterogeneous import expert_tensors, projector_config, shared_tensors, whole_gate
+from moerge.architecture import ExpectedTensor, family_of
+from moerge.architecture.config import STRUCTURAL, normalized_config, portable_config
+from moerge.architecture.heterogeneous import expert_tensors, heterogeneous_gate, projector_config, shared_tensors
 from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.modeling import HETEROGENEOUS_AUTO_MAP
 from moerge.operations.operations import Copy, Merge, Operation, Output
 from moerge.planning.assemble.common import Assembled, Assembly
-from moerge.planning.assemble.experts import WholeExpert, one_tokenizer, whole_experts
-from moerge.planning.vocab.match import OneVocabulary
+from moerge.planning.assemble.experts import HeterogeneousExpert, heterogeneous_experts, resolve_tokenizer
+from moerge.planning.vocab.match import ResolvedVocabulary
 from moerge.projectors.outputs import projector_outputs
 from moerge.recipe.document import dotted
+from moerge.recipe.heterogeneous import conflicting_key
 from moerge.recipe.schema import MoE, Recipe
-from moerge.recipe.whole_models import misfit
 from moerge.routers.sequence import LearnedRouting, RandomRouting, SequenceRouter
 from moerge.tensors.dtypes import F32, DType
 from moerge.tensors.source import Source
@@ -38,18 +38,18 @@ _CLASS = "MoergeHeterogeneousForCausalLM"
 _NOT_WRITTEN = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype")
 
 
-def stay_whole(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
+def is_heterogeneous(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
     """Return whether this recipe's experts stay whole models: it says so, or it routes sequences and they are too different."""
     if recipe.moe is None or not recipe.moe.by_sequence:
         return False
-    return recipe.moe.asks_for_whole_models or unlike(models)
+    return recipe.moe.asks_for_heterogeneous or differ_in_architecture(models)
 
 
-def unlike(models: Sequence[Checkpoint]) -> bool:
+def differ_in_architecture(models: Sequence[Checkpoint]) -> bool:
     """Return whether these models differ in type or shape, so that they cannot be merged tensor by tensor."""
     if len({model.model_type for model in models}) > 1:
         return True
-    configs = [canonical(model.config, family_of(model.config)) for model in models]
+    configs = [normalized_config(model.config, family_of(model.config)) for model in models]
     return any(config.get(key) != configs[0].get(key) for key in STRUCTURAL - {"vocab_size"} for config in configs[1:])
 
 
@@ -58,7 +58,7 @@ def settle(recipe: Recipe) -> Recipe:
 
     `random` and `learned` both draw a gate, which is what the paper starts from.
     """
-    problem, moe = misfit(recipe), recipe.moe
+    problem, moe = conflicting_key(recipe), recipe.moe
     assert moe is not None
     if problem:
         raise InputError(f"{recipe.source}: {dotted(problem[0])}{problem[1]}")
@@ -72,18 +72,18 @@ def settle(recipe: Recipe) -> Recipe:
 
 def assemble_heterogeneous(
     recipe: Recipe, models: Sequence[Checkpoint], dtype: DType, *, tokenizer: str
-) -> tuple[Assembled, OneVocabulary]:
+) -> tuple[Assembled, ResolvedVocabulary]:
     """The model, and the vocabulary of `tokenizer`'s that all experts get. `recipe` is settled.
 
     Raises InputError for what is no decoder-only model, and where vocabularies have nothing in common.
     """
     by_name = {model.name: model for model in models}
-    experts = whole_experts([by_name[name] for name in recipe.expert_names], by_name[tokenizer])
+    experts = heterogeneous_experts([by_name[name] for name in recipe.expert_names], by_name[tokenizer])
     building = _Building(recipe, experts, by_name[tokenizer], dtype)
     outputs = building.outputs()
     notes = (*building.notes(), *building.assembly.precision.notes(outputs))
     made = Assembled(building.config(), outputs, recipe.expert_names, building.warnings(), notes)
-    return made, one_tokenizer(recipe, experts, models, by_name[tokenizer])
+    return made, resolve_tokenizer(recipe, experts, models, by_name[tokenizer])
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Building:
     """One model in the making."""
 
     recipe: Recipe
-    experts: tuple[WholeExpert, ...]
+    experts: tuple[HeterogeneousExpert, ...]
     chosen: Checkpoint
     dtype: DType
 
@@ -120,12 +120,12 @@ class _Building:
     @property
     def width(self) -> int:
         """The largest width."""
-        return max(expert.whole.width for expert in self.experts)
+        return max(expert.decoder.width for expert in self.experts)
 
     @property
     def head_bias(self) -> bool:
         """Return whether the shared head has a bias."""
-        return self.shared and any(expert.whole.head_bias for expert in self.experts)
+        return self.shared and any(expert.decoder.head_bias for expert in self.experts)
 
     @cached_property
     def assembly(self) -> Assembly:
@@ -137,10 +137,10 @@ class _Building:
         """All tensors: what comes first in the model first, what is fitted in the order in which it can be."""
         assembly, bodies = self.assembly, []
         for number, expert in enumerate(self.experts):
-            for tensor, own in expert_tensors(expert.whole, number, rows=None if self.shared else self.rows):
+            for tensor, own in expert_tensors(expert.decoder, number, rows=None if self.shared else self.rows):
                 bodies.append(assembly.output(tensor, self._own(assembly, expert, own)))
-        gate_width = self.width if self.shared else sum(expert.whole.width for expert in self.experts)
-        gate = whole_gate(len(self.experts), gate_width)
+        gate_width = self.width if self.shared else sum(expert.decoder.width for expert in self.experts)
+        gate = heterogeneous_gate(len(self.experts), gate_width)
         routed = [(gate, self.router.operation(gate))] if self._routing()["kind"] == "learned" else []
         if not self.shared:
             return (*bodies, *(assembly.output(*each) for each in routed))
@@ -152,17 +152,17 @@ class _Building:
         rest = [assembly.output(*each) for each in (*projectors, *last, *routed)]
         return (*(assembly.output(*each) for each in first), *bodies, *rest)
 
-    def _own(self, assembly: Assembly, expert: WholeExpert, tensor: Expected) -> Operation:
-        outside = (expert.whole.embedding, expert.whole.head, expert.whole.head_bias)
+    def _own(self, assembly: Assembly, expert: HeterogeneousExpert, tensor: ExpectedTensor) -> Operation:
+        outside = (expert.decoder.embedding, expert.decoder.head, expert.decoder.head_bias)
         if tensor.name in outside:
             return Copy(Source(expert.name, expert.mapped(tensor.name)))
         return assembly.copied(expert.name, tensor.name)
 
-    def _scale(self, expert: WholeExpert) -> float:
+    def _scale(self, expert: HeterogeneousExpert) -> float:
         """Return the factor of its embedding, as its own module has it: in the element type of the weights."""
-        return float(rounded(np.array(expert.whole.embedding_scale), self.dtype))
+        return float(rounded(np.array(expert.decoder.embedding_scale), self.dtype))
 
-    def _head(self, tensor: Expected) -> Operation:
+    def _head(self, tensor: ExpectedTensor) -> Operation:
         if len(tensor.shape) == 2:
             return self._averaged([expert.head(self.width) for expert in self.experts])
         zeros = ArrayTensor(tensor.name, F32, tensor.shape, np.zeros(self.rows, np.float32))
@@ -188,7 +188,7 @@ class _Building:
         config |= {"vocab_size": self.rows, "hidden_size": self.width, "embedding": self.moe.embedding}
         config["projectors"] = projector_config(self.moe.projectors, self.width) if self.shared else None
         config |= {"head_bias": self.head_bias, "routing": self._routing()}
-        known = canonical(self.chosen.config, family_of(self.chosen.config))
+        known = normalized_config(self.chosen.config, family_of(self.chosen.config))
         config |= {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return {**config, "dtype": dtype}
 
@@ -204,12 +204,12 @@ class _Building:
 
     def notes(self) -> tuple[str, ...]:
         """Return notes about its parts."""
-        described = (f"{expert.name} ({expert.whole.model_type}, width {expert.whole.width})" for expert in self.experts)
+        described = (f"{expert.name} ({expert.decoder.model_type}, width {expert.decoder.width})" for expert in self.experts)
         return (f"experts stay whole models: {', '.join(described)}",)
 
 
 def _expert_config(model: Checkpoint, dtype: str) -> dict[str, Any]:
     """An expert's own config.json, as transformers reads it today."""
     family = family_of(model.config)
-    config = {**model.config, "dtype": dtype} if family is None else portable(model.config, family=family, dtype=dtype)
+    config = {**model.config, "dtype": dtype} if family is None else portable_config(model.config, family=family, dtype=dtype)
     return {key: value for key, value in config.items() if key not in _NOT_WRITTEN}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moerge.architecture import Family
-from moerge.architecture.config import canonical
+from moerge.architecture.config import normalized_config
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.recipe.schema import UNION
@@ -89,7 +89,7 @@ def not_readable(names: Sequence[str], source: str) -> InputError:
 
 def tokens_without_rows(model: Checkpoint, family: Family | None) -> list[str]:
     """A warning if the tokenizer of `model` has tokens that the embedding, as its config has it, has no row for."""
-    rows = canonical(model.config, family).get("vocab_size")
+    rows = normalized_config(model.config, family).get("vocab_size")
     try:
         ids = token_ids(model.folder) or {}
     except InputError:  # where it has to be read, it says so

@@ -43,7 +43,7 @@ _FAR = 1_000_000
 
 
 @dataclass(frozen=True)
-class OneVocabulary:
+class ResolvedVocabulary:
     """The models as if all had the result's tokens, and what comes of that.
 
     `models` are those to merge; `source` is the model whose tokenizer, generation config and special tokens the result has.
@@ -69,7 +69,7 @@ class OneVocabulary:
             else f"tokenizer and generation config from {donor}"
         )
 
-    def with_chat(self, chat: Chat, family: Family | None) -> OneVocabulary:
+    def with_chat(self, chat: Chat, family: Family | None) -> ResolvedVocabulary:
         """Return the vocabulary with a chat template, and the tokens that end an answer, in its files and configs."""
         own = {"chat_template": chat.template, "generation_config": chat.donor if chat.donor != self.source else None}
         facts = {**self.facts, **{key: value for key, value in own.items() if value}}
@@ -77,7 +77,9 @@ class OneVocabulary:
         return replace(self, models=with_values(self.models, family, chat.ids), files=chat.files, facts=facts, notes=notes)
 
 
-def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str) -> OneVocabulary:
+def resolve_vocabulary(
+    models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str
+) -> ResolvedVocabulary:
     """Resolve the recipe's `tokenizer`, from configs and tokenizer files alone.
 
     Raises InputError where vocabularies differ and the recipe does not say whose counts, and where they cannot be matched.
@@ -89,7 +91,7 @@ def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: 
     if not having:
         if _differ(sizes):
             raise no_tokenizers(sizes)
-        return OneVocabulary(tuple(models), source, files, warnings=(_NO_TOKENIZER,))
+        return ResolvedVocabulary(tuple(models), source, files, warnings=(_NO_TOKENIZER,))
     without = [model.name for model in models if model not in having]
     warnings = [f"{', '.join(without)}: no tokenizer, assumed to be that of {having[0].name}"] if without else []
     check_roles(having, recipe.tokenizer)
@@ -100,13 +102,13 @@ def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: 
     if same and not _differ(sizes):
         warnings += splitting_warnings(vocabularies, source)
         settled = with_special_ids(models, family, source, config_source)
-        alike = OneVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
+        alike = ResolvedVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
         return alike.with_chat(settle_chat(recipe, models, source, files, family, None), family)
     if not same:
         check_kinds(vocabularies, source)
         if recipe.tokenizer is None:
             raise undecided(vocabularies, source)
-    matching = _Matching(models, family, recipe, config_source, source, vocabularies, sizes)
+    matching = _VocabularyMatch(models, family, recipe, config_source, source, vocabularies, sizes)
     outcome, move = matching.outcome(files, warnings)
     return outcome.with_chat(settle_chat(recipe, models, source, outcome.files, family, move), family)
 
@@ -161,7 +163,7 @@ def _differ(sizes: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Matching:
+class _VocabularyMatch:
     """Models whose vocabularies differ, and whose tokens the result has."""
 
     models: Sequence[Checkpoint]
@@ -172,7 +174,7 @@ class _Matching:
     vocabularies: Mapping[str, Vocabulary]
     sizes: Mapping[str, int]
 
-    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[OneVocabulary, Move]:
+    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[ResolvedVocabulary, Move]:
         """The models with the rows of the result, and what gives their tokens their ids there."""
         names = token_tensors(self.models, self.family, self.sizes)
         self._check_ids()
@@ -199,7 +201,7 @@ class _Matching:
         lacking = {name: np.flatnonzero(rows_T < 0) for name, rows_T in own.items()}
         notes = tuple(self._notes(alignment.size, list(ids), lacking, left_out, counts))
         facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size, "models": counts}
-        found = OneVocabulary(
+        found = ResolvedVocabulary(
             tuple(with_rows(model, alignment, tuple(self.recipe.experts)) for model in configured),
             self.source,
             self._files(files, brought),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moerge.architecture import Family
-from moerge.architecture.config import canonical
+from moerge.architecture.config import normalized_config
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 
@@ -21,7 +21,7 @@ def sizes_of(models: Sequence[Checkpoint], family: Family | None) -> dict[str, A
 
 
 def _size(model: Checkpoint, family: Family | None) -> Any:
-    size = canonical(model.config, family).get("vocab_size")
+    size = normalized_config(model.config, family).get("vocab_size")
     if size is None and family is None:
         usual = (tensor for name, tensor in model.tensors.items() if _USUAL.fullmatch(name) and tensor.shape)
         size = next((tensor.shape[0] for tensor in usual), None)
@@ -55,9 +55,9 @@ def token_tensors(models: Sequence[Checkpoint], family: Family | None, sizes: Ma
 def _has_token_rows(name: str, models: Sequence[Checkpoint], family: Family | None, sizes: Mapping[str, int]) -> bool:
     first = models[0]
     if family is not None and family.role_of(name) is not None:
-        config, spelled = canonical(first.config, family), family.spelled(name)
+        config, table_name = normalized_config(first.config, family), family.canonical_name(name)
         rules = [rule for rule in family.tensors if rule.shape[:1] == ("vocab",) and rule.applies(config)]
-        return any(rule.name == spelled for rule in rules) and bool(first.tensors[name].shape)
+        return any(rule.name == table_name for rule in rules) and bool(first.tensors[name].shape)
     if any(model.tensors[name].shape[:1] != (sizes[model.name],) for model in models):
         return False
     usual = _USUAL.fullmatch(name) is not None

@@ -6,11 +6,11 @@ import re
 from dataclasses import replace
 
 from moerge.errors import InputError, suggest
-from moerge.recipe.rules import Choice, Place
+from moerge.recipe.rules import MethodChoice, TensorContext
 from moerge.recipe.schema import Recipe
 
 
-class MethodChooser:
+class MethodResolver:
     """Asks the recipe's rules in order; the first that knows a tensor decides."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -18,21 +18,21 @@ class MethodChooser:
         self._unused = {rule.pattern: None for rule in recipe.rules if rule.pattern}
         self._roles: dict[str, None] = {}
 
-    def choose(self, place: Place) -> Choice:
+    def choose(self, context: TensorContext) -> MethodChoice:
         """The method for one tensor, and the weight of each expert."""
-        self._roles[_general(place.role) or place.name] = None
+        self._roles[_general(context.role) or context.name] = None
         for rule in self._recipe.rules:
-            choice = rule.choose(place)
+            choice = rule.choose(context)
             if choice is not None:
                 self._unused.pop(rule.pattern, None)
                 weights = {name: expert.weight for name, expert in self._recipe.experts.items()}
                 return replace(choice, weights={**weights, **choice.weights})
-        raise AssertionError(f"no rule for {place.name}: the last one should know every tensor")
+        raise AssertionError(f"no rule for {context.name}: the last one should know every tensor")
 
-    def dtype(self, place: Place) -> str | None:
+    def dtype(self, context: TensorContext) -> str | None:
         """The element type that an override gives a tensor, merged or copied; None where none does."""
         for rule in self._recipe.rules:
-            choice = rule.choose(place) if rule.pattern else None
+            choice = rule.choose(context) if rule.pattern else None
             if choice is not None:
                 if choice.dtype is not None:
                     self._unused.pop(rule.pattern, None)

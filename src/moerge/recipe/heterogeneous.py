@@ -10,12 +10,12 @@ METHODS = ("average", "linear")
 """How a shared embedding and head can be made of the experts'."""
 
 
-def misfit(recipe: Recipe) -> tuple[Key, str] | None:
+def conflicting_key(recipe: Recipe) -> tuple[Key, str] | None:
     """A key that does not go with whole models and what is wrong with it; None if nothing is."""
-    return _misfit_in_moe(recipe) or _misfit_elsewhere(recipe)
+    return _conflict_in_moe(recipe) or _conflict_elsewhere(recipe)
 
 
-def _misfit_in_moe(recipe: Recipe) -> tuple[Key, str] | None:
+def _conflict_in_moe(recipe: Recipe) -> tuple[Key, str] | None:
     moe = recipe.moe
     assert moe is not None
     given, router = moe.model_fields_set, moe.router
@@ -34,7 +34,7 @@ def _misfit_in_moe(recipe: Recipe) -> tuple[Key, str] | None:
     return None
 
 
-def _misfit_elsewhere(recipe: Recipe) -> tuple[Key, str] | None:
+def _conflict_elsewhere(recipe: Recipe) -> tuple[Key, str] | None:
     name, stay = recipe.method.name, "experts that stay whole models"
     if recipe.overrides:
         return ("merge", "overrides"), f": {stay} have no tensors to merge but embedding and head: remove 'overrides'"
