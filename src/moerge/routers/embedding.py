@@ -8,12 +8,12 @@ import numpy as np
 
 from moerge.checkpoint.reader import open_folder
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.operations.fitter import FitContext
 from moerge.routers.base import FittedRouter, Temperature
 from moerge.routers.calibrated import gates_by_name
 from moerge.routers.prompts import Prompts, prompt_texts
 from moerge.routers.regression import logit_scale
-from moerge.runtime.extras import require_models_extra
 from moerge.runtime.loading import load_tokenizer
 from moerge.tensors.codec import decode
 from moerge.tensors.tensor import Tensor
@@ -37,7 +37,7 @@ class EmbeddingRouter(FittedRouter):
 
     def require(self) -> None:
         """The tokenizer is transformers'."""
-        require_models_extra(f"the {self.kind} router")
+        require("models", f"the {self.kind} router")
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:
         """The prompts."""
