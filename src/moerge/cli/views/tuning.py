@@ -9,15 +9,15 @@ from moerge.cli.views.learning import note
 from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
-    from moerge.tuning.outlook import TunePlan
-    from moerge.tuning.result import TuneResult
+    from moerge.tuning.tune_plan import TunePlan
+    from moerge.tuning.tune_result import TuneResult
 
-__all__ = ["note", "outlook", "tuned"]
+__all__ = ["note", "show_plan", "tuned"]
 
 
-def outlook(found: TunePlan, *, as_json: bool) -> None:
+def show_plan(plan: TunePlan, *, as_json: bool) -> None:
     """Print the sources with their shares of tokens, what is trained, and sizes."""
-    figures = found.to_json()
+    figures = plan.to_json()
     if as_json:
         print_json(figures)
         return

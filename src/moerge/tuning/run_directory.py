@@ -22,16 +22,16 @@ _FREE = ("save_every", "processes", "device", "dying")
 """Settings that may change when a tuning is continued: they do not change what is computed."""
 
 
-class Work(Workspace):
+class RunDirectory(Workspace):
     """One process holds its lock; `close` lets go of it."""
 
     def __init__(self, target: Path) -> None:
         super().__init__(target, "tuning", lock="lock", marker=_BEGUN)
         self.tokens, self.targets, self.result = self.root / "tokens", self.root / "targets", self.root / "result"
-        self.gathered = self.root / "gathered"
+        self.unsharded = self.root / "unsharded"
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / METRICS
-        self.board = self.root / "tensorboard"
-        self.fresh = False
+        self.tensorboard_dir = self.root / "tensorboard"
+        self.is_new = False
 
     def open(self, facts: Mapping[str, Any], sources: Mapping[str, Path], *, resume: bool, force: bool) -> None:
         """Begin or continue. `facts` are settings and inputs, `sources` the folders of the models that are read.
@@ -49,7 +49,7 @@ class Work(Workspace):
                 self._compare(read_json(self.root / _BEGUN), facts)
             else:
                 self.empty()
-                self.fresh = True
+                self.is_new = True
             for folder in (self.tokens, self.targets, self.checkpoints):
                 folder.mkdir(exist_ok=True)
             atomic_write(self.root / _BEGUN, to_json(facts))
@@ -76,15 +76,15 @@ class Work(Workspace):
     def complete(self, files: Mapping[str, bytes], *, replace: bool) -> None:
         """Add files to the result, make it durable, give it the target's name, and remove everything else."""
         with machine_errors(self.root):
-            if self.board.exists():
-                shutil.copytree(self.board, self.result / self.board.name)
+            if self.tensorboard_dir.exists():
+                shutil.copytree(self.tensorboard_dir, self.result / self.tensorboard_dir.name)
             for path in self.result.rglob("*"):  # safetensors makes files that nobody else can read
                 path.chmod((0o666 if path.is_file() else 0o777) & ~umask())
             self.publish(self.result, files, replace=replace)
 
     def discard(self) -> None:
         """Remove what this run began, unless it has come as far as a training checkpoint."""
-        if self.fresh and not (self.checkpoints.is_dir() and self.latest()):
+        if self.is_new and not (self.checkpoints.is_dir() and self.latest()):
             super().discard()
 
 
