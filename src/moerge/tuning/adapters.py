@@ -22,14 +22,14 @@ TRAINED = "trained.safetensors"
 
 
 @dataclass(frozen=True)
-class Targets:
+class AdapterTargets:
     """The places of adapters: names of linear layers, and of parameters with an expert after the other."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
-def targets_of(tune_config: TuneConfig, model: Any, parts: Parts, schedule: Schedule) -> Targets:
+def targets_of(tune_config: TuneConfig, model: Any, parts: Parts, schedule: Schedule) -> AdapterTargets:
     """Return the places that the settings want adapters in. Raises InputError where nothing can have one, or what has one is
     trained.
     """
@@ -52,7 +52,7 @@ def targets_of(tune_config: TuneConfig, model: Any, parts: Parts, schedule: Sche
     both = found & schedule.ever_trained
     if both:
         raise tune_config.error(("train",), f" means {min(both)} too, which adapters.target trains: leave it out of one of them")
-    return Targets(
+    return AdapterTargets(
         tuple(sorted(name.removesuffix(".weight") for name in found & linear)),
         tuple(sorted(found & stacked)),
     )
@@ -63,7 +63,7 @@ def _adaptable(name: str, module: Any) -> bool:
     return isinstance(module, torch.nn.Linear) and not name.startswith(("lm_head", "router"))
 
 
-def add_adapters(model: Any, adapters: Adapters, targets: Targets, seed: int) -> Any:
+def add_adapters(model: Any, adapters: Adapters, targets: AdapterTargets, seed: int) -> Any:
     """Put adapters that change nothing yet on the model, in place; peft's handle to it. A is a function of the seed."""
     require("tune", "training adapters", "peft")
     import peft

@@ -180,7 +180,7 @@ def check_losses(tune_config: TuneConfig, model: Any, parts: Parts) -> None:
             raise tune_config.error(("losses", key), f": the model has no router to balance, {what}")
     if losses.distillation.hidden and by_sequence:
         raise tune_config.error(
-            ("losses", "distillation", "hidden"), ": select_parameters experts have hidden states each: compare logits only"
+            ("losses", "distillation", "hidden"), ": chosen experts have hidden states each: compare logits only"
         )
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
     beyond = [layer for layer in losses.distillation.hidden_layers if layer > layers]

@@ -1,9 +1,9 @@
-"""Targets of the teachers: each runs once over the sequences of its sources, and its largest logits are kept."""
+"""AdapterTargets of the teachers: each runs once over the sequences of its sources, and its largest logits are kept."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class TeacherTargets:
     def sequences(self) -> int:
         """Return the number of sequences that the teachers run over."""
         return sum(map(len, self.needed.values()))
+
+    def missing(self, source: str) -> list[int]:
+        """Return the source's sequences whose targets are not on the disk yet."""
+        (self.files.folder / source).mkdir(exist_ok=True)
+        return [number for number in self.needed[source] if not self.files.file(f"{source}/{number}").exists()]
 
     def of(self, source: str, number: int) -> dict[str, torch.Tensor]:
         """A sequence's targets as a batch has them: logits [T, M], ids [T, M], hidden.LAYER [T, H]."""
@@ -84,31 +89,34 @@ def run_teachers(
     device: str,
     advance: Callable[[int], None],
 ) -> None:
-    """Run every teacher over its sources; what an interrupted run has left is not made again. `advance` is told tokens.
+    """Run every teacher over its sources, except for targets that an interrupted run has left. `advance` receives tokens.
 
     `teachers` are folders by source, which `check_teachers` found fit; `student` is the trained model's config.
     """
     settings, vocabulary = tune_config.settings, int(student.get_text_config().vocab_size)
-    rows, impossible = settings.batch // settings.accumulation, _IMPOSSIBLE * max(1, settings.losses.distillation.temperature)
+    impossible = _IMPOSSIBLE * max(1, settings.losses.distillation.temperature)
+    files, rows = teacher_targets.files, settings.batch // settings.accumulation
     for folder in dict.fromkeys(teachers.values()):
-        names = [name for name in teacher_targets.needed if teachers[name] == folder]
-        left = {
-            name: [n for n in teacher_targets.needed[name] if not teacher_targets.files.file(f"{name}/{n}").exists()]
-            for name in names
-        }
-        advance(settings.length * sum(len(teacher_targets.needed[name]) - len(left[name]) for name in names))
-        if not any(left.values()):
+        sources = [source for source in teacher_targets.needed if teachers[source] == folder]
+        missing = {source: teacher_targets.missing(source) for source in sources}
+        complete = sum(len(teacher_targets.needed[source]) - len(missing[source]) for source in sources)
+        advance(settings.length * complete)
+        if not any(missing.values()):
             continue
         teacher = load(folder, dtype=settings.dtype, device=device)
-        for name in names:
-            (teacher_targets.files.folder / name).mkdir(exist_ok=True)
-            for start in range(0, len(left[name]), rows):
-                numbers = left[name][start : start + rows]
-                logits_BTV, states = _run(teacher.model, tokens[name], numbers, teacher_targets.files.layers)
-                for row, number in enumerate(numbers):
-                    logits_TV = pad_vocab(logits_BTV[row], vocabulary, impossible)
-                    teacher_targets.files.save(f"{name}/{number}", logits_TV, [state_BTH[row] for state_BTH in states])
-                advance(settings.length * len(numbers))
+        for source, numbers in _batches(missing, rows):
+            logits_BTV, states = _run(teacher.model, tokens[source], numbers, files.layers)
+            for row, number in enumerate(numbers):
+                logits_TV = pad_vocab(logits_BTV[row], vocabulary, impossible)
+                files.save(f"{source}/{number}", logits_TV, [state_BTH[row] for state_BTH in states])
+            advance(settings.length * len(numbers))
+
+
+def _batches(missing: Mapping[str, Sequence[int]], rows: int) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield (source, numbers of at most `rows` sequences)."""
+    for source, numbers in missing.items():
+        for start in range(0, len(numbers), rows):
+            yield source, numbers[start : start + rows]
 
 
 def _run(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from moerge.architecture.sequence import BY_SEQUENCE
-from moerge.distillation import Target, hidden_distance
+from moerge.distillation import DistillationTarget, hidden_distance
 from moerge.errors import InputError
 from moerge.tuning import losses
 from moerge.tuning.adapters import save_trained
@@ -129,7 +129,7 @@ class TuneTrainer(Trainer):
     def _distillation(self, logits_BTV: torch.Tensor, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         ids = inputs.get("target_ids")
         theirs = tuple(inputs[f"hidden.{layer}"] for layer in self._layers)
-        target = Target(inputs["target_logits"].flatten(0, 1), None if ids is None else ids.flatten(0, 1), theirs)
+        target = DistillationTarget(inputs["target_logits"].flatten(0, 1), None if ids is None else ids.flatten(0, 1), theirs)
         settings = self._settings.losses.distillation
         found = {"distillation": losses.forward_kl(logits_BTV.flatten(0, 1), target, settings.temperature)}
         if self._layers:
@@ -238,7 +238,7 @@ class TuneTrainer(Trainer):
     def heldout_losses(self) -> dict[str, dict[str, float]]:
         """Cross-entropy on the second halves of each held-out text's sequences, in nats a token.
 
-        A model that routes sequences routes by the first half: by the whole it would be select_parameters by what it is to predict. Every
+        A model that routes sequences routes by the first half: by the whole it would be chosen by what it is to predict. Every
         process runs all of it, as shards need.
         """
         found = {}

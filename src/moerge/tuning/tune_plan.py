@@ -12,7 +12,7 @@ import numpy as np
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.texts.documents import read_documents
-from moerge.tuning.adapters import Targets, add_adapters, targets_of, with_adapters
+from moerge.tuning.adapters import AdapterTargets, add_adapters, targets_of, with_adapters
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import expert_names
 from moerge.tuning.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
@@ -49,7 +49,7 @@ class TunePlan:
     target_bytes_needed: int
     processes: int
     schedule: Schedule
-    targets: Targets | None
+    targets: AdapterTargets | None
     trained_on: Mapping[str, Mapping[str, int]]
 
     @property
