@@ -28,7 +28,7 @@ from moerge.projectors.outputs import projector_outputs
 from moerge.recipe.document import dotted
 from moerge.recipe.heterogeneous import conflicting_key
 from moerge.recipe.schema import MoE, Recipe
-from moerge.routers.sequence import LearnedRouting, RandomRouting, SequenceRouter
+from moerge.routers.sequence import LearnedSequenceRouter, RandomSequenceRouter, SequenceRouter
 from moerge.tensors.dtypes import F32, DType
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import ArrayTensor, Tensor
@@ -63,8 +63,8 @@ def settle(recipe: Recipe) -> Recipe:
     if problem:
         raise InputError(f"{recipe.source}: {dotted(problem[0])}{problem[1]}")
     changes: dict[str, Any] = {}
-    if isinstance(moe.router, RandomRouting):
-        changes["router"] = LearnedRouting(temperature=moe.router.temperature, seed=moe.router.seed)
+    if isinstance(moe.router, RandomSequenceRouter):
+        changes["router"] = LearnedSequenceRouter(temperature=moe.router.temperature, seed=moe.router.seed)
     if "top_k" not in moe.model_fields_set:
         changes["top_k"] = min(moe.top_k, len(recipe.expert_names))
     return recipe.model_copy(update={"moe": moe.model_copy(update=changes)})
