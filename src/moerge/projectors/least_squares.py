@@ -17,7 +17,8 @@ Map = Callable[[Callable[[int], None], Iterable[int]], Iterable[Any]]
 class NormalEquations:
     """Sums over weighted rows, from which a regression is solved: memory is that of F x F, whatever the number of rows.
 
-    Everything is float64. The same rows in the same blocks give the same bits whatever the threads of `map_panels`, if BLAS has one.
+    Everything is float64. The same rows in the same blocks give the same bits for any number of threads of `map_panels`, if BLAS
+    has one thread.
     """
 
     def __init__(self, features: int, targets: int, map_panels: Map = map) -> None:

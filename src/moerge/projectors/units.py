@@ -35,7 +35,7 @@ def token_detectors(tokens_KM: np.ndarray, mean_M: np.ndarray, units: int, seed:
     """A unit for each of K token embeddings: up = 2 h a / |a|^2, a being the embedding less the mean, and a bias.
 
     So h goes into the gelu at the token itself, -h at the mean, and in between according to how far another embedding lies in the
-    token's direction: in many dimensions hardly any other token's lies half as far. TokenDetectors beyond K, and those of tokens that
+    token's direction: in many dimensions hardly any other token's lies half as far. Units beyond K, and those of tokens that
     lie at the mean, are drawn as torch.nn.Linear draws them, from the seed and the projector's name.
     """
     columns = tokens_KM.shape[1]
