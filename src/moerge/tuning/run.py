@@ -70,7 +70,8 @@ def tune(
     """Tune as TUNE.yaml says and write the checkpoint folder `out`; None on all processes but the first.
 
     `resume` continues an interrupted tuning into `out` from its last complete training checkpoint, with the losses that it
-    would have had; `force` replaces a checkpoint that moerge made there.
+    would have had, and leaves a complete result of the same settings and models as it is; `force` replaces a checkpoint that
+    moerge made there.
     `progress` is a `Progress`, or True for a display on standard error.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
@@ -83,9 +84,10 @@ def tune(
         arguments = job.arguments()
         try:
             on_main(lambda: job.prepare(resume=resume, force=force))
-            job.train(arguments)
-            job.gather()
-            on_main(lambda: job.finish(force=force))
+            if work.interrupted:  # on all processes; otherwise OUT was complete already
+                job.train(arguments)
+                job.gather()
+                on_main(lambda: job.finish(force=force))
         except InputError:
             if rank() == 0:
                 work.discard()
@@ -112,7 +114,7 @@ class _Job:
     def prepare(self, *, resume: bool, force: bool) -> None:
         """On the first process: the folder, the tokens, the teachers' targets. The others find all of it there."""
         from moerge.tuning.teachers import check_space
-        from moerge.tuning.tune_result import weights_digest
+        from moerge.tuning.tune_result import TuneResult, weights_digest
 
         models = self.models
         self.inputs = {
@@ -125,6 +127,10 @@ class _Job:
             for name, m in models.items()
         }
         facts = {"settings": self.tune_config.settings.model_dump(mode="json"), "models": self.inputs}
+        if resume and (finished := self.work.finished(facts)):
+            self.work.clear()
+            self.result = TuneResult(self.work.target, finished, was_complete=True)
+            return
         self.recipe = (read_manifest(models[""].folder) or {}).get("recipe")
         self.work.open(facts, {name or "the model": m.folder for name, m in models.items()}, resume=resume, force=force)
         with machine_errors(self.work.root):

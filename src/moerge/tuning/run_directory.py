@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.manifest import to_json
-from moerge.checkpoint.reader import read_json
+from moerge.checkpoint.manifest import damaged_files, read_manifest, to_json
+from moerge.checkpoint.reader import open_folder, read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.workspace import Workspace, machine_errors, make_all_durable
 from moerge.errors import InputError
@@ -59,14 +59,22 @@ class RunDirectory(Workspace):
             shutil.rmtree(self.result, ignore_errors=True)
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for part in sorted({*before, *now}):
-            was, wanted = (value if isinstance(value, dict) else {} for value in (before.get(part), now.get(part)))
-            for key in sorted({*was, *wanted} - set(_FREE if part == "settings" else ())):
-                if was.get(key) != wanted.get(key):
-                    raise InputError(
-                        f"the interrupted tuning in {self.root} had another {key} ({part}): "
-                        "continue it as it was, or start over with --force"
-                    )
+        for part, key in _differences(before, now):
+            raise InputError(
+                f"the interrupted tuning in {self.root} had another {key} ({part}): "
+                "continue it as it was, or start over with --force"
+            )
+
+    def finished(self, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the tune.json of OUT if it is an undamaged result of the same settings and models."""
+        try:
+            written, manifest = read_json(self.target / FACTS), read_manifest(self.target)
+            tensors = open_folder(self.target).tensors
+        except InputError:
+            return None
+        same = not any(_differences({part: written.get(part) for part in facts}, facts))
+        intact = manifest and tensors.keys() == manifest["tensors"].keys() and not damaged_files(self.target, manifest)
+        return written if same and intact else None
 
     def latest(self) -> Path | None:
         """The newest complete training checkpoint."""
@@ -86,6 +94,15 @@ class RunDirectory(Workspace):
         """Remove what this run began, unless it has come as far as a training checkpoint."""
         if self.is_new and not (self.checkpoints.is_dir() and self.latest()):
             super().discard()
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (part, key) of facts that differ and decide what is computed."""
+    for part in sorted({*before, *now}):
+        was, wanted = (value if isinstance(value, dict) else {} for value in (before.get(part), now.get(part)))
+        for key in sorted({*was, *wanted} - set(_FREE if part == "settings" else ())):
+            if was.get(key) != wanted.get(key):
+                yield part, key
 
 
 def mark_complete(checkpoint: Path) -> None:

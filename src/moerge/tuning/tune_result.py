@@ -34,14 +34,15 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True, repr=False)
 class TuneResult(Displayed):
-    """A finished tuning: the folder, tune.json's facts, and the last step's row."""
+    """A finished tuning: the folder, and tune.json's facts. `was_complete`: there was nothing to resume, nothing was done."""
 
     folder: Path
     facts: Mapping[str, Any]
+    was_complete: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""
-        return {"checkpoint": str(self.folder), **self.facts}
+        return {"checkpoint": str(self.folder), "was_complete": self.was_complete, **self.facts}
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:

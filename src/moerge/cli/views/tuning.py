@@ -40,8 +40,11 @@ def show_plan(plan: TunePlan, *, as_json: bool) -> None:
 
 @view
 def tuned(result: TuneResult) -> None:
-    """Print where the result lies and what the last step was like."""
+    """Print the result's folder and the figures of the last step."""
     facts, last = result.facts, result.facts["last"]
+    if result.was_complete:
+        say(f"{result.folder} is complete already, of the same settings and models: nothing was done")
+        return
     say(
         f"{result.folder}: {facts['steps']:,} steps, {facts['tokens']:,} tokens in {as_time(facts['seconds'])}, "
         f"cross-entropy {last['cross_entropy']:.4f} in the last step",
