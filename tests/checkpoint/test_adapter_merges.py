@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import moerge
-from adapters import low_rank, merged, write_adapter
-from command import moerge as run
-from command import refuses
 from moerge.checkpoint.header import read_header
-from tiny import (
+from tests.helpers.adapters import low_rank, merged, write_adapter
+from tests.helpers.command import moerge as run
+from tests.helpers.command import refuses
+from tests.helpers.tiny import (
     llama_config,
     llama_shapes,
     make_models,

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import low_rank, merged, write_adapter
-from command import moerge
-from hf_models import FAMILIES, SIZES, transformers
 from moerge.checkpoint import header
 from moerge.checkpoint.staging import staging_folder
 from moerge.merging.pipeline import merge, plan
 from moerge.tensors.streams import WINDOW
 from moerge.tokenizer import token_ids
-from tiny import read_tensors, read_values, write_checkpoint, write_json
-from whole_models import MIXED, atomic_write, built, make_mixed, make_model, write_bpe
+from tests.helpers.adapters import low_rank, merged, write_adapter
+from tests.helpers.command import moerge
+from tests.helpers.hf_models import FAMILIES, SIZES, transformers
+from tests.helpers.tiny import read_tensors, read_values, write_checkpoint, write_json
+from tests.helpers.whole_models import MIXED, atomic_write, built, make_mixed, make_model, write_bpe
 
 pytestmark = pytest.mark.slow
 

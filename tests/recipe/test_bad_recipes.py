@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge, refuses
-from tiny import make_models
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import make_models
 
 MODELS = "base: base\nexperts: {math: math, code: code}\n"
 BAD = {
