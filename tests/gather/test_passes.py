@@ -46,9 +46,3 @@ def test_free_memory_is_that_of_the_machine() -> None:
         int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
     )
     assert 0 < free_memory(SimpleNamespace(type="cpu")) < total
-
-
-def test_without_meminfo_it_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moerge.gather.passes.Path", lambda path: SimpleNamespace(read_text=lambda: "MemTotal: 1 kB\n"))
-    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.__getitem__)
-    assert free_memory(SimpleNamespace(type="cpu")) == 40960

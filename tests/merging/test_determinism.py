@@ -62,6 +62,8 @@ def test_shards_do_not_matter(tmp_path: Path, name: str) -> None:
     assert whole.keys() == small.keys()
     assert all(np.array_equal(whole[tensor], small[tensor]) for tensor in whole)
     manifests = [json.loads((tmp_path / out / "moerge.json").read_text()) for out in ("from1", "from3", "small")]
+    for manifest in manifests:  # what is asked of --resume, of which the largest shard is a part
+        del manifest["plan"], manifest["manifest_digest"]
     assert manifests[0] == manifests[1] == manifests[2]  # digests do not depend on files either
 
 
@@ -96,11 +98,12 @@ def test_what_the_ecosystem_loads(tmp_path: Path) -> None:
         with library.safe_open(path, "pt") as file:
             theirs |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(theirs[name].view(torch.uint16).numpy(), array) for name, array in ours.items())
+    assert {str(tensor.dtype) for tensor in theirs.values()} == {"torch.bfloat16", "torch.float32"}  # what all have wider stays
+    assert all(theirs[name].view(torch.uint8).numpy().tobytes() == array.tobytes() for name, array in ours.items())
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     state = model.state_dict()
-    assert all(torch.equal(state[name], theirs[name]) for name in ours)
+    assert all(torch.equal(state[name], theirs[name].to(state[name].dtype)) for name in ours)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 64
 
 

@@ -239,7 +239,7 @@ def test_plan_manifest_and_card_count_tokens(tmp_path: Path) -> None:
         'tokens: b has 5 of them, lacks "<|im_start|>", "<|im_end|>"',
     ]
     card = (out / "README.md").read_text()
-    assert '- tokens: base has 5 of them, lacks "<|im_start|>", "<|im_end|>"' in card
+    assert '- tokens: base has 5 of them, lacks "&lt;|im_start|&gt;", "&lt;|im_end|&gt;"' in card
     assert "tokenizer      7 tokens, 7 rows" in moerge("inspect", out).out
 
 

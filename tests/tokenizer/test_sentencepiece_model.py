@@ -73,7 +73,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         file.write_bytes(garbage)
         with pytest.raises(api.InputError, match="is not a SentencePiece model"):
             read_sentencepiece(file)
-    with pytest.raises(api.InputError, match=r"cannot read .*absent: No such file"):
+    with pytest.raises(FileNotFoundError):
         read_sentencepiece(tmp_path / "absent")
 
 
