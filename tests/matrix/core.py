@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tiny import EXPERTS, make_models, write_recipe
+from tests.helpers.tiny import EXPERTS, make_models, write_recipe
 
 EXPERT_NAMES = {name: name for name in EXPERTS}
 

@@ -16,23 +16,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "modeling")]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-import torch  # noqa: E402
-from routed_models import check_without_moerge, dense_experts, padded, prompts, routed  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM
 
-from moerge.modeling import register  # noqa: E402
-from moerge.modeling.versions_moerge import CACHE  # noqa: E402
+from moerge.modeling import register
+from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.routed_models import check_without_moerge, dense_experts, padded, prompts, routed
 
 PROMPTS = {"one token": (1,), "nine tokens": (9,), "equal lengths": (6, 6, 6), "left-padded": (9, 5, 7)}
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": 63, "pad_token_id": 0, "max_new_tokens": 8}
 
 
 def models() -> dict[str, Any]:
-    from mixed_models import mixed
+    from tests.modeling.mixed_models import mixed
 
     return {
         "dense cache, perplexity": routed(separate=["ffn", "attention"]),

@@ -18,8 +18,8 @@ from moerge.files import check_unchanged, target_of
 from moerge.formatting import Displayed
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
-from moerge.planning.assemble.heterogeneous import is_heterogeneous
 from moerge.planning.build import build_plan, located
+from moerge.planning.kinds import is_heterogeneous
 from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
 from moerge.recipe.coefficients import FILE, Coefficients

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from moerge.architecture import family_of
 from moerge.checkpoint.reader import open_folder
 from moerge.errors import InputError
 from moerge.extras import require
@@ -56,9 +57,10 @@ class EmbeddingRouter(FittedRouter):
         return gates_by_name(context, lambda layer: gate_EH)
 
     def _embedding(self, context: FitContext) -> Tensor:
-        assert context.family is not None
-        merged = open_folder(context.folder, name="merged").tensors
-        return next(tensor for name, tensor in merged.items() if context.family.role_of(name) == "embedding")
+        merged = open_folder(context.folder, name="merged")
+        family = family_of(merged.config)
+        assert family is not None
+        return next(tensor for name, tensor in merged.tensors.items() if family.role_of(name) == "embedding")
 
     def _row(self, tokenizer: Any, embedding: Tensor, prompts: Prompts) -> np.ndarray:
         row_H = _unit(_summed(tokenizer, embedding, prompts.positive))
