@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -40,26 +40,36 @@ def parts_of(model: Any, experts: Sequence[str] = ()) -> Parts:
     `experts.NAME` is the part of a single expert: of a native MoE, whose `experts` are called so in its manifest, a slice of each
     parameter (see `Schedule`). Experts that are adapters have only those of their own.
     """
+    classify = _classifier(model)
     names = [name for name, _ in model.named_parameters()]
-    routers = tuple(f"{name}." for name in router_modules(model))
-    by_sequence, whole = model.config.model_type in BY_SEQUENCE, model.config.model_type == HETEROGENEOUS
-    found: dict[str, set[str]] = {part: set() for part in PARTS[:-1]}
+    by_part: dict[str, set[str]] = {part: set() for part in PARTS[:-1]}
     for name in names:
-        if name.startswith(("router.", *routers)):
-            part = "router"
-        elif "projector" in name:
-            part = "projectors"
-        elif _separate(name, model.config) if by_sequence and not whole else _EXPERTS.search(name):
-            part = "experts"
-        else:
-            part = "backbone"
-        found[part].add(name)
-    single = _by_number(found["experts"]) if by_sequence else _slices(model, found["experts"])
+        by_part[classify(name)].add(name)
+    by_sequence = model.config.model_type in BY_SEQUENCE
+    single = _by_number(by_part["experts"]) if by_sequence else _slices(model, by_part["experts"])
     called = list(model.config.expert_names) if by_sequence else list(experts) or list(map(str, range(len(single))))
-    for number, own in single.items():
+    for number, of_expert in single.items():
         if number < len(called):
-            found[f"experts.{called[number]}"] = own
-    return {**{part: frozenset(own) for part, own in found.items()}, "all": frozenset(names)}
+            by_part[f"experts.{called[number]}"] = of_expert
+    return {**{part: frozenset(members) for part, members in by_part.items()}, "all": frozenset(names)}
+
+
+def _classifier(model: Any) -> Callable[[str], str]:
+    """Return a function from a parameter's name to its part, for this kind of model."""
+    routers = ("router.", *(f"{name}." for name in router_modules(model)))
+    merged_experts = model.config.model_type in BY_SEQUENCE and model.config.model_type != HETEROGENEOUS
+
+    def is_expert(name: str) -> bool:
+        return _separate(name, model.config) if merged_experts else bool(_EXPERTS.search(name))
+
+    def classify(name: str) -> str:
+        if name.startswith(routers):
+            return "router"
+        if "projector" in name:
+            return "projectors"
+        return "experts" if is_expert(name) else "backbone"
+
+    return classify
 
 
 def _separate(name: str, config: Any) -> bool:

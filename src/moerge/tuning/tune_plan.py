@@ -15,7 +15,7 @@ from moerge.texts.documents import read_documents
 from moerge.tuning.adapters import AdapterTargets, add_adapters, targets_of, with_adapters
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import expert_names
-from moerge.tuning.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
+from moerge.tuning.parts import Parts, Schedule, check_losses, hidden_layers, make_schedule, parts_of
 from moerge.tuning.run_directory import RunDirectory
 from moerge.tuning.settings import PARTS, TuneConfig, Tuning
 from moerge.tuning.teachers import (
@@ -142,13 +142,8 @@ def make_plan(
     `models` are where `locate_models` found them. The model gets the adapters that the settings ask for.
     """
     settings, parts = tune_config.settings, parts_of(model, expert_names(models[""]))
-    check_losses(tune_config, model, parts)
-    _check_length(tune_config, model.config)
-    schedule = make_schedule(tune_config, parts)
-    check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
-    layers = hidden_layers(tune_config, model)
-    if settings.distils:
-        check_teachers(tune_config, models, model.config, tokenizer.get_vocab(), hidden=bool(layers))
+    schedule, layers = make_schedule(tune_config, parts), hidden_layers(tune_config, model)
+    _check(tune_config, models, tokenizer, model, parts, hidden=bool(layers))
     weights = {name: source.weight for name, source in settings.data.items()}
     mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
     tokens = tuple(_tokenise(tune_config, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
@@ -160,22 +155,34 @@ def make_plan(
         schedule = with_adapters(schedule, model)
     heldout = {name: _heldout(tune_config, work.tokens / "heldout", name, tokenizer) for name in settings.heldout}
     plan = TunePlan(
-        settings,
-        mixture,
-        tokens,
-        {part: sum(sizes[name] for name in parts[part]) for part in PARTS},
-        schedule.trained({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}),
-        heldout,
-        teacher_targets,
-        target_bytes_needed(tune_config, teacher_targets, model.config) if teacher_targets else 0,
-        processes,
-        schedule,
-        targets,
-        {name: _shared(found, mixture.names, tokens) for name, found in heldout.items()},
+        settings=settings,
+        mixture=mixture,
+        tokens=tokens,
+        parameters={part: sum(sizes[name] for name in parts[part]) for part in PARTS},
+        trained=schedule.trained({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}),
+        heldout=heldout,
+        teacher_targets=teacher_targets,
+        target_bytes_needed=target_bytes_needed(tune_config, teacher_targets, model.config) if teacher_targets else 0,
+        processes=processes,
+        schedule=schedule,
+        targets=targets,
+        trained_on={name: _shared(text, mixture.names, tokens) for name, text in heldout.items()},
     )
     for warning in plan.warnings:
         note(warning)
     return plan
+
+
+def _check(
+    tune_config: TuneConfig, models: Mapping[str, Checkpoint], tokenizer: Any, model: Any, parts: Parts, *, hidden: bool
+) -> None:
+    """Raise InputError if the losses, the length, the tokenizer or a teacher do not fit the model."""
+    check_losses(tune_config, model, parts)
+    _check_length(tune_config, model.config)
+    rows = int(model.config.get_text_config().vocab_size)
+    check_vocabularies(next(iter(tune_config.settings.data)), _rows_needed(tokenizer), rows)
+    if tune_config.settings.distils:
+        check_teachers(tune_config, models, model.config, tokenizer.get_vocab(), hidden=hidden)
 
 
 def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) -> dict[str, int]:
