@@ -236,7 +236,7 @@ def _needs_of_methods(recipe: Recipe) -> Problems:
         members_base = recipe.includes_base and not method.uses_task_vectors
         weights = [expert.weight for expert in recipe.experts.values()] + [1.0] * members_base
         if method.divides_by_weights and cancel(weights):
-            yield ("experts",), ": the weights sum to zero, so they cannot be normalised"
+            yield ("experts",), ": the weights sum to zero, so they cannot be normalized"
 
 
 def _passed_through(recipe: Recipe) -> Problems:
