@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,10 @@ from tests.modeling.routed_models import check_without_moerge, dense_experts, pa
 
 PROMPTS = {"one token": (1,), "nine tokens": (9,), "equal lengths": (6, 6, 6), "left-padded": (9, 5, 7)}
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": 63, "pad_token_id": 0, "max_new_tokens": 8}
+
+
+class Refused(Exception):
+    """Caches that cannot take tokens back, or not in this version: no text is better than a wrong one."""
 
 
 def models() -> dict[str, Any]:
@@ -60,7 +65,11 @@ def in_chunks(model: Any) -> None:
 def assisted(model: Any) -> None:
     ids = torch.stack(prompts(4)).repeat(1, 3)
     mask = torch.ones_like(ids)
-    assert torch.equal(text(model, ids, mask, prompt_lookup_num_tokens=3), text(model, ids, mask, use_cache=False))
+    try:
+        found = text(model, ids, mask, prompt_lookup_num_tokens=3)
+    except ValueError as error:
+        raise Refused(str(error)) if re.search("crop|taken back", str(error)) else error from None
+    assert torch.equal(found, text(model, ids, mask, use_cache=False))
 
 
 def a_conversation(model: Any) -> None:
@@ -97,8 +106,10 @@ def checks(work: Path) -> dict[str, Callable[[], object]]:
             f"{kind}: assisted": lambda model=model: assisted(model),
             f"{kind}: a conversation": lambda model=model: a_conversation(model),
             f"{kind}: saved and loaded": lambda model=model, n=number: saved(model, work / "saved" / str(n)),
-            f"{kind}: without moerge": lambda model=model, n=number: without_moerge(model, work / "alone" / f"model{n}"),
         }
+        if number % 2 == 0:  # one of each kind: it starts a process
+            place = work / "alone" / f"model{number}"
+            found[f"{kind}: without moerge"] = lambda model=model, place=place: without_moerge(model, place)
     return found
 
 
@@ -111,6 +122,8 @@ def outcome(check: Callable[[], object]) -> str:
         with warnings.catch_warnings(), contextlib.redirect_stderr(heard):
             warnings.simplefilter("error", FutureWarning)
             check()
+    except Refused as error:
+        return f"refused: {error}"[:300]
     except Exception as error:  # a table has a row for everything that can go wrong
         return f"{type(error).__name__}: {error}"[:300]
     finally:
