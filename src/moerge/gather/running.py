@@ -107,7 +107,7 @@ class Layout:
 def adapt(model: Any, tensors: Mapping[str, Tensor], vocabulary: int | None) -> None:
     """Put other values into a model's parameters, by the checkpoint's names, after resizing its vocabulary.
 
-    Raises InputError for a tensor that is no parameter in transformers.
+    Raises InputError for a tensor that is not a parameter in transformers.
     """
     import torch
 
@@ -226,7 +226,7 @@ def fisher_sums(
     """sum over sequences of the squared gradient of log p(sequence), by the parameters' names in memory, in float32.
 
     log p is the sum of the log-probabilities of all tokens but the first given those before them: the text's own, or with
-    `labels: sampled` tokens drawn from the model. One sequence at a time, since squares of a batch's mean gradient are none.
+    `labels: sampled` tokens drawn from the model. One sequence at a time, since the square of a batch's mean gradient is not the mean of the squares.
     """
     import torch
 

@@ -44,7 +44,7 @@ class Trainer:
     def fit(self, train: Sequence[Sample], heldout: Sequence[Sample]) -> History:
         """One or more epochs; with `heldout` the coefficients of the best update stay, counting the initial ones.
 
-        Raises InputError where a loss or its gradient is no number.
+        Raises InputError if a loss or its gradient is NaN or infinite.
         """
         settings, history = self.settings, History()
         if math.isinf(settings.gamma) or not train:
@@ -87,7 +87,7 @@ class Trainer:
         history.rows.append({"update": update, "train": total, "learning_rate": optimizer.param_groups[0]["lr"]})
 
     def _evaluate(self, heldout: Sequence[Sample], history: History, update: int) -> float:
-        """The whole objective on held-out texts; infinity where there are none."""
+        """The objective on the held-out texts; infinity if there are none."""
         if not heldout:
             return math.inf
         losses = []

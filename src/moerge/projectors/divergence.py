@@ -89,7 +89,7 @@ def least_divergence(
     moment_MM: np.ndarray,
     stepped: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """From `start_MD`, Newton steps for as long as the divergence on held-out states falls; `stepped` is told of each.
+    """From `start_MD`, Newton steps for as long as the divergence on held-out states falls; `stepped` is called after each.
 
     Each is solved by a few steps of conjugate gradients, with the second moments of the shared head's rows (`moment_MM`) and of
     the states as preconditioner: the curvature itself, if probabilities did not depend on the state.

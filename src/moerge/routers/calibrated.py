@@ -62,7 +62,7 @@ class ModelRouter(FittedRouter):
         return ForcedRoutingModel(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
 
     def replicas(self, context: FitContext) -> ModelReplicas:
-        """Return the bytes for as many texts at once as there are threads."""
+        """Return replicas of the merged model, one for each thread."""
         return ModelReplicas(self.running(context), context.threads)
 
 
@@ -209,7 +209,7 @@ class Accumulator:
 
     @property
     def product_LHC(self) -> np.ndarray:
-        """The sum of x^T y over targets y, in float64; of x where there are none."""
+        """The sum of x^T y over targets y, in float64; of x if there are none."""
         return np.stack([layer.product_HC.cpu().numpy() for layer in self._layers])
 
     def moments(self, facts: dict[str, Any]) -> GramStatistics:

@@ -24,7 +24,7 @@ Route = int | None
 
 
 class ForcedRoutingModel:
-    """A token-routed MoE in memory, whose gates are overruled, so that it does not matter what they hold."""
+    """A token-routed MoE in memory, whose router outputs are replaced, so that its gates' values do not matter."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class ForcedRoutingModel:
         dtype: str | None = None,
         model: Any = None,
     ) -> None:
-        """`model` is one that is loaded already, where it is; `layers` is how many it must have gates in."""
+        """`model` is an already loaded model to use as it is; `layers` is the number of layers that must have gates."""
         require("models", "a calibrated router")
         self.experts = experts
         self._folder = folder
@@ -64,7 +64,7 @@ class ForcedRoutingModel:
         return torch.tensor([ids], dtype=torch.long, device=self._device)
 
     def random_tokens(self, seed: int, tokens: int) -> torch.Tensor:
-        """Tokens drawn uniformly from the vocabulary, [1, T]: input that is no text at all."""
+        """Tokens drawn uniformly from the vocabulary, [1, T]: input that is not text."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -72,16 +72,16 @@ class ForcedRoutingModel:
 
     @property
     def on_cpu(self) -> bool:
-        """Return whether the processor computes, and not a device beside it."""
+        """Return whether the model runs on the CPU."""
         return bool(self._device.type == "cpu")
 
     def replica(self) -> ForcedRoutingModel:
-        """Return a model with the same weights in modules of its own, so that it can run beside this one in another thread."""
+        """Return a model that shares the weights but has its own modules, so that it can run in another thread."""
         shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
         return copy.deepcopy(self, {id(part): part for part in shared})
 
     def router_logits(self, ids_1T: torch.Tensor) -> list[torch.Tensor]:
-        """Return the outputs of each layer's router when nothing overrules it, L times [T, E] in float32."""
+        """Return each layer's own router outputs, L times [T, E] in float32."""
         import torch
 
         with torch.no_grad(), self._record_router_inputs() as inputs_LTH:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class ModelReplicas:
-    """A model and its twins, as many as there are threads; on a GPU the model alone. A context manager.
+    """A model and its replicas, one for each thread; on a GPU only the model. A context manager.
 
     Each thread holds a text's activations at a time, so memory grows with the threads, but not with the texts.
     """
@@ -37,7 +37,7 @@ class ModelReplicas:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Callable[[ForcedRoutingModel, Item], Result], items: Sequence[Item]) -> Iterator[list[Result]]:
-        """`work(model, item)` of all items, in their order, as many at a time as there are threads.
+        """`work(model, item)` for all items in order, one at a time on each thread.
 
         The very first runs alone: libraries import what they need when it is needed, and not all of them in several threads.
         """
@@ -48,5 +48,5 @@ class ModelReplicas:
             start, self._begun = start + count, True
 
     def map_layers(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work(item)` of all items, in their order; no model takes part."""
+        """`work(item)` for all items in order, without a model."""
         return list(self._pool.map(work, items))

@@ -27,7 +27,7 @@ _FACTS = "moerge.statistics"
 _WINDOW = 1 << 20
 """Elements added up at a time."""
 _NUMBER = 1.2345678901234567e-300
-"""As long as a number gets in JSON."""
+"""The longest number in JSON, in characters."""
 
 
 def stored_name(kind: Kind, tensor: str) -> str:
@@ -98,7 +98,7 @@ def open_statistics(path: Path) -> Statistics:
 
 
 def check_replaceable(path: Path) -> None:
-    """InputError if there is a file that is no statistics: an expert called `model` would overwrite a checkpoint's weights."""
+    """Raise InputError if a file exists that does not hold statistics: an expert called `model` would overwrite a checkpoint's weights."""
     try:
         ours = _FACTS in read_metadata(path) if read_header(path) else False
     except InputError:

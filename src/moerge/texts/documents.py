@@ -170,7 +170,7 @@ def _text(entry: Any, where: str, field: str | None) -> str:
 
 
 def check_unicode(text: str, what: str) -> None:
-    """InputError for half a character, which is no UTF-8 and nothing that a tokenizer takes."""
+    """Raise InputError for a lone surrogate, which UTF-8 and tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

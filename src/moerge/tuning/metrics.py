@@ -81,5 +81,5 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def not_finite(row: Mapping[str, Any]) -> str | None:
-    """The first figure of a row that is no number."""
+    """The first figure of a row that is NaN or infinite."""
     return next((key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)), None)

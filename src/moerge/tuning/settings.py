@@ -18,7 +18,7 @@ PARTS = ("router", "projectors", "experts", "backbone", "all")
 """What `train` can name besides patterns."""
 
 MOST_SEQUENCES = 10**9
-"""Of a run: eight bytes of memory each, and five more for a moment."""
+"""The most sequences of a run: each takes eight bytes of memory, and briefly five more."""
 
 _SEEDS = 2**32
 """What transformers takes."""

@@ -25,8 +25,8 @@ from moerge.tuning.settings import TuneConfig
 from moerge.tuning.tokens import Tokens
 
 _IMPOSSIBLE = -1e6
-"""The logit, at temperature 1, of a token that a teacher has no row for: its probability is exactly 0, and it is no infinity,
-whose product with 0 is none."""
+"""The logit, at temperature 1, of a token that a teacher has no row for: its probability is exactly 0. It is not -inf, because
+0 * -inf is NaN."""
 
 
 @dataclass(frozen=True)

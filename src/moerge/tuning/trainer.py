@@ -69,7 +69,7 @@ class TuneTrainer(Trainer):
     """transformers' Trainer on our losses and data.
 
     `schedule` says what is trained when; with `only_trained` checkpoints hold nothing else. `metrics` gets a row for each step,
-    `advance` is told the tokens done.
+    `advance` receives the number of tokens done.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from moerge.tuning.teachers import (
 from moerge.tuning.tokens import Tokens, documents_of, tokenise
 
 _STATE_BYTES = 12
-"""Of a trained parameter in a training checkpoint: the weight and AdamW's two moments, float32 each."""
+"""Bytes of a trained parameter in a training checkpoint: the weight and AdamW's two moments, float32 each."""
 
 
 @dataclass(frozen=True)
