@@ -226,7 +226,7 @@ def fisher_sums(
     """sum over sequences of the squared gradient of log p(sequence), by the parameters' names in memory, in float32.
 
     log p is the sum of the log-probabilities of all tokens but the first given those before them: the text's own, or with
-    `labels: sampled` tokens drawn from the model. One sequence at a time, since the square of a batch's mean gradient is not the mean of the squares.
+    `labels: sampled` tokens drawn from the model. One sequence at a time: the square of a mean gradient is no mean of squares.
     """
     import torch
 

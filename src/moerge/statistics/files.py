@@ -98,7 +98,7 @@ def open_statistics(path: Path) -> Statistics:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise InputError if a file exists that does not hold statistics: an expert called `model` would overwrite a checkpoint's weights."""
+    """Raise InputError if a file exists that does not hold statistics, such as the weights of a checkpoint in this folder."""
     try:
         ours = _FACTS in read_metadata(path) if read_header(path) else False
     except InputError:
