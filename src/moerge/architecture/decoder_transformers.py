@@ -26,7 +26,8 @@ def decoder_from_transformers(config: Mapping[str, Any], where: str) -> DecoderI
     except ImportError as error:
         raise InputError(
             f"{where}: moerge does not know models of type {kind!r}, and asking transformers needs {error.name}: "
-            "pip install 'moerge[models]'"
+            "pip install 'moerge[models]'",
+            code="missing-extra",
         ) from None
     with without_warnings():
         return _ask(transformers, torch, config, kind, where)

@@ -26,7 +26,7 @@ def import_models_extra() -> None:
         for name in ("tokenizers", "torch", "transformers"):
             import_module(name)
     except ImportError as error:
-        raise InputError(f"moerge demo needs {error.name}: pip install 'moerge[models]'") from error
+        raise InputError(f"moerge demo needs {error.name}: pip install 'moerge[models]'", code="missing-extra") from error
     finally:
         if unset:
             del os.environ["GOMP_SPINCOUNT"]

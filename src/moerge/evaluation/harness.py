@@ -43,7 +43,7 @@ def require_harness() -> None:
             import lm_eval.api.task
             import lm_eval.evaluator  # noqa: F401
     except ImportError as error:
-        raise InputError(f"benchmarks need {error.name}: pip install 'moerge[models,eval]'") from None
+        raise InputError(f"benchmarks need {error.name}: pip install 'moerge[models,eval]'", code="missing-extra") from None
 
 
 def prompt_settings(benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
@@ -67,7 +67,9 @@ def _task_file(benchmark: Benchmark) -> dict[str, Any]:
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError:
-        raise InputError(f"the installed lm_eval has no task {benchmark.task}: pip install 'moerge[eval]'") from None
+        raise InputError(
+            f"the installed lm_eval has no task {benchmark.task}: pip install 'moerge[eval]'", code="missing-extra"
+        ) from None
     return dict(loaded)
 
 

@@ -46,11 +46,11 @@ def routes_sequences(checkpoint: str) -> bool:
     try:
         from transformers import PretrainedConfig
     except ImportError as error:
-        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
+        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'", code="missing-extra") from None
     folder, place, revision = Path(checkpoint).expanduser(), checkpoint, ""
     if not folder.is_dir():
         if folder.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
-            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
+            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path", code="not-found")
         place, _, revision = checkpoint.partition("@")
     options = {"revision": revision} if revision else {}
     try:

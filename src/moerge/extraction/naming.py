@@ -29,7 +29,8 @@ def names_for_peft(plan: Plan) -> dict[str, str]:
     except ImportError as error:
         raise InputError(
             f"{base.folder}: what peft calls the modules of a model of several modalities is only known to transformers, which "
-            f"needs {error.name}: pip install 'moerge[models]'"
+            f"needs {error.name}: pip install 'moerge[models]'",
+            code="missing-extra",
         ) from None
     if known is None:  # code of its own, which loads its files as they are
         return {name: name for name in stored}

@@ -177,7 +177,9 @@ def add_folders(recipe: Recipe, out: Path, folders: Sequence[Path], options: Opt
         if target.is_file() and not force:
             known = open_statistics(target)
             if sorted(known.facts.texts, key=repr) != sorted(texts, key=repr):
-                raise InputError(f"{target} holds another sum: choose another folder, or replace it with --force")
+                raise InputError(
+                    f"{target} holds another sum: choose another folder, or replace it with --force", code="target-exists"
+                )
             yield Outcome(target, known.facts, target.stat().st_size, gathered=False)
             continue
         facts = add_up(parts, target)
@@ -215,7 +217,7 @@ def _checked(recipe: Recipe, experts: Sequence[str]) -> tuple[str, ...]:
     known = (*(("base",) if recipe.base else ()), *recipe.experts)
     for name in experts:
         if name not in known:
-            raise InputError(f"--expert {name!r} is not a model of {recipe.source}, {suggest(name, known)}")
+            raise InputError(f"--expert {name!r} is not a model of {recipe.source}, {suggest(name, known)}", code="unknown-name")
     return tuple(experts)
 
 
@@ -321,7 +323,10 @@ class _Gathering:
         if other is None and any(not names <= _covered(known, kind) for kind, names in self.wanted.items()):
             other = "tensors"
         if other:
-            raise InputError(f"{self.path} holds statistics of other {other}: choose another folder, or replace it with --force")
+            raise InputError(
+                f"{self.path} holds statistics of other {other}: choose another folder, or replace it with --force",
+                code="target-exists",
+            )
         return Outcome(self.path, facts, self.path.stat().st_size, gathered=False)
 
     def _facts(self, model: Checkpoint, layout: Layout, sequences: Sequences) -> Facts:

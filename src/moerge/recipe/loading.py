@@ -71,7 +71,7 @@ def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipe
     data = document.data
     for key in data:
         if key not in _SECTIONS:
-            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
+            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}", code="unknown-name")
     fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
     method, overrides, seed = _merge_section(document)
     if data.get("moe") is not None:
@@ -125,7 +125,9 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
     unknown = next((key for key in parameters if key not in kind.model_fields), None)
     if unknown:
         own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights", "dtype"]
-        raise document.error((*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}")
+        raise document.error(
+            (*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}", code="unknown-name"
+        )
     if "seed" in kind.model_fields:
         parameters.setdefault("seed", seed)
     return document.build(kind, parameters, path)
@@ -146,7 +148,9 @@ def _moe_section(document: Document) -> MoE:
     moe = document.build(MoE, section, ("moe",))
     formats = (*moe_formats(), FORMAT)
     if moe.format not in ("auto", *formats):
-        raise document.error(("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}")
+        raise document.error(
+            ("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}", code="unknown-name"
+        )
     return moe
 
 
@@ -176,10 +180,16 @@ def _check(recipe: Recipe, document: Document) -> None:
     for key, choices in (("tokenizer", [*names, UNION]), ("config", names)):
         named = getattr(recipe, key)
         if named is not None and named not in choices:
-            raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, choices)}")
+            raise document.error(
+                (key,), f": {named!r} is not a model of this recipe, {suggest(named, choices)}", code="unknown-name"
+            )
     for part, owner in recipe.parts.items():
         if owner not in (*names, DROP):
-            raise document.error(("parts", part), f": {owner!r} is not a model of this recipe, {suggest(owner, [*names, DROP])}")
+            raise document.error(
+                ("parts", part),
+                f": {owner!r} is not a model of this recipe, {suggest(owner, [*names, DROP])}",
+                code="unknown-name",
+            )
     if DROP in recipe.experts and recipe.parts:
         raise document.error(("experts", DROP), f": '{DROP}' in 'parts' leaves a part out; call this expert something else")
     if UNION in recipe.experts and recipe.tokenizer == UNION:
@@ -188,10 +198,14 @@ def _check(recipe: Recipe, document: Document) -> None:
         )
     for name in recipe.calibration:
         if name not in names:
-            raise document.error(("calibration", name), f" is not a model of this recipe, {suggest(name, names)}")
+            raise document.error(
+                ("calibration", name), f" is not a model of this recipe, {suggest(name, names)}", code="unknown-name"
+            )
     for name in recipe.learn.task_weights if recipe.learn else ():
         if name not in names:
-            raise document.error(("learn", "task_weights", name), f" is not a model of this recipe, {suggest(name, names)}")
+            raise document.error(
+                ("learn", "task_weights", name), f" is not a model of this recipe, {suggest(name, names)}", code="unknown-name"
+            )
     for method in recipe.methods:
         _check_method(method, recipe, document)
     _check_named(recipe.method, ("merge",), names, document)
@@ -200,7 +214,9 @@ def _check(recipe: Recipe, document: Document) -> None:
         _check_named(override.method, path, names, document)
         for name in override.weights:
             if name not in recipe.experts:
-                raise document.error((*path, "weights", name), f" is not an expert, {suggest(name, recipe.experts)}")
+                raise document.error(
+                    (*path, "weights", name), f" is not an expert, {suggest(name, recipe.experts)}", code="unknown-name"
+                )
         if override.weights and not override.method.uses_weights:
             raise document.error(
                 (*path, "weights"), f" have no effect on {override.method.name}, which ignores them: remove them"
@@ -216,7 +232,9 @@ def _check(recipe: Recipe, document: Document) -> None:
 def _check_named(method: MergeMethod, path: Key, names: Sequence[str], document: Document) -> None:
     if isinstance(method, Passthrough) and method.model not in names:
         raise document.error(
-            (*path, "model"), f": {method.model!r} is not a model of this recipe, {suggest(method.model, names)}"
+            (*path, "model"),
+            f": {method.model!r} is not a model of this recipe, {suggest(method.model, names)}",
+            code="unknown-name",
         )
 
 

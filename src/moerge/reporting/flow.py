@@ -40,7 +40,7 @@ class Report(Displayed):
     def to_html(self) -> str:
         """The page. Raises InputError where jinja2 is not installed (the extra `report`)."""
         if find_spec("jinja2") is None:
-            raise InputError("a report needs jinja2: pip install 'moerge[report]'")
+            raise InputError("a report needs jinja2: pip install 'moerge[report]'", code="missing-extra")
         from moerge.reporting.render import render
         from moerge.reporting.sections.all import sections
 
@@ -51,7 +51,9 @@ class Report(Displayed):
         page = self.to_html().encode()
         try:
             if path.exists() and _MARK not in path.read_bytes()[:5000]:
-                raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
+                raise InputError(
+                    f"{path} exists and is no report of moerge: choose another file with --out", code="target-exists"
+                )
             with atomic_path(path) as beside:
                 beside.write_bytes(page)
         except OSError as error:

@@ -11,4 +11,6 @@ def require_models_extra(what: str) -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{what} runs the merged model, which needs {error.name}: pip install 'moerge[models]'") from None
+        raise InputError(
+            f"{what} runs the merged model, which needs {error.name}: pip install 'moerge[models]'", code="missing-extra"
+        ) from None

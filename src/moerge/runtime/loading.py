@@ -99,13 +99,13 @@ def load(
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
+        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'", code="missing-extra") from None
     folder = as_path(checkpoint, "a checkpoint").expanduser()
     place = str(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not folder.is_dir():
         if folder.is_absolute() or str(checkpoint).startswith((".", "~")) or str(checkpoint).count("/") != 1:
-            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
+            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path", code="not-found")
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
     if folder.is_dir():

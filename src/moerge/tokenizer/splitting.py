@@ -33,7 +33,8 @@ class Splitter:
             from tokenizers import Tokenizer
         except ImportError:
             raise InputError(
-                f"composing the tokens that {name} lacks of its own needs tokenizers: pip install 'moerge[models]'"
+                f"composing the tokens that {name} lacks of its own needs tokenizers: pip install 'moerge[models]'",
+                code="missing-extra",
             ) from None
         try:
             self._model = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**model, "dropout": None}})).model
@@ -106,7 +107,9 @@ def _merges(path: Path) -> list[str]:
     try:
         lines = read_file(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path} is missing or damaged: without it no text can be split into the tokens beside it") from None
+        raise InputError(
+            f"{path} is missing or damaged: without it no text can be split into the tokens beside it", code="damaged-file"
+        ) from None
     return [line for line in lines if line.strip() and not line.startswith("#version")]
 
 

@@ -68,7 +68,7 @@ def add_adapters(model: Any, adapters: Adapters, targets: Targets, seed: int) ->
     try:
         import peft
     except ImportError:
-        raise InputError("adapters need peft: pip install 'moerge[models,tune]'") from None
+        raise InputError("adapters need peft: pip install 'moerge[models,tune]'", code="missing-extra") from None
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapters.rank,

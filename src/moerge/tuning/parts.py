@@ -159,7 +159,7 @@ def chosen(request: Request, path: tuple[str | int, ...], wanted: Sequence[str],
             own = frozenset(known for known in parts["all"] if fnmatchcase(known, name))
             single = [part for part in parts if part.startswith(_SINGLE)]
             if not own and name.startswith(_SINGLE) and single:
-                raise request.error(path, f": there is no {name!r}, {suggest(name, single)}")
+                raise request.error(path, f": there is no {name!r}, {suggest(name, single)}", code="unknown-name")
             if not own:
                 raise request.error(path, f": {name!r} is none of {', '.join(PARTS)}, and no parameter's name matches it")
         if not own:

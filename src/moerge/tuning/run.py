@@ -40,7 +40,7 @@ def require_tune_extra() -> None:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'") from None
+        raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'", code="missing-extra") from None
     if tuple(map(int, transformers.__version__.split(".")[:2])) < _TRANSFORMERS:
         wanted = ".".join(map(str, _TRANSFORMERS))
         raise InputError(f"tuning needs transformers {wanted} or newer, and this is {transformers.__version__}: upgrade it")

@@ -71,7 +71,9 @@ def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
     """MachineError where the disk is too full."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if nbytes > free:
-        raise MachineError(f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}")
+        raise MachineError(
+            f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}", code="no-space"
+        )
 
 
 @torch.no_grad()

@@ -68,7 +68,9 @@ def documents_of(source: Source, folder: Path) -> Iterator[str]:
     try:
         import datasets  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
-        raise InputError(f"reading the Hub dataset {source.hub} needs datasets: pip install 'moerge[tune]'") from None
+        raise InputError(
+            f"reading the Hub dataset {source.hub} needs datasets: pip install 'moerge[tune]'", code="missing-extra"
+        ) from None
     try:
         rows = datasets.load_dataset(source.hub, source.subset, split=source.split, streaming=True)
         for row in rows:
@@ -82,7 +84,9 @@ def documents_of(source: Source, folder: Path) -> Iterator[str]:
             raise
         raise InputError(f"cannot read the dataset {source.hub}: {' '.join(str(error).split())[:200]}") from None
     except OSError as error:
-        raise MachineError(f"the dataset {source.hub} could not be fetched: {' '.join(str(error).split())[:200]}") from None
+        raise MachineError(
+            f"the dataset {source.hub} could not be fetched: {' '.join(str(error).split())[:200]}", code="no-network"
+        ) from None
 
 
 def tokenise(

@@ -41,7 +41,8 @@ class Work(Workspace):
         check_target(self.target, sources.items(), marks=(FACTS, MANIFEST), force=force)
         if self.interrupted and not (resume or force):
             raise InputError(
-                f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force"
+                f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force",
+                code="interrupted-run-exists",
             )
         with machine_errors(self.root):
             self.acquire()
@@ -65,7 +66,8 @@ class Work(Workspace):
                 if was.get(key) != wanted.get(key):
                     raise InputError(
                         f"the interrupted tuning in {self.root} had another {key} ({part}): "
-                        "continue it as it was, or start over with --force"
+                        "continue it as it was, or start over with --force",
+                        code="resume-differs",
                     )
 
     def latest(self) -> Path | None:

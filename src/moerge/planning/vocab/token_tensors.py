@@ -41,7 +41,8 @@ def token_tensors(models: Sequence[Checkpoint], family: Family | None, sizes: Ma
     if not names:
         raise InputError(
             f"the vocabularies differ, and no tensor of {models[0].name} is known to have a row for each token: "
-            "expected an embedding, such as 'model.embed_tokens.weight'"
+            "expected an embedding, such as 'model.embed_tokens.weight'",
+            code="vocabularies-differ",
         )
     for model in models:
         for name in sorted(names):
@@ -64,6 +65,7 @@ def _has_token_rows(name: str, models: Sequence[Checkpoint], family: Family | No
     if family is None and not usual:
         raise InputError(
             f"the vocabularies differ, and tensor {name!r} has as many rows as there are tokens: whether its rows are tokens is "
-            f"not known for models of type {first.model_type!r}"
+            f"not known for models of type {first.model_type!r}",
+            code="vocabularies-differ",
         )
     return usual
