@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.runtime import import_torch, load, settled
 from moerge.demonstration.text import Corpus, make_corpora
 from moerge.demonstration.train import TRAININGS, Training, _new_model, _steps, pack, train_model, train_tokenizer
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "anchor.json")
     parser.add_argument("--train-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         folder, corpora = options.work / f"seed-{seed}-scale-{options.scale:g}", make_corpora(seed, scale=options.scale)

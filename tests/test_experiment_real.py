@@ -56,7 +56,7 @@ def test_text_is_cut_into_documents_that_no_two_splits_share(tmp_path: Path) -> 
 
     calibration, first, second = read("calibration"), read("train-0"), read("train-1")
     every = calibration + first
-    assert {len(document) for document, _ in every} == {text.CHARACTERS}
+    assert {len(document) for document, _ in every} == {text.DOCUMENT_CHARACTERS}
     assert max(sum(source == each for _, source in every) for each in ("book", "quiz")) == 50
     assert len(calibration) == text.CALIBRATION
     assert not set(calibration) & set(first)

@@ -34,7 +34,7 @@ architecture
 modeling
 tensors
 distillation
-progress files registry quiet formatting
+progress files registry quiet formatting extras
 errors system
 """
 """From top to bottom. Packages of one floor do not import each other."""

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moerge.demonstration.runtime import import_models_extra
+from moerge.demonstration.runtime import import_torch
 
 from . import curves, learned, similarity, tables, training, whole
 from .report import write
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=ORDER, default=ORDER)
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "real")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     steps, budget, work = _steps(options), BUDGETS[options.budget], Work(options.work.absolute())
     options.results.mkdir(parents=True, exist_ok=True)
     write_text(options.corpus, work, budget.seeds, budget.per_source)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -319,14 +318,7 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_without_the_tokenizers_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Needed to compose alone."""
-    original = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name == "tokenizers":
-            raise ImportError(name)
-        return original(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     small, large = model(byte_level(tmp_path / "small")), model(byte_level(tmp_path / "large", THE))
     assert mapped(small, large).shares == {"exact": 1.0, "composed": 0.0, "left": 0.0}
     with pytest.raises(api.InputError) as caught:

@@ -380,7 +380,7 @@ def test_without_torch_nothing_is_written(models: Path, monkeypatch: pytest.Monk
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"the ridge router runs the merged model, which needs torch: pip install 'moerge\[mod"):
+    with pytest.raises(InputError, match=r"the ridge router needs torch: pip install 'moerge\[mod"):
         merge(models, "moe", {"kind": "ridge"})
     assert not (models / "moe").exists() and not staging_folder(models / "moe").exists()
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_the_command(results: Path) -> None:
 
 
 def test_without_jinja2(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moerge.reporting.flow.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     result = moerge("report", results)
     assert (result.code, result.err) == (2, "moerge: a report needs jinja2: pip install 'moerge[report]'\n")
     assert not (results / "report.html").exists()

@@ -11,6 +11,7 @@ from typing import Any
 from moerge.architecture.decoder import DecoderInterface, not_decoder
 from moerge.architecture.family import ExpectedTensor
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.quiet import without_warnings
 
 _SAMPLE = 3
@@ -20,15 +21,10 @@ _SAMPLE = 3
 def decoder_from_transformers(config: Mapping[str, Any], where: str) -> DecoderInterface:
     """See `decoder_interface`."""
     kind = str(config["model_type"])
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            f"{where}: moerge does not know models of type {kind!r}, and asking transformers needs {error.name}: "
-            "pip install 'moerge[models]'",
-            code="missing-extra",
-        ) from None
+    require("models", f"{where}: moerge does not know models of type {kind!r}, and asking transformers")
+    import torch
+    import transformers
+
     with without_warnings():
         return _ask(transformers, torch, config, kind, where)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moerge.architecture.config import normalized_config
 from moerge.architecture.family import Family
 from moerge.architecture.moe_format import MoEFormat
 from moerge.errors import InputError
@@ -17,6 +18,12 @@ MOE_FORMATS: Registry[MoEFormat] = Registry("moerge.moe_formats", "MoE format")
 def family_of(config: Mapping[str, Any]) -> Family | None:
     """The family of a config by its `model_type`, None if moerge knows none."""
     return FAMILIES.find(str(config.get("model_type", "")))
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:
+    """The family of a config.json, and the config in its normal form."""
+    family = family_of(config)
+    return family, normalized_config(config, family)
 
 
 def known_families() -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moerge.architecture.config import normalized_config
 from moerge.architecture.family import ExpectedTensor, Family, expected_tensors
-from moerge.architecture.registry import family_of
+from moerge.architecture.registry import read_config
 from moerge.modeling.adapters_moerge import FACTORS, Adapted, adapted, check_adapters, factor_name, plain_name
 from moerge.modeling.naming_moerge import dense_name, role_of, separate_name
 
@@ -102,8 +101,7 @@ def _experts(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:
     dense = config.get("expert_config")
     if not isinstance(dense, Mapping):
         raise ValueError("expert_config should be the experts' config.json")
-    family = family_of(dense)
-    return family, normalized_config(dense, family)
+    return read_config(dense)
 
 
 def _role(path: str, role: str, expert: int | None) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from moerge.architecture import family_of
-from moerge.architecture.config import changed, normalized_config
+from moerge.architecture.config import changed
+from moerge.architecture.registry import read_config
 from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from moerge.checkpoint.locate import VOCABULARY_FILES
 from moerge.checkpoint.module_names import Names
@@ -147,7 +148,7 @@ def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, An
 
 def ties_head(base: Checkpoint) -> bool:
     """Return whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
-    tied = normalized_config(base.config, family_of(base.config)).get("tie_word_embeddings")
+    tied = read_config(base.config)[1].get("tie_word_embeddings")
     return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
 
 

@@ -15,8 +15,8 @@ from moerge.methods.method import MergeMethod
 from moerge.methods.ties import Ties
 from moerge.methods.values import Values, numbers
 from moerge.operations.operations import Merge, Output
-from moerge.planning.assemble.heterogeneous import differ_in_architecture
 from moerge.planning.build import build_plan, located
+from moerge.planning.kinds import differ_in_architecture
 from moerge.planning.plan import Plan
 from moerge.planning.resolver import MethodResolver
 from moerge.recipe.rules import MethodChoice, MethodRule, TensorContext

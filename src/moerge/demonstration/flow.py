@@ -17,7 +17,7 @@ from rich.console import Console
 from moerge.demonstration.progress import counting
 from moerge.demonstration.recipes import NAMES, write_recipes
 from moerge.demonstration.result import DemoResult, Row
-from moerge.demonstration.runtime import import_models_extra
+from moerge.demonstration.runtime import import_torch
 from moerge.demonstration.text import Corpus, make_corpora, write_corpora
 from moerge.demonstration.train import TRAININGS, total_steps, train_models
 from moerge.errors import InputError, MachineError
@@ -39,7 +39,7 @@ def demo(
     seconds: dict[str, float] = {}
     _check(out, force)
     with _phase("imports", seconds, console):
-        import_models_extra()
+        import_torch()
     with _machine_errors(out):
         _clear(out)
         with _phase("texts", seconds, console):

@@ -283,7 +283,8 @@ class _Gathering:
             return found
         experts = {name: expert for name, expert in recipe.experts.items() if name == self.expert}
         alone = recipe.model_copy(update={"experts": experts, "base": recipe.base if self.expert == "base" or base else None})
-        return next(model for model in located(alone, weights=True, commits=self.plan.commits) if model.name == self.expert)
+        models = located(alone, weights=True, commits=self.plan.commits)
+        return next(model.checkpoint for model in models if model.name == self.expert)
 
     def _loaded(self, model: Checkpoint) -> Loaded:
         """The model in memory; where it is an adapter, its base with the tensors that the adapter changes."""

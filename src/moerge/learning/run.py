@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import check_unchanged, target_of
 from moerge.formatting import Displayed
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
-from moerge.planning.assemble.heterogeneous import is_heterogeneous
 from moerge.planning.build import build_plan, located
+from moerge.planning.kinds import is_heterogeneous
 from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
 from moerge.recipe.coefficients import FILE, Coefficients
 from moerge.recipe.learned import Learnt
 from moerge.recipe.learning import Learning
 from moerge.recipe.schema import Recipe
-from moerge.runtime.extras import require_models_extra
 
 if TYPE_CHECKING:
     from moerge.learning.flow import Learned
@@ -67,7 +67,7 @@ def learn(
     fail, the coefficients stay beside it, and only `force` replaces them. Raises InputError for bad input, MachineError for a
     full or failing disk.
     """
-    require_models_extra("learning")
+    require("models", "learning")
     from moerge.learning.flow import learn_coefficients
     from moerge.learning.slots import check_recipe
     from moerge.runtime.loading import usable_device

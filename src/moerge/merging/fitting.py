@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moerge.architecture import family_of
 from moerge.checkpoint.staging import Staging
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, Fitter, Unit
@@ -88,7 +87,7 @@ def _context(plan: Plan, staging: Staging, outputs: tuple[Output, ...]) -> FitCo
         texts={texts.expert: texts for texts in plan.calibration},
         digests={o.role: staging.digests[o.name] for o in plan.outputs if not isinstance(o.operation, Fit)},
         models={model.name: model for model in plan.models},
-        family=family_of(plan.models[0].config),
+        family=plan.family,
         relative_to=plan.recipe.folder,
     )
 

@@ -50,6 +50,13 @@ class Parts:
         elif beside and len({self.stored[model][name].shape for model in having}) > 1:
             self._take(name, self.source, "shaped otherwise in other models")
 
+    @property
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each model that are merged."""
+        apart = self.owners.keys() | self.dropped
+        stored = self.stored.items()
+        return {model: {name: t for name, t in tensors.items() if name not in apart} for model, tensors in stored}
+
     def warnings(self) -> list[str]:
         """Return warnings about what was taken and left out; InputError for a part of the recipe's that no model has."""
         for pattern in self.recipe.parts:

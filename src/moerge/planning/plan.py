@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from moerge.architecture import Family
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
@@ -41,9 +42,9 @@ without instructions for it a sixth."""
 class Plan(Displayed):
     """Outputs in order, with the config and files that go beside them.
 
-    `models` holds the base first, where there is one; `experts` names the MoE's experts in the order of their indices, and
-    is empty for a dense merge. `vocabulary` says where the tokens come from. What is said about clients is not part of the
-    result: its files do not depend on who was asked about.
+    `models` holds the base first, where there is one, and `family` is theirs; `experts` names the MoE's experts in the order of
+    their indices, and is empty for a dense merge. `vocabulary` says where the tokens come from. What is said about clients is
+    not part of the result: its files do not depend on who was asked about.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Plan(Displayed):
     notes: tuple[str, ...] = ()
     client_warnings: tuple[str, ...] = ()
     client_notes: tuple[str, ...] = ()
+    family: Family | None = None
 
     def headline(self) -> str:
         """Kind, parameters and bytes of the result."""

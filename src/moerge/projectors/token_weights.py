@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moerge.errors import InputError
-from moerge.runtime.extras import require_models_extra
+from moerge.extras import require
 from moerge.runtime.tokens import encode_checked, load_tokenizer
 from moerge.texts import TextRequest, Texts, read_texts
 
@@ -42,7 +42,7 @@ class TokenWeights:
         """InputError where there is text and nothing that runs a model over it."""
         if not self.have_text:
             return
-        require_models_extra("fitting projectors to text")
+        require("models", "fitting projectors to text")
         from moerge.modeling import register
 
         try:

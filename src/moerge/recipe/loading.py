@@ -121,7 +121,7 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
     try:
         kind = merge_method(str(name))
     except InputError as error:
-        raise document.error((*path, "method"), f": {error}") from None
+        raise document.error((*path, "method"), f": {error}", code=error.code) from None
     unknown = next((key for key in parameters if key not in kind.model_fields), None)
     if unknown:
         own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights", "dtype"]
@@ -141,7 +141,9 @@ def _moe_section(document: Document) -> MoE:
     try:
         chosen = _router_class(kind, by_sequence)
     except InputError as error:
-        raise document.error(("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}") from None
+        raise document.error(
+            ("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}", code=error.code
+        ) from None
     if by_sequence and "top_k" in parameters:
         raise document.error(("moe", "router", "top_k"), ": unknown key, 'top_k' stands beside 'router', in 'moe'")
     section["router"] = document.build(chosen, parameters, ("moe", "router"))
@@ -242,7 +244,7 @@ def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> No
     try:
         method.check_experts(list(recipe.experts))
     except InputError as error:
-        raise document.error(("merge",), f": {error}") from None
+        raise document.error(("merge",), f": {error}", code=error.code) from None
     if method.uses_task_vectors and recipe.base is None:
         raise document.error(
             ("merge",),

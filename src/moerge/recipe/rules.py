@@ -27,6 +27,10 @@ class TensorContext:
     depth: float = 0.0
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    def name_in(self, model: str) -> str:
+        """The tensor's name in a model."""
+        return self.inputs.get(model, self.name)
+
 
 @dataclass(frozen=True)
 class MethodChoice:

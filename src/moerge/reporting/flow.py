@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import atomic_path
 from moerge.formatting import Displayed
 from moerge.reporting.card import Update, updates
@@ -39,8 +39,7 @@ class Report(Displayed):
 
     def to_html(self) -> str:
         """The page. Raises InputError where jinja2 is not installed (the extra `report`)."""
-        if find_spec("jinja2") is None:
-            raise InputError("a report needs jinja2: pip install 'moerge[report]'", code="missing-extra")
+        require("report", "a report")
         from moerge.reporting.render import render
         from moerge.reporting.sections.all import sections
 

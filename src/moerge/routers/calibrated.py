@@ -11,10 +11,10 @@ import numpy as np
 from pydantic import Field
 
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import FittedRouter
 from moerge.routers.moments import GramStatistics, load_moments, read_facts, save_moments
-from moerge.runtime.extras import require_models_extra
 from moerge.runtime.forced_routing import ForcedRoutingModel
 from moerge.runtime.replicas import ModelReplicas
 from moerge.texts import TextRequest, Texts, read_texts
@@ -50,7 +50,7 @@ class RunningRouter(FittedRouter):
     def require(self) -> None:
         """The merged model runs in transformers."""
         if self.runs_model:
-            require_models_extra(f"the {self.kind} router")
+            require("models", f"the {self.kind} router")
 
     def memory_bytes(self, size: MoESize, threads: int) -> int:
         """The whole merged model, a float64 matrix [hidden, hidden] twice for each layer, and the texts that run."""

@@ -17,11 +17,11 @@ from moerge.architecture.heterogeneous import EMBEDDING, expert_prefix
 from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.reader import Checkpoint, open_folder
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import FittedRouter, Positive, Temperature
 from moerge.routers.calibrated import Count, expert_texts
 from moerge.routers.sequence import SequenceRouter
-from moerge.runtime.extras import require_models_extra
 from moerge.runtime.tokens import encode_checked, load_tokenizer
 from moerge.tensors.linalg import log_softmax
 from moerge.tensors.tables import Table
@@ -63,7 +63,7 @@ class RidgeRouting(FittedRouter, SequenceRouter):
 
     def require(self) -> None:
         """The tokenizer is transformers'."""
-        require_models_extra(f"the {self.kind} router")
+        require("models", f"the {self.kind} router")
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:
         """The first `texts` documents of every expert's entry in the recipe's `calibration`."""

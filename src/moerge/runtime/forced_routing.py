@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.runtime.extras import require_models_extra
+from moerge.extras import require
 from moerge.runtime.loading import Loaded, load_model, load_tokenizer, usable_device
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ForcedRoutingModel:
         model: Any = None,
     ) -> None:
         """`model` is one that is loaded already, where it is; `layers` is how many it must have gates in."""
-        require_models_extra("a calibrated router")
+        require("models", "a calibrated router")
         self.experts = experts
         self._folder = folder
         self._tokenizer: Any = None

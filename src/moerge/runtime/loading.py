@@ -20,6 +20,7 @@ from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import check_files, read_json, weight_files
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError, MoergeError
+from moerge.extras import require
 from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
 from moerge.texts.documents import check_unicode
@@ -95,11 +96,9 @@ def load(
     `device` is the GPU by default where there is one; `tokenizer_from` another folder whose tokenizer is used.
     Raises InputError where transformers is missing or cannot load it, and for a device that cannot be used.
     """
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'", code="missing-extra") from None
+    require("models", "running a model")
+    import torch
+
     folder = as_path(checkpoint, "a checkpoint").expanduser()
     place = str(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -14,6 +14,7 @@ from typing import Any
 
 from moerge.checkpoint.reader import read_json
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import read_file
 from moerge.tokenizer.sentencepiece_model import read_sentencepiece
 from moerge.tokenizer.spelling import byte_characters
@@ -29,13 +30,9 @@ class Splitter:
     def __init__(self, name: str, folder: Path, tokens: Tokens) -> None:
         self._tokens, self._kind = tokens, tokens.vocabulary.spelling.kind
         model, path = _model(folder)
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise InputError(
-                f"composing the tokens that {name} lacks of its own needs tokenizers: pip install 'moerge[models]'",
-                code="missing-extra",
-            ) from None
+        require("models", f"composing the tokens that {name} lacks of its own", "tokenizers")
+        from tokenizers import Tokenizer
+
         try:
             self._model = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**model, "dropout": None}})).model
         except Exception as error:  # the library raises nothing more specific

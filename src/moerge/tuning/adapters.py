@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from moerge.errors import InputError
+from moerge.extras import require
 from moerge.tuning.models import local, part_of
 from moerge.tuning.parts import Parts, Schedule, chosen, split_slice
 from moerge.tuning.settings import Adapters, Request
@@ -65,10 +65,9 @@ def _adaptable(name: str, module: Any) -> bool:
 
 def add_adapters(model: Any, adapters: Adapters, targets: Targets, seed: int) -> Any:
     """Put adapters that change nothing yet on the model, in place; peft's handle to it. A is a function of the seed."""
-    try:
-        import peft
-    except ImportError:
-        raise InputError("adapters need peft: pip install 'moerge[models,tune]'", code="missing-extra") from None
+    require("tune", "training adapters", "peft")
+    import peft
+
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapters.rank,

@@ -24,7 +24,7 @@ def locate_models(request: Request, *, weights: bool = True) -> dict[str, Checkp
         try:
             found[name] = locate(location, relative_to=request.folder, weights=weights)
         except InputError as error:
-            raise request.error(path, f": {error}") from None
+            raise request.error(path, f": {error}", code=error.code) from None
         if is_adapter(found[name]):
             raise request.error(path, f" is {location}, an adapter and no model: merge it with its base first")
     return found

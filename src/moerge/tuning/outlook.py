@@ -205,7 +205,7 @@ def _tokenise(request: Request, folder: Path, name: str, sequences: int, tokeniz
         documents = documents_of(settings.data[name], request.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=sequences, file=file)
     except InputError as error:
-        raise request.error(("data", name), f": {error}") from None
+        raise request.error(("data", name), f": {error}", code=error.code) from None
 
 
 def _heldout(request: Request, folder: Path, name: str, tokenizer: Any) -> Tokens:
@@ -214,4 +214,4 @@ def _heldout(request: Request, folder: Path, name: str, tokenizer: Any) -> Token
         documents = read_documents(settings.heldout[name], relative_to=request.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=settings.heldout_sequences, file=file)
     except InputError as error:
-        raise request.error(("heldout", name), f": {error}") from None
+        raise request.error(("heldout", name), f": {error}", code=error.code) from None

@@ -15,6 +15,7 @@ from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import check_unchanged, scratch_folder, target_of
 from moerge.progress import Advance, Progress, reporter
 from moerge.tuning.launch import check_device, check_launch, explain, on_main, rank
@@ -33,14 +34,11 @@ _KEPT = 2
 """Training checkpoints kept: while one is written, the one before stays."""
 
 
-def require_tune_extra() -> None:
-    """InputError where what tuning runs on is not installed."""
-    try:
-        import accelerate  # noqa: F401
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'", code="missing-extra") from None
+def _check_installation() -> None:
+    """Raise InputError if a package that tuning needs is missing or too old."""
+    require("tune", "tuning")
+    import transformers
+
     if tuple(map(int, transformers.__version__.split(".")[:2])) < _TRANSFORMERS:
         wanted = ".".join(map(str, _TRANSFORMERS))
         raise InputError(f"tuning needs transformers {wanted} or newer, and this is {transformers.__version__}: upgrade it")
@@ -48,7 +46,7 @@ def require_tune_extra() -> None:
 
 def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> TunePlan:
     """Plan a tuning: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
-    require_tune_extra()
+    _check_installation()
     from moerge.tuning.outlook import make_plan
 
     request = load_tuning(tuning, seed=seed)
@@ -76,7 +74,7 @@ def tune(
     `progress` is a `Progress`, or True for a display on standard error.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
-    require_tune_extra()
+    _check_installation()
     request = load_tuning(tuning, seed=seed)
     processes = check_launch(request)
     work = Work(target_of(out))

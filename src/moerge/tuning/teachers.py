@@ -140,7 +140,7 @@ def check_teachers(
         try:
             teacher, tokenizer = known.get(folder) or skeleton_of(folder)
         except InputError as error:
-            raise request.error(path, f": {error}") from None
+            raise request.error(path, f": {error}", code=error.code) from None
         known[folder] = teacher, tokenizer
         if problem := _unfit(teacher.config, student, request.settings.length, tokenizer.get_vocab(), vocabulary, hidden=hidden):
             raise request.error(path, f": {checkpoint.location} {problem}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import InputError, MachineError
+from moerge.extras import require
 from moerge.files import atomic_path
 from moerge.tensors.digest import running_digest
 from moerge.texts.documents import read_documents
@@ -65,12 +66,9 @@ def documents_of(source: Source, folder: Path) -> Iterator[str]:
     if source.path is not None:
         yield from read_documents(source.path, relative_to=folder, field=source.field)
         return
-    try:
-        import datasets  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        raise InputError(
-            f"reading the Hub dataset {source.hub} needs datasets: pip install 'moerge[tune]'", code="missing-extra"
-        ) from None
+    require("tune", f"reading the Hub dataset {source.hub}", "datasets")
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
     try:
         rows = datasets.load_dataset(source.hub, source.subset, split=source.split, streaming=True)
         for row in rows:

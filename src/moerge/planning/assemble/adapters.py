@@ -31,7 +31,7 @@ def kept_adapters(assembly: Assembly, dense: Mapping[str, Any]) -> tuple[dict[st
     separate = [tensor for tensor in assembly.candidates if _role(tensor.name) in recipe.moe.separate]
     for name in recipe.experts:
         model = assembly.models[name]
-        if not isinstance(model, AdaptedCheckpoint) or recipe.experts[name].adapter is not None:
+        if not isinstance(model.checkpoint, AdaptedCheckpoint) or recipe.experts[name].adapter is not None:
             raise InputError(
                 f"{recipe.source}: moe.adapters: {name} is a full model, and only adapters on the base can be kept: extract one "
                 f"with `moerge extract`, or {_MERGE}"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from moerge.architecture import family_of
 from moerge.architecture.decoder import DecoderInterface
 from moerge.architecture.decoder_interface import decoder_interface
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.planning.checks import check_present, check_shapes, check_storage
+from moerge.planning.models import SourceModel
 from moerge.planning.vocab.chat import settle_chat
 from moerge.planning.vocab.match import ResolvedVocabulary
 from moerge.projectors.outputs import ExpertTables
@@ -36,7 +35,7 @@ class HeterogeneousExpert:
     `unused` are tensors of the checkpoint that its model does not have.
     """
 
-    model: Checkpoint
+    model: SourceModel
     decoder: DecoderInterface
     pieces: TokenAlignment
     rows: int
@@ -115,29 +114,29 @@ class HeterogeneousExpert:
         return found
 
 
-def heterogeneous_experts(experts: Sequence[Checkpoint], chosen: Checkpoint) -> tuple[HeterogeneousExpert, ...]:
+def heterogeneous_experts(experts: Sequence[SourceModel], chosen: SourceModel) -> tuple[HeterogeneousExpert, ...]:
     """The experts on the vocabulary of `chosen`, which may be one of them.
 
     Raises InputError for a model that is no decoder-only language model, lacks tensors or has some of other shapes, and for
     tokenizers that cannot be read or have nothing in common.
     """
     check_storage([*experts, chosen])
-    decoders = {model.name: decoder_interface(model.config, model.name) for model in (*experts, chosen)}
+    decoders = {model.name: decoder_interface(model.written, model.name) for model in (*experts, chosen)}
     named = [(_renamed(model, decoders[model.name]), decoders[model.name]) for model in experts]
     rows = decoders[chosen.name].rows
     return tuple(_expert(model, decoder, chosen, rows) for model, decoder in named)
 
 
-def _expert(model: Checkpoint, decoder: DecoderInterface, chosen: Checkpoint, rows: int) -> HeterogeneousExpert:
+def _expert(model: SourceModel, decoder: DecoderInterface, chosen: SourceModel, rows: int) -> HeterogeneousExpert:
     known = {tensor.name for tensor in decoder.tensors}
     unused = tuple(name for name in model.tensors if name not in known and not _is_expected_leftover(model, decoder, name))
-    kept = replace(model, tensors={name: tensor for name, tensor in model.tensors.items() if name in known})
+    kept = model.with_tensors({name: tensor for name, tensor in model.tensors.items() if name in known})
     check_shapes([kept], {model.name: kept.tensors}, decoder.tensors)
-    pieces = align_vocabulary(chosen, model, rows, decoder.rows)
+    pieces = align_vocabulary(chosen.checkpoint, model.checkpoint, rows, decoder.rows)
     return HeterogeneousExpert(kept, decoder, pieces, rows, unused)
 
 
-def _renamed(model: Checkpoint, decoder: DecoderInterface) -> Checkpoint:
+def _renamed(model: SourceModel, decoder: DecoderInterface) -> SourceModel:
     """The model with its tensors under the names that they have in the result; InputError if one is missing."""
     tensors = dict(model.tensors)
     for tensor in decoder.tensors:
@@ -150,18 +149,18 @@ def _renamed(model: Checkpoint, decoder: DecoderInterface) -> Checkpoint:
             "fetch or copy the checkpoint again"
         )
     check_present([model], {model.name: tensors}, decoder.tensors)
-    return replace(model, tensors=tensors)
+    return model.with_tensors(tensors)
 
 
-def _is_expected_leftover(model: Checkpoint, decoder: DecoderInterface, name: str) -> bool:
+def _is_expected_leftover(model: SourceModel, decoder: DecoderInterface, name: str) -> bool:
     """Buffers of old checkpoints, and the copy of the embedding that some store as a tied head."""
-    family = family_of(model.config)
+    family = model.family
     if family is not None and (family.is_buffer(name) or (decoder.head is None and family.role_of(name) == "head")):
         return True
     return decoder.head is None and model.tensors[name].shape == (decoder.rows, decoder.width)
 
 
-def tokenizer_source(models: Sequence[Checkpoint], named: str | None) -> str:
+def tokenizer_source(models: Sequence[SourceModel], named: str | None) -> str:
     """The model whose tokenizer the result has: the one that is named, else the base, else the first expert.
 
     Raises InputError for models without a tokenizer, since which token a row is for could not be known.
@@ -181,7 +180,7 @@ def tokenizer_source(models: Sequence[Checkpoint], named: str | None) -> str:
 
 
 def resolve_tokenizer(
-    recipe: Recipe, experts: Sequence[HeterogeneousExpert], models: Sequence[Checkpoint], chosen: Checkpoint
+    recipe: Recipe, experts: Sequence[HeterogeneousExpert], models: Sequence[SourceModel], chosen: SourceModel
 ) -> ResolvedVocabulary:
     """The tokenizer's files, and how well each expert's rows fit it."""
     shares = {expert.name: expert.pieces.shares for expert in experts}
@@ -190,7 +189,7 @@ def resolve_tokenizer(
     facts = {"source": chosen.name, "rows": experts[0].rows, "models": shares, "notes": notes}
     facts["digest"] = combined_digest(digests)  # an interrupted merge must not go on with another tokenizer
     alike = ResolvedVocabulary(tuple(models), chosen.name, companion_files(chosen.folder), facts=facts, notes=tuple(notes))
-    return alike.with_chat(settle_chat(recipe, [chosen], chosen.name, alike.files, None, None), None)
+    return alike.with_chat(settle_chat(recipe, [chosen], chosen.name, alike.files, None))
 
 
 def _bytes(pieces: TokenAlignment) -> bytes:

@@ -55,12 +55,12 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
 
 def _expert_config(assembly: Assembly, moe: MoE) -> dict[str, Any]:
     """The dense config that all experts share."""
-    model = assembly.models[assembly.source]
+    model = assembly.leader
     if model.model_type not in FAMILIES:
         raise InputError(
             f"moe.format: experts of type {model.model_type!r} cannot be routed by sequence (it takes: {', '.join(FAMILIES)})"
         )
-    dense = portable_config(model.config, family=assembly.family, dtype=str(assembly.dtype.torch_name))
+    dense = portable_config(model.written, family=model.family, dtype=str(assembly.dtype.torch_name))
     if dense.get("tie_word_embeddings") and ("embedding" in moe.separate) != ("head" in moe.separate):
         raise InputError("moe.separate: embedding and head are tied in these models: keep both separate or neither")
     layers = getattr(moe.router, "layers", None) or ()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moerge.architecture import ExpectedTensor, moe_format
-from moerge.architecture.config import normalized_config, portable_config
+from moerge.architecture.config import portable_config
 from moerge.architecture.moe_format import GROUPED_BYTES
 from moerge.architecture.parts import part_of
 from moerge.errors import InputError
@@ -19,7 +20,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     """The MoE in the recipe's format; InputError where the format has no place for what the experts have."""
     moe = assembly.recipe.moe
     assert moe is not None
-    config = normalized_config(assembly.models[assembly.source].config, assembly.family)
+    config = assembly.leader.config
     chosen = moe_format(moe.format, config)
     unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
     if unknown:
@@ -31,7 +32,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     if "head" not in dense and not converted.get("tie_word_embeddings"):
         raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
     outputs = []
-    for tensor in expected_of(chosen.family, converted, chosen.name):
+    for tensor in expected_of(replace(assembly.leader, family=chosen.family).with_written(converted), chosen.name):
         operation: Operation
         if tensor.role.endswith(".router"):
             operation = moe.router.operation(tensor)

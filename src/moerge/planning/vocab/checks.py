@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moerge.architecture import Family
-from moerge.architecture.config import normalized_config
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.planning.models import SourceModel
 from moerge.recipe.schema import UNION
 from moerge.tokenizer import Vocabulary, special_tokens, token_ids
 
@@ -36,7 +34,7 @@ def check_kinds(vocabularies: Mapping[str, Vocabulary], source: str) -> None:
             )
 
 
-def check_roles(models: Sequence[Checkpoint], named: str | None) -> None:
+def check_roles(models: Sequence[SourceModel], named: str | None) -> None:
     """InputError if a token begins texts in one model and ends them in another, and no model is named whose roles hold."""
     if named is not None and named != UNION:
         return
@@ -94,9 +92,9 @@ def not_readable(names: Sequence[str], source: str) -> InputError:
     )
 
 
-def tokens_without_rows(model: Checkpoint, family: Family | None) -> list[str]:
+def tokens_without_rows(model: SourceModel) -> list[str]:
     """A warning if the tokenizer of `model` has tokens that the embedding, as its config has it, has no row for."""
-    rows = normalized_config(model.config, family).get("vocab_size")
+    rows = model.config.get("vocab_size")
     try:
         ids = token_ids(model.folder) or {}
     except InputError:  # where it has to be read, it says so

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moerge.architecture import Family
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.planning.models import SourceModel
 from moerge.planning.vocab.alignment import Alignment, match_rows, own_rows, with_rows
 from moerge.planning.vocab.chat import Chat, Move, settle_chat
 from moerge.planning.vocab.checks import (
@@ -22,7 +21,7 @@ from moerge.planning.vocab.checks import (
     splitting_warnings,
     undecided,
 )
-from moerge.planning.vocab.config import with_special_ids, with_values
+from moerge.planning.vocab.config import with_special_ids
 from moerge.planning.vocab.token_tensors import sizes_of, token_tensors
 from moerge.recipe.schema import UNION, Recipe
 from moerge.tokenizer import (
@@ -50,7 +49,7 @@ class ResolvedVocabulary:
     Without an `alignment` all vocabularies were the same to begin with. `facts` are for the manifest.
     """
 
-    models: tuple[Checkpoint, ...]
+    models: tuple[SourceModel, ...]
     source: str
     files: Mapping[str, bytes]
     alignment: Alignment | None = None
@@ -69,17 +68,16 @@ class ResolvedVocabulary:
             else f"tokenizer and generation config from {donor}"
         )
 
-    def with_chat(self, chat: Chat, family: Family | None) -> ResolvedVocabulary:
+    def with_chat(self, chat: Chat) -> ResolvedVocabulary:
         """Return the vocabulary with a chat template, and the tokens that end an answer, in its files and configs."""
         own = {"chat_template": chat.template, "generation_config": chat.donor if chat.donor != self.source else None}
         facts = {**self.facts, **{key: value for key, value in own.items() if value}}
         notes = (*self.notes, *chat.notes)
-        return replace(self, models=with_values(self.models, family, chat.ids), files=chat.files, facts=facts, notes=notes)
+        models = tuple(model.with_values(chat.ids) for model in self.models)
+        return replace(self, models=models, files=chat.files, facts=facts, notes=notes)
 
 
-def resolve_vocabulary(
-    models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str
-) -> ResolvedVocabulary:
+def resolve_vocabulary(models: Sequence[SourceModel], recipe: Recipe, config_source: str) -> ResolvedVocabulary:
     """Resolve the recipe's `tokenizer`, from configs and tokenizer files alone.
 
     Raises InputError where vocabularies differ and the recipe does not say whose counts, and where they cannot be matched.
@@ -87,7 +85,7 @@ def resolve_vocabulary(
     having = [model for model in models if has_tokenizer(model.folder)]
     source = _tokenizer_source(models, having, recipe, config_source)
     files = companion_files(next(model.folder for model in models if model.name == source))
-    sizes = sizes_of(models, family)
+    sizes = sizes_of(models)
     if not having:
         if _differ(sizes):
             raise no_tokenizers(sizes)
@@ -96,24 +94,24 @@ def resolve_vocabulary(
     warnings = [f"{', '.join(without)}: no tokenizer, assumed to be that of {having[0].name}"] if without else []
     check_roles(having, recipe.tokenizer)
     if _differ(sizes):
-        token_tensors(models, family, sizes)  # so that they are the tensors' sizes, and not only the configs'
+        token_tensors(models, sizes)  # so that they are the tensors' sizes, and not only the configs'
     vocabularies = _read(models, having, sizes, source)
     same = _same_tokens(vocabularies, sizes)
     if same and not _differ(sizes):
         warnings += splitting_warnings(vocabularies, source)
-        settled = with_special_ids(models, family, source, config_source)
+        settled = with_special_ids(models, source, config_source)
         alike = ResolvedVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
-        return alike.with_chat(settle_chat(recipe, models, source, files, family, None), family)
+        return alike.with_chat(settle_chat(recipe, models, source, files, None))
     if not same:
         check_kinds(vocabularies, source)
         if recipe.tokenizer is None:
             raise undecided(vocabularies, source)
-    matching = _VocabularyMatch(models, family, recipe, config_source, source, vocabularies, sizes)
+    matching = _VocabularyMatch(models, recipe, config_source, source, vocabularies, sizes)
     outcome, move = matching.outcome(files, warnings)
-    return outcome.with_chat(settle_chat(recipe, models, source, outcome.files, family, move), family)
+    return outcome.with_chat(settle_chat(recipe, models, source, outcome.files, move))
 
 
-def _tokenizer_source(models: Sequence[Checkpoint], having: Sequence[Checkpoint], recipe: Recipe, config_source: str) -> str:
+def _tokenizer_source(models: Sequence[SourceModel], having: Sequence[SourceModel], recipe: Recipe, config_source: str) -> str:
     """The model whose tokenizer the result has; for a union, that the others' tokens are added to."""
     names = [model.name for model in having]
     named = recipe.tokenizer
@@ -126,7 +124,7 @@ def _tokenizer_source(models: Sequence[Checkpoint], having: Sequence[Checkpoint]
 
 
 def _read(
-    models: Sequence[Checkpoint], having: Sequence[Checkpoint], sizes: Mapping[str, Any], source: str
+    models: Sequence[SourceModel], having: Sequence[SourceModel], sizes: Mapping[str, Any], source: str
 ) -> dict[str, Vocabulary]:
     """All vocabularies by model; those without have that of the first. What are the same files is read once, or by position."""
     first = having[0]
@@ -166,8 +164,7 @@ def _differ(sizes: Mapping[str, Any]) -> bool:
 class _VocabularyMatch:
     """Models whose vocabularies differ, and whose tokens the result has."""
 
-    models: Sequence[Checkpoint]
-    family: Family | None
+    models: Sequence[SourceModel]
     recipe: Recipe
     config_source: str
     source: str
@@ -176,7 +173,7 @@ class _VocabularyMatch:
 
     def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[ResolvedVocabulary, Move]:
         """The models with the rows of the result, and what gives their tokens their ids there."""
-        names = token_tensors(self.models, self.family, self.sizes)
+        names = token_tensors(self.models, self.sizes)
         self._check_ids()
         ids, brought = self._tokens(files)
         own = {name: own_rows(ids, vocabulary.ids, self.sizes[name]) for name, vocabulary in self.vocabularies.items()}
@@ -184,9 +181,7 @@ class _VocabularyMatch:
         rows, plain = match_rows(self.source, own, numbers_T, self.sizes, self.vocabularies[self.source].next_id)
         alignment = Alignment(self.source, {model.name: model for model in self.models}, rows, names, plain)
         moved = {number: ids[text] for number, text in self.vocabularies[self.config_source].texts.items() if text in ids}
-        configured = with_special_ids(
-            self.models, self.family, self.source, self.config_source, moved=moved, vocab_size=alignment.size
-        )
+        configured = with_special_ids(self.models, self.source, self.config_source, moved=moved, vocab_size=alignment.size)
         left_out = {name: self._left_out(name, ids) for name in own}
         shared = {name: int((rows_T >= 0).sum()) for name, rows_T in own.items()}
         counts = {
