@@ -12,7 +12,7 @@ import pytest
 
 import moerge
 from moerge.registry import Registry
-from tiny import make_models, write_recipe
+from tests.helpers.tiny import make_models, write_recipe
 
 RECIPES = ["plan", "merge", "compare", "learn", "stats"]
 CHECKPOINTS = ["verify", "inspect", "route", "generate", "evaluate", "push", "extract"]

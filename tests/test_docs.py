@@ -36,7 +36,6 @@ import pytest
 import yaml
 
 import moerge
-import tiny
 from moerge import registry
 from moerge.cli import main
 from moerge.cli.app import app
@@ -45,6 +44,7 @@ from moerge.methods import merge_method, merge_methods
 from moerge.recipe.loading import _SECTIONS
 from moerge.recipe.mergekit import is_mergekit
 from moerge.recipe.schema import MoE
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -2,17 +2,15 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moerge
-from tiny import make_models, read_values
+from tests.helpers.tiny import make_models, read_values
 
 pytest.importorskip("zstandard")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments.real import curves, measuring, questions, report, rows, settings, text, whole
 

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 import moerge as package
 import moerge.cli as cli
-from command import Result, moerge, refuses
 from moerge.checkpoint.staging import JOURNAL, staging_folder
 from moerge.errors import InputError
 from moerge.merging.card import code
 from moerge.progress import Progress
 from moerge.tuning.settings import load_tuning
-from tiny import EXPERTS, edit_config, llama_config, llama_shapes, make_models, read_tensors, write_recipe
+from tests.helpers.command import Result, moerge, refuses
+from tests.helpers.tiny import EXPERTS, edit_config, llama_config, llama_shapes, make_models, read_tensors, write_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

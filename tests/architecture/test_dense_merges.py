@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from command import moerge, refuses
-from hf_models import FAMILIES, load, logits, random_model, read_config, save, torch, transformers
-from tiny import edit_config, read_tensors, read_values, write_checkpoint, write_recipe
+from tests.helpers.command import moerge, refuses
+from tests.helpers.hf_models import FAMILIES, load, logits, random_model, read_config, save, torch, transformers
+from tests.helpers.tiny import edit_config, read_tensors, read_values, write_checkpoint, write_recipe
 
 
 def write_experts(folder: Path, config: Any) -> dict[str, Any]:

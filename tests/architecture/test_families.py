@@ -9,11 +9,23 @@ from typing import Any
 
 import pytest
 
-from hf_models import CASES, FAMILIES, SIZES, auto_class, load, logits, random_model, read_config, save, torch, transformers
 from moerge.architecture import expected_tensors, family_of, known_families, moe_formats
 from moerge.architecture.config import _HARMLESS, differences, normalized_config, portable_config
 from moerge.architecture.registry import MOE_FORMATS
 from moerge.checkpoint.header import read_header
+from tests.helpers.hf_models import (
+    CASES,
+    FAMILIES,
+    SIZES,
+    auto_class,
+    load,
+    logits,
+    random_model,
+    read_config,
+    save,
+    torch,
+    transformers,
+)
 
 NESTED = ("gemma3", "qwen2_vl")
 """Models of which the language model is a part."""

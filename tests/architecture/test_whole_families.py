@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from hf_models import FAMILIES, torch, transformers
 from moerge.architecture.decoder import DecoderInterface
 from moerge.architecture.decoder_interface import decoder_interface
 from moerge.architecture.decoder_transformers import decoder_from_transformers
 from moerge.architecture.family import ExpectedTensor
 from moerge.errors import InputError
+from tests.helpers.hf_models import FAMILIES, torch, transformers
 
 pytestmark = pytest.mark.slow
 

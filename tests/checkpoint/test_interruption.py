@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import moerge
 from moerge import system
 from moerge.checkpoint.staging import JOURNAL, Staging, staging_folder
 from moerge.merging.pipeline import merge
-from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 pytestmark = pytest.mark.slow
 

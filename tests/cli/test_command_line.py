@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge, start
-from tiny import make_models, write_recipe
+from tests.helpers.command import moerge, start
+from tests.helpers.tiny import make_models, write_recipe
 
 HEAVY = ("numpy", "numba", "torch", "transformers", "pydantic", "huggingface_hub", "safetensors")
 

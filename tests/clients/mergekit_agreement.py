@@ -23,11 +23,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import adapters
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import moerge
-import tiny
 from moerge.tensors.dtypes import BF16
+from tests.helpers import adapters, tiny
 
 VERSION = "0.1.5"
 EXPERTS = ("math", "code", "knowledge")

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 import moerge
-from adapters import low_rank, write_adapter
-from command import moerge as command
 from moerge.progress import Advance, Progress, Unit
-from tiny import make_models, write_json, write_recipe
+from tests.helpers.adapters import low_rank, write_adapter
+from tests.helpers.command import moerge as command
+from tests.helpers.tiny import make_models, write_json, write_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
 TEXT = "w3 w4 w5 w6 w7 w8 w9\n\nw10 w11 w12 w13 w14 w15\n"

@@ -10,29 +10,33 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "modeling")]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-import torch  # noqa: E402
-from routed_models import check_without_moerge, dense_experts, padded, prompts, routed  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM
 
-from moerge.modeling import register  # noqa: E402
-from moerge.modeling.versions_moerge import CACHE  # noqa: E402
+from moerge.modeling import register
+from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.routed_models import check_without_moerge, dense_experts, padded, prompts, routed
 
 PROMPTS = {"one token": (1,), "nine tokens": (9,), "equal lengths": (6, 6, 6), "left-padded": (9, 5, 7)}
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": 63, "pad_token_id": 0, "max_new_tokens": 8}
 
 
+class Refused(Exception):
+    """Caches that cannot take tokens back, or not in this version: no text is better than a wrong one."""
+
+
 def models() -> dict[str, Any]:
-    from mixed_models import mixed
+    from tests.modeling.mixed_models import mixed
 
     return {
         "dense cache, perplexity": routed(separate=["ffn", "attention"]),
@@ -61,7 +65,11 @@ def in_chunks(model: Any) -> None:
 def assisted(model: Any) -> None:
     ids = torch.stack(prompts(4)).repeat(1, 3)
     mask = torch.ones_like(ids)
-    assert torch.equal(text(model, ids, mask, prompt_lookup_num_tokens=3), text(model, ids, mask, use_cache=False))
+    try:
+        found = text(model, ids, mask, prompt_lookup_num_tokens=3)
+    except ValueError as error:
+        raise Refused(str(error)) if re.search("crop|taken back", str(error)) else error from None
+    assert torch.equal(found, text(model, ids, mask, use_cache=False))
 
 
 def a_conversation(model: Any) -> None:
@@ -98,8 +106,10 @@ def checks(work: Path) -> dict[str, Callable[[], object]]:
             f"{kind}: assisted": lambda model=model: assisted(model),
             f"{kind}: a conversation": lambda model=model: a_conversation(model),
             f"{kind}: saved and loaded": lambda model=model, n=number: saved(model, work / "saved" / str(n)),
-            f"{kind}: without moerge": lambda model=model, n=number: without_moerge(model, work / "alone" / f"model{n}"),
         }
+        if number % 2 == 0:  # one of each kind: it starts a process
+            place = work / "alone" / f"model{number}"
+            found[f"{kind}: without moerge"] = lambda model=model, place=place: without_moerge(model, place)
     return found
 
 
@@ -112,6 +122,8 @@ def outcome(check: Callable[[], object]) -> str:
         with warnings.catch_warnings(), contextlib.redirect_stderr(heard):
             warnings.simplefilter("error", FutureWarning)
             check()
+    except Refused as error:
+        return f"refused: {error}"[:300]
     except Exception as error:  # a table has a row for everything that can go wrong
         return f"{type(error).__name__}: {error}"[:300]
     finally:

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from oracle import Compared, Model, NotOurs, Oracle, density_for
 
 import moerge
+from tests.methods.oracle import Compared, Model, NotOurs, Oracle, density_for
 
 
 def one_more(density: float, size: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from oracle import Compared, Model, NotOurs, Oracle
 
-import reference
+from tests.helpers import reference
+from tests.methods.oracle import Compared, Model, NotOurs, Oracle
 
 
 def mean_cosine(tau_EN: np.ndarray) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import Model, Oracle, part_of
 from safetensors.numpy import load_file
 
 import moerge
+from tests.methods.oracle import Model, Oracle, part_of
 
 
 @dataclass

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from one_tensor import assert_same_bits
 
 import moerge
-import reference
 from moerge.tensors.digest import CHUNK
 from moerge.tensors.random import stream_key
 from moerge.tensors.streams import BLOCK
+from tests.helpers import reference
+from tests.methods.one_tensor import assert_same_bits
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {},

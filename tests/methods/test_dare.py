@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge.tensors.random import drop, stream_key
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 OPTIONS = st.fixed_dictionaries(
     {"rescale": st.booleans(), "elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits
 
 import moerge
-import strategies
 from moerge import InputError
+from tests.helpers import strategies
+from tests.methods.one_tensor import assert_same_bits
 
 
 def fisher(theta_EN: Any, fisher_EN: Any, **options: Any) -> np.ndarray:

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import reference
-import strategies
 from moerge.methods.magnitude import kept_count, magnitude_thresholds
 from moerge.methods.method import Statistic
+from tests.helpers import reference, strategies
 
 
 def thresholds(tau_EN: np.ndarray, density: float, cuts: list[int]) -> np.ndarray:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import moerge
-import tiny
-from command import refuses
-from reference import task_arithmetic
+from tests.helpers import tiny
+from tests.helpers.command import refuses
+from tests.helpers.reference import task_arithmetic
 
 LAYER = "model.layers.{}.{}.weight"
 

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits
 
 import moerge
-import reference
-import strategies
-import tiny
 from moerge import InputError
 from moerge.methods import merge_method
+from tests.helpers import reference, strategies, tiny
+from tests.methods.one_tensor import assert_same_bits
 
 DENSITIES = st.lists(strategies.densities(), min_size=3, max_size=3)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import moerge
-import tiny
 from moerge import InputError
 from moerge.methods import merge_method, merge_methods
 from moerge.registry import _entry_points
+from tests.helpers import tiny
 
 PLUGIN = '''
 import numpy as np

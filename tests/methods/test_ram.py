@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 EPSILONS = st.sampled_from([0.0, 1e-5, 1 / 64, 1.0, 3.0])
 NUMBERS = st.floats(0, 2)

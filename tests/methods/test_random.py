@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference
 from moerge.tensors.random import drop, splitmix64, stream_key, uniform
+from tests.helpers import reference
 
 PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
 """SplitMix64 seeded with 1234567, as Rosetta Code lists it."""

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from one_tensor import merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
 from moerge.methods import magnitude
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import merge_tensor
 
 TOPK = st.sampled_from([0.05, 0.1, 0.5, 0.75, 1.0])
 

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
 from moerge.learning.directions import Directions
 from moerge.methods import merge_method
@@ -24,6 +21,8 @@ from moerge.tensors.dtypes import F32
 from moerge.tensors.random import stream_key
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import ArrayTensor
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 SUMS = st.fixed_dictionaries({"elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])})
 ONE = {"scale": 1, "aggregate": "sum", "elect": "none"}

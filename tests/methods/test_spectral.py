@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
 from moerge.methods import spectral
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 METHODS: dict[str, dict[str, Any]] = {"tsv_m": {}, "iso_c": {}, "iso_cts": {"common_space_fraction": 0.6}}
 SHAPES = [(12, 12), (9, 31), (31, 9), (1, 7), (7, 1), (4, 1)]

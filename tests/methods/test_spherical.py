@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 POSITIVE = st.floats(0.0625, 4, width=32)
 METHODS = ("nuslerp", "multislerp", "karcher")

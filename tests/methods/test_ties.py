@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import as_float64, assert_same_models, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import as_float64, assert_same_models, merge_tensor
 
 Model = dict[str, np.ndarray]
 Models = tuple[Model, list[Model]]

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import FOUR, expert, mixed
-from routed_models import check_cache, padded, prompts
 from torch import Tensor
 from transformers import DynamicCache
 
 from moerge.modeling import MoergeHeterogeneousForCausalLM, Routing
 from moerge.modeling.experts_moerge import MoergeHeterogeneousCache
 from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.mixed_models import FOUR, expert, mixed
+from tests.modeling.routed_models import check_cache, padded, prompts
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import moerge as package
-from command import moerge, refuses
 from moerge import InputError
 from moerge.architecture import family_of
 from moerge.architecture.config import portable_config
 from moerge.clients import Finding, Result, check_folder, check_result, clients
 from moerge.clients.limits import LIMITS, RUNS, VERSIONS, Limit
-from tiny import edit_config, make_models, write_json, write_recipe
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import edit_config, make_models, write_json, write_recipe
 
 BYTE_LEVEL = json.dumps({"model": {"type": "BPE"}}).encode()
 FALLBACK = json.dumps({"model": {"type": "BPE", "byte_fallback": True}}).encode()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge
-from hf_models import load, torch
 from moerge.modeling import register
-from tiny import read_tensors
-from whole_models import TEXT, atomic_write, ids_of, make_mixed
+from tests.helpers.command import moerge
+from tests.helpers.hf_models import load, torch
+from tests.helpers.tiny import read_tensors
+from tests.helpers.whole_models import TEXT, atomic_write, ids_of, make_mixed
 
 pytestmark = pytest.mark.slow
 

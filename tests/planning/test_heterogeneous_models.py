@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from command import moerge
-from hf_models import FAMILIES, load, logits, torch, transformers
 from moerge.modeling import register
-from tiny import read_tensors
-from whole_models import MIXED, atomic_write, ids_of, make_model
+from tests.helpers.command import moerge
+from tests.helpers.hf_models import FAMILIES, load, logits, torch, transformers
+from tests.helpers.tiny import read_tensors
+from tests.helpers.whole_models import MIXED, atomic_write, ids_of, make_model
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import moerge, refuses
 from moerge.checkpoint.reader import INDEX
-from tiny import edit_config, make_models, read_values, write_checkpoint, write_json, write_recipe
-from whole_models import atomic_write, make_mixed
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import edit_config, make_models, read_values, write_checkpoint, write_json, write_recipe
+from tests.helpers.whole_models import atomic_write, make_mixed
 
 pytestmark = pytest.mark.slow
 

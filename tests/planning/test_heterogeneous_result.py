@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge
-from tiny import read_values, write_safetensors
-from whole_models import MIXED, atomic_write, built
+from tests.helpers.command import moerge
+from tests.helpers.tiny import read_values, write_safetensors
+from tests.helpers.whole_models import MIXED, atomic_write, built
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import moerge
-import tiny
 from moerge.errors import InputError
+from tests.helpers import tiny
 
 _EXPERTS = ("a", "b")
 _MTP = ("mtp.fc.weight", "mtp.layers.0.norm.weight")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge, refuses
-from tiny import make_models
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import make_models
 
 MODELS = "base: base\nexperts: {math: math, code: code}\n"
 BAD = {
@@ -28,7 +28,7 @@ BAD = {
     "merge: {<<: {method: ties}, densty: 1}\n" + MODELS: ["line 1: merge.densty: unknown key for ties"],
     # unknown names
     MODELS + "merge: {method: tiess}\n": ["line 3: merge.method: unknown merge method 'tiess': did you mean 'ties'?"],
-    MODELS + "merge: {method: quux}\n": ["unknown merge method 'quux': known: average, breadcrumbs, "],
+    MODELS + "merge: {method: quux}\n": ["unknown merge method 'quux': known: arcee_fusion, average, "],
     MODELS + "merge: {method: [ties]}\n": ["line 3: merge.method: unknown merge method"],
     MODELS + "moe: {router: {kind: randm}}\n": ["line 3: moe.router.kind: unknown router kind 'randm': did you mean 'random'?"],
     MODELS + "moe: {format: mixtrl}\n": ["line 3: moe.format: unknown MoE format 'mixtrl': did you mean 'mixtral'?"],

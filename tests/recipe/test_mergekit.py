@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import yaml
 
-import adapters
-import mergekit_reference
 import moerge
-import tiny
-from command import moerge as command
 from moerge.planning.equivalent import equivalent_recipe
 from moerge.recipe import load_recipe
 from moerge.recipe.document import Document
 from moerge.recipe.mergekit.parameters import read_setting
+from tests.helpers import adapters, mergekit_reference, tiny
+from tests.helpers.command import moerge as command
 
 LAYERS = 4
 SLERP = """

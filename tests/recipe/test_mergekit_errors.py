@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mergekit_files import MOE
 
 import moerge
-import tiny
-from command import refuses
 from moerge.recipe.mergekit.methods import METHODS
+from tests.helpers import tiny
+from tests.helpers.command import refuses
+from tests.recipe.mergekit_files import MOE
 
 TIES = """\
 merge_method: ties
@@ -79,7 +79,7 @@ BAD = [
     (TIES, "ties", "passthrough", "line 3: models: passthrough takes exactly 1, not 3 (math, code, base)"),
     (SLICES, "task_arithmetic", "model_stock", "line 4: slices[0]: model_stock takes at least 3, not 2 (math, base)"),
     # parameters
-    (TIES, "normalize", "normalize", "line 8: parameters.normalize: unknown parameter, did you mean 'normalize'?"),
+    (TIES, "normalize", "normalise", "line 8: parameters.normalise: unknown parameter, did you mean 'normalize'?"),
     (TIES, "weight: 1}", "weigth: 1}", "line 7: models[1].parameters.weigth: unknown parameter, did you mean 'weight'?"),
     (
         TIES,

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mergekit_files import MOE
 
 import moerge
-import tiny
-from command import moerge as command
 from moerge.recipe import load_recipe
+from tests.helpers import tiny
+from tests.helpers.command import moerge as command
+from tests.recipe.mergekit_files import MOE
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

@@ -1,7 +1,7 @@
 """The page's colours: a light and a dark set, told apart by colour-blind eyes and standing out from the page's ground.
 
-`tests/report/test_palette.py` measures both. The files that commands write for print have one ground and Okabe and Ito's colours
-(`moerge.figures`); on two grounds those are too pale on the one or too dark on the other.
+`tests/reporting/test_palette.py` measures both. The files that commands write for print have one ground and the colours of Okabe
+and Ito (`moerge.figures`); on two grounds those are too pale on the one or too dark on the other.
 """
 
 from __future__ import annotations
