@@ -136,8 +136,8 @@ def _ordinary(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
 def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     import torch
 
+    from moerge.learning.merged_parameters import merged_parameters
     from moerge.learning.model import MergingModel
-    from moerge.learning.slots import merged_parameters
     from moerge.planning.build import build_plan
     from moerge.recipe import load_recipe
     from moerge.recipe.learning import Learning
@@ -147,8 +147,8 @@ def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     recipe = load_recipe({"base": str(folder / "base"), "experts": names, "merge": merge})
     plan = build_plan(recipe)
     slots = merged_parameters(recipe, plan, Learning(), ThreadPoolExecutor())
-    raw = {slot.key: torch.full((experts, 1), -0.85).requires_grad_() for slot in slots if slot.key}
-    model = MergingModel(plan.config, slots, raw, 0.3, dtype="float32", device="cpu")
+    coef_logits = {slot.key: torch.full((experts, 1), -0.85).requires_grad_() for slot in slots if slot.key}
+    model = MergingModel(plan.config, slots, coef_logits, 0.3, dtype="float32", device="cpu")
 
     def step() -> None:
         _loss(model.forward(ids_1T, 0).logits, ids_1T).backward()
@@ -171,12 +171,12 @@ def _straightforward(folder: Path, experts: int, ids_1T: Any) -> Callable[[], No
     for number in range(experts):
         expert = dict(load(f"expert{number}").named_parameters())
         tau.append({name: expert[name].detach() - base[name] for name in matrices})
-    raw = {name: torch.full((experts,), -0.85).requires_grad_() for name in matrices}
+    coef_logits = {name: torch.full((experts,), -0.85).requires_grad_() for name in matrices}
 
     def step() -> None:
         merged = dict(base)
         for name in matrices:
-            c_E = torch.sigmoid(raw[name])
+            c_E = torch.sigmoid(coef_logits[name])
             merged[name] = base[name] + sum(c_E[k] * tau[k][name] for k in range(experts))
         _loss(functional_call(model, merged, (ids_1T,), {"use_cache": False}).logits, ids_1T).backward()
 

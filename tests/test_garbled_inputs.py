@@ -151,7 +151,11 @@ def test_a_single_negative_number_is_noticed(tmp_path: Path) -> None:
     refuses(recipes["fisher"], tmp_path / "out", "s/math.safetensors", UP, "negative", options=("--quiet",))
 
 
-@pytest.mark.parametrize("lines", [[[1, 2]], [{"fingerprint": 5}], [None, {"tensor": 3}, []], ["x"], [{}, {}]])
+ENTRY = {"tensor": "model.norm.weight", "digest": "0", "inputs": {}, "nonfinite": []}
+DAMAGED = [{**ENTRY, "nonfinite": [["x"]]}, {**ENTRY, "inputs": {"math:model.norm.weight": [1]}}]
+
+
+@pytest.mark.parametrize("lines", [[[1, 2]], [{"fingerprint": 5}], [None, {"tensor": 3}, []], ["x"], [{}, {}], DAMAGED])
 @pytest.mark.parametrize("first", [True, False])
 def test_journals(tmp_path: Path, lines: list[Any], first: bool) -> None:
     make_models(tmp_path)

@@ -34,7 +34,8 @@ architecture
 modeling
 tensors
 distillation
-progress files registry quiet formatting extras
+progress
+files registry quiet formatting extras
 errors system
 """
 """From top to bottom. Packages of one floor do not import each other."""

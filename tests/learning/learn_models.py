@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from moerge.learning.merged_parameters import merged_parameters
 from moerge.learning.model import MergedParameter, MergingModel
-from moerge.learning.slots import merged_parameters
 from moerge.planning.build import build_plan
 from moerge.planning.plan import Plan
 from moerge.recipe import Recipe, load_recipe
@@ -49,7 +49,7 @@ def slots_of(recipe: Recipe) -> list[MergedParameter]:
 
 
 def straightforward(
-    model: MergingModel, slots: Sequence[MergedParameter], raw: Mapping[str, torch.Tensor], ids_1T: torch.Tensor
+    model: MergingModel, slots: Sequence[MergedParameter], coef_logits: Mapping[str, torch.Tensor], ids_1T: torch.Tensor
 ) -> Any:
     """The merged model's output with every merged parameter in memory at once, differentiable by autograd alone."""
     from torch.nn.utils import parametrize
@@ -63,7 +63,7 @@ def straightforward(
             theta_N = base.reshape(-1)
             assert slot.directions is not None
             tau_EN = torch.from_numpy(slot.directions.read()).to(torch.float64)
-            c_EC = torch.sigmoid(raw[slot.key])
+            c_EC = torch.sigmoid(coef_logits[slot.key])
             parts = [
                 part_M + sum(c_EC[k, chunk] * tau_M for k, tau_M in enumerate(tau_EM))
                 for chunk, (part_M, tau_EM) in enumerate(

@@ -140,7 +140,7 @@ def test_what_learns_is_what_is_merged_afterwards(tmp_path: Path, merge: dict[st
     merged, base = read_values(tmp_path / "out"), read_values(tmp_path / "base")
     compared = 0
     for slot in slots_of(recipe):
-        if slot.directions is not None and not slot.own:
+        if slot.directions is not None and not slot.routed:
             tau_N = np.array([0.2, 0.3, 0.4], np.float32) @ slot.directions.read()
             expected = base[slot.name] + tau_N.reshape(base[slot.name].shape)
             np.testing.assert_allclose(merged[slot.name], expected, rtol=0, atol=2e-7, err_msg=slot.name)

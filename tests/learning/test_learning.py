@@ -160,8 +160,8 @@ def test_a_tied_embedding_that_learns_is_the_head_too(tmp_path: Path, dtype: str
     plan, found = dense_plan(recipe), run(recipe).coefficients
     assert "model.embed_tokens.weight" in found.by_tensor
     merge(build_plan(with_coefficients(recipe, found)), tmp_path / "out")
-    raw = {name: torch.logit(torch.tensor(rows)) for name, rows in found.by_tensor.items()}
-    model = MergingModel(plan.config, slots_of(recipe), raw, found.fixed, dtype="float32", device="cpu")
+    coef_logits = {name: torch.logit(torch.tensor(rows)) for name, rows in found.by_tensor.items()}
+    model = MergingModel(plan.config, slots_of(recipe), coef_logits, found.fixed, dtype="float32", device="cpu")
     ids_1T = torch.tensor([[1, 5, 9, 12, 7, 33, 21]])
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():

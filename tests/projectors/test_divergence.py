@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moerge.projectors.divergence import Heads, least_divergence
+from moerge.projectors.divergence import HeadMatching, least_divergence
 from moerge.projectors.proj_out import COVERED, held_out, predicted
 from moerge.tensors.dtypes import F32
 from moerge.tensors.linalg import log_softmax
@@ -17,11 +17,11 @@ def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def problem(states: int, *, seed: int = 0, head: np.ndarray | None = None) -> Heads:
+def problem(states: int, *, seed: int = 0, head: np.ndarray | None = None) -> HeadMatching:
     """Twelve tokens, a shared width of five, states of width three and the constant."""
     shared, own, bias = draw(1, 12, 5), draw(2, 12, 3) if head is None else head, draw(3, 12)
     state = np.concatenate([draw(10 + seed, states, 3), np.ones((states, 1))], axis=1)
-    return Heads(shared, bias, state, log_softmax(state[:, :3] @ own.T))
+    return HeadMatching(shared, bias, state, log_softmax(state[:, :3] @ own.T))
 
 
 def test_the_divergence_is_kullback_s() -> None:
@@ -36,11 +36,11 @@ def test_the_divergence_is_kullback_s() -> None:
 
 def test_slope_and_curve_are_its_derivatives() -> None:
     heads, change, direction, small = problem(300), draw(4, 5, 4), draw(5, 5, 4), 1e-5
-    slope, q = heads.slope(change)
+    gradient, q = heads.gradient(change)
     ahead, behind = heads.divergence(change + small * direction), heads.divergence(change - small * direction)
-    assert float((slope * direction).sum()) == pytest.approx((ahead - behind) / (2 * small), rel=1e-6)
-    numeric = (heads.slope(change + small * direction)[0] - heads.slope(change - small * direction)[0]) / (2 * small)
-    np.testing.assert_allclose(heads.curve(direction, q), numeric, atol=1e-8)
+    assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / (2 * small), rel=1e-6)
+    numeric = (heads.gradient(change + small * direction)[0] - heads.gradient(change - small * direction)[0]) / (2 * small)
+    np.testing.assert_allclose(heads.hessian_vector_product(direction, q), numeric, atol=1e-8)
 
 
 def test_it_finds_a_map_that_exists() -> None:
@@ -48,7 +48,7 @@ def test_it_finds_a_map_that_exists() -> None:
     shared = problem(1).shared_KM
     mixing, push = draw(6, 5, 3), np.linalg.lstsq(shared, -problem(1).bias_K, rcond=None)[0]
     heads, unseen = (problem(n, seed=seed, head=shared @ mixing) for n, seed in ((400, 1), (100, 2)))
-    heads, unseen = (Heads(shared, shared @ push, each.state_SD, each.log_p_SK) for each in (heads, unseen))
+    heads, unseen = (HeadMatching(shared, shared @ push, each.state_SD, each.log_p_SK) for each in (heads, unseen))
     found = least_divergence(heads, unseen, np.zeros((5, 4)), np.cov(shared.T))
     assert unseen.divergence(np.zeros((5, 4))) > 0.5
     assert unseen.divergence(found) < 1e-4
@@ -69,7 +69,7 @@ def test_threads_change_nothing() -> None:
 
     heads, unseen = problem(900, seed=1), problem(300, seed=2)
     with single_threaded_blas(), ThreadPoolExecutor(3) as pool:
-        together = Heads(heads.shared_KM, heads.bias_K, heads.state_SD, heads.log_p_SK, pool.map)
+        together = HeadMatching(heads.shared_KM, heads.bias_K, heads.state_SD, heads.log_p_SK, pool.map)
         results = [least_divergence(each, unseen, np.zeros((5, 4)), np.eye(5)) for each in (heads, together)]
     assert results[0].tobytes() == results[1].tobytes()
 

@@ -18,7 +18,7 @@ from moerge.projectors.fit import PENALTY
 from moerge.projectors.least_squares import NormalEquations
 from moerge.projectors.outputs import ExpertTables, projector_outputs
 from moerge.projectors.token_weights import SMOOTHING, smoothed
-from moerge.projectors.units import HEIGHT, Units, token_detectors
+from moerge.projectors.units import PRE_ACTIVATION, TokenDetectors, token_detectors
 from moerge.tensors.dtypes import BF16, F32, DType
 from moerge.tensors.tensor import ArrayTensor
 from moerge.tensors.threads import single_threaded_blas
@@ -205,11 +205,11 @@ def test_units_stand_for_single_tokens() -> None:
     rows, mean = draw(0, 12, 64), np.full(64, 0.3)
     units = token_detectors(rows, mean, 14, 0, "up")
     inner = rows @ units.up_NM.T + units.bias_N
-    np.testing.assert_allclose(np.diag(inner), HEIGHT, atol=1e-4)
-    np.testing.assert_allclose(mean @ units.up_NM[:12].T + units.bias_N[:12], -HEIGHT, atol=1e-4)
-    assert (inner[:, :12] - HEIGHT * np.eye(12) < 0.5 * HEIGHT).all()
+    np.testing.assert_allclose(np.diag(inner), PRE_ACTIVATION, atol=1e-4)
+    np.testing.assert_allclose(mean @ units.up_NM[:12].T + units.bias_N[:12], -PRE_ACTIVATION, atol=1e-4)
+    assert (inner[:, :12] - PRE_ACTIVATION * np.eye(12) < 0.5 * PRE_ACTIVATION).all()
     assert (np.abs(units.up_NM[12:]) <= 1 / 8).all() and units.up_NM[12:].any()
-    np.testing.assert_allclose(Units(units.up_NM, units.bias_N).apply(rows), gelu(inner), atol=1e-5)
+    np.testing.assert_allclose(TokenDetectors(units.up_NM, units.bias_N).apply(rows), gelu(inner), atol=1e-5)
 
 
 def test_a_token_at_the_mean_gets_a_unit_at_random() -> None:

@@ -16,7 +16,7 @@ from moerge.recipe import load_recipe
 from moerge.routers.base import router, routers
 from moerge.routers.moments import GramStatistics, load_moments, read_facts, save_moments
 from moerge.routers.projection import leading_directions
-from moerge.routers.regression import logit_scale, ridge
+from moerge.routers.regression import normalize_gate, ridge
 from moerge.routers.ridge import RidgeRouter
 from tests.helpers import tiny
 
@@ -81,14 +81,14 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
 
 def test_saved_statistics_come_back_to_the_bit(tmp_path: Path) -> None:
     moments = moments_of(states(0, 20))
-    symmetric = (moments.moment_LHH + moments.moment_LHH.transpose(0, 2, 1)) / 2
+    symmetric = (moments.gram_LHH + moments.gram_LHH.transpose(0, 2, 1)) / 2
     moments = GramStatistics(20, moments.sum_LH, symmetric, {"documents": ["ab"], "path": "own"})
     save_moments(tmp_path / "stats/math.safetensors", moments)
     assert [path.name for path in (tmp_path / "stats").iterdir()] == ["math.safetensors"]
     back = load_moments(tmp_path / "stats/math.safetensors", LAYERS, HIDDEN)
     assert (back.tokens, back.facts) == (20, {"documents": ["ab"], "path": "own"})
     np.testing.assert_array_equal(back.sum_LH, moments.sum_LH)
-    np.testing.assert_array_equal(back.moment_LHH, moments.moment_LHH)
+    np.testing.assert_array_equal(back.gram_LHH, moments.gram_LHH)
     with pytest.raises(InputError, match="statistics of another model: this one has 3 layers of width 7"):
         load_moments(tmp_path / "stats/math.safetensors", 3, HIDDEN)
 
@@ -104,7 +104,7 @@ def test_files_that_hold_no_statistics_are_refused(content: bytes, tmp_path: Pat
 def test_normalisation(normalize: Any, temperature: float, seed: int) -> None:
     weights = np.random.default_rng(seed).standard_normal((EXPERTS, HIDDEN))
     weights[1] = 0
-    gate = logit_scale(weights, normalize, temperature) * temperature
+    gate = normalize_gate(weights, normalize, temperature) * temperature
     if normalize == "columns":
         np.testing.assert_allclose(np.linalg.norm(gate, axis=1), [1, 0, 1], rtol=1e-6)
         assert (np.sign(gate) == np.sign(weights)).all()
@@ -117,7 +117,7 @@ def test_normalisation(normalize: Any, temperature: float, seed: int) -> None:
 
 
 def test_joint_normalisation_of_equal_rows_is_zero_not_nan() -> None:
-    np.testing.assert_array_equal(logit_scale(np.ones((2, 3)), "joint", 0.1), np.zeros((2, 3)))
+    np.testing.assert_array_equal(normalize_gate(np.ones((2, 3)), "joint", 0.1), np.zeros((2, 3)))
 
 
 def test_ridge_shrinks_towards_zero() -> None:

@@ -16,7 +16,7 @@ from moerge.checkpoint.staging import staging_folder
 from moerge.errors import InputError
 from moerge.routers.calibrated import collect
 from moerge.routers.perplexity import PerplexityRouter
-from moerge.routers.regression import logit_scale, ridge
+from moerge.routers.regression import normalize_gate, ridge
 from moerge.routers.ridge import RidgeRouter
 from moerge.runtime.forced_routing import ForcedRoutingModel
 from moerge.runtime.replicas import ModelReplicas
@@ -146,7 +146,7 @@ def test_perplexity_gates_are_the_regression_on_which_expert_was_best(level: str
                     products[layer, :, best] += x
     assert len(chosen) > 1
     for layer in range(2):
-        expected = logit_scale(ridge(moments[layer], products[layer], 0.01), "none", 1.0)
+        expected = normalize_gate(ridge(moments[layer], products[layer], 0.01), "none", 1.0)
         np.testing.assert_allclose(found[gate_name(layer)], expected, atol=1e-3)
 
 
@@ -193,8 +193,8 @@ def test_long_texts_are_cut(models: Path) -> None:
     merge(models, "moe", {"kind": "hidden"})
     model = ForcedRoutingModel(models / "moe", experts=4, layers=2)
     assert model.encode("w5 " * 40, 8).shape == (1, 8)
-    with ModelReplicas(model, 2) as crew:
-        assert collect(crew, ["w5 " * 40, "w6 w7"], 8, 1).tokens == 10
+    with ModelReplicas(model, 2) as replicas:
+        assert collect(replicas, ["w5 " * 40, "w6 w7"], 8, 1).tokens == 10
 
 
 def test_projection_signs_are_those_of_the_skew_over_random_tokens(models: Path) -> None:

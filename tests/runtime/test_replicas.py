@@ -84,13 +84,13 @@ def test_a_crew_works_in_order_with_one_model_a_thread(models: Path, tmp_path: P
     model = ForcedRoutingModel(tmp_path / "moe", experts=4, layers=2)
     ids = [model.encode(f"w{word} w7 w9", 512) for word in range(3, 10)]
     expected = [model.losses(each, 1) for each in ids]
-    with single_threaded_blas(), ModelReplicas(model, 3) as crew:
+    with single_threaded_blas(), ModelReplicas(model, 3) as replicas:
         seen = []
 
         def look(model: ForcedRoutingModel, each: Any) -> tuple[ForcedRoutingModel, Any, int]:
             return model, model.losses(each, 1), torch.get_num_threads()
 
-        batches = list(crew.run(look, ids))
+        batches = list(replicas.run(look, ids))
         assert [len(batch) for batch in batches] == [1, 3, 3]
         seen = [result for batch in batches for result in batch]
         assert all(torch.equal(losses, wanted) for (_, losses, _), wanted in zip(seen, expected, strict=True))
@@ -100,4 +100,4 @@ def test_a_crew_works_in_order_with_one_model_a_thread(models: Path, tmp_path: P
         assert [each for each, *_ in batches[0]] == twins[:1] == [model]
         weights = [{name: tensor.data_ptr() for name, tensor in replica._model.named_parameters()} for replica in twins]
         assert weights[0] == weights[1] == weights[2]
-        assert crew.spread(lambda number: number * 2, range(5)) == [0, 2, 4, 6, 8]
+        assert replicas.map_layers(lambda number: number * 2, range(5)) == [0, 2, 4, 6, 8]

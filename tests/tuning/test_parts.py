@@ -95,8 +95,8 @@ def test_a_mixture_of_whole_models(embedding: str) -> None:
 
 def test_a_schedule_opens_and_never_closes() -> None:
     schedule = Schedule(((0, frozenset("a")), (3, frozenset("bc")), (5, frozenset("d"))))
-    assert schedule.ever == frozenset("abcd")
-    assert [sorted(schedule.closed(step)) for step in (0, 2, 3, 4, 5, 9)] == [
+    assert schedule.ever_trained == frozenset("abcd")
+    assert [sorted(schedule.frozen(step)) for step in (0, 2, 3, 4, 5, 9)] == [
         ["b", "c", "d"],
         ["b", "c", "d"],
         ["d"],

@@ -10,7 +10,7 @@ import yaml
 
 from moerge.errors import InputError
 from moerge.tuning.launch import check_launch
-from moerge.tuning.settings import Request, load_tuning
+from moerge.tuning.settings import TuneConfig, load_tuning
 
 GOOD: dict[str, Any] = {"model": "moe", "data": {"math": "math.jsonl"}, "steps": 10}
 
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
         load_tuning(tmp_path / "tune.yaml")
 
 
-def request(**changes: Any) -> Request:
+def request(**changes: Any) -> TuneConfig:
     return load_tuning({**GOOD, **changes})
 
 

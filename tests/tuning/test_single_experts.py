@@ -84,9 +84,9 @@ def test_a_schedule_of_slices() -> None:
     schedule = Schedule(
         ((0, frozenset({"a[1]", "b"})), (2, frozenset({"a[0]"})), (5, frozenset({"a"})), (6, frozenset({"c[3]"})))
     )
-    assert schedule.ever == {"a", "b", "c"} and schedule.sliced == {"a", "c"}
+    assert schedule.ever_trained == {"a", "b", "c"} and schedule.sliced == {"a", "c"}
     assert [schedule.slices(step) for step in (0, 2, 5, 6)] == [{"a": [1]}, {"a": [0, 1]}, {}, {"c": [3]}]
-    assert schedule.closed(0) == {"c"} and schedule.closed(6) == set()
+    assert schedule.frozen(0) == {"c"} and schedule.frozen(6) == set()
     assert schedule.trained({"a": (4, 2, 3), "b": (7,), "c": (4, 5)}) == 24 + 7 + 5
 
 

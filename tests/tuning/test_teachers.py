@@ -17,7 +17,7 @@ from moerge.distillation import TargetFiles
 from moerge.tuning.losses import forward_kl
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.run import tune
-from moerge.tuning.teachers import in_rows
+from moerge.tuning.teachers import pad_vocab
 from tests.helpers.command import moerge
 from tests.helpers.hf_models import CASES, random_model, save
 from tests.helpers.tiny import edit_config, make_models
@@ -40,7 +40,7 @@ def test_what_a_teacher_has_no_row_for_has_the_probability_zero(tmp_path: Path, 
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(3, width, generator=generator) for width in (4, 6))
     files = TargetFiles(tmp_path, (), largest)
-    files.save("one", in_rows(teacher, 6, -1e6 * max(1, temperature)), [])
+    files.save("one", pad_vocab(teacher, 6, -1e6 * max(1, temperature)), [])
     student.requires_grad_()
     loss = forward_kl(student, files.load("one"), temperature)
     loss.backward()

@@ -119,6 +119,21 @@ def test_six_steps_are_three_and_three_more(folder: Path, accumulation: int) -> 
     assert moved(folder / whole, folder / parts) == set()
 
 
+def test_resume_leaves_a_complete_result_as_it_is(folder: Path) -> None:
+    path, out = write_tuning(folder, "complete.yaml", steps=2), folder / "complete"
+    first = moerge("tune", path, out, "--json").json
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir() if file.is_file()}
+    again = moerge("tune", path, out, "--resume", "--json").json
+    assert (first["was_complete"], again["was_complete"]) == (False, True)
+    assert again["last"] == first["last"]
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir() if file.is_file()} == before
+    assert "complete already" in moerge("tune", path, out, "--resume").out
+    other = write_tuning(folder, "other.yaml", steps=3)
+    assert "already exists" in moerge("tune", other, out, "--resume").err
+    (out / "README.md").write_text("changed")
+    assert "already exists" in moerge("tune", path, out, "--resume").err
+
+
 def test_a_tuning_that_was_killed_while_it_was_published_only_publishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tuning(folder, steps=3, save_every=2)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moerge.distillation import Target, hidden_distance
+from moerge.distillation import DistillationTarget, hidden_distance
 from moerge.tuning import losses
 
 pytestmark = pytest.mark.slow
@@ -21,8 +21,8 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 IDS = torch.tensor([[1, 4, 2, 0, 3], [3, 3, 0, 1, 4]])
 LOAD = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
-ALL = Target(draw(6, 5, seed=1), None, (draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)))
-TOP = Target(*draw(6, 5, seed=1).topk(2), hidden=())
+ALL = DistillationTarget(draw(6, 5, seed=1), None, (draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)))
+TOP = DistillationTarget(*draw(6, 5, seed=1).topk(2), hidden=())
 LOSSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = {
     "cross entropy": (lambda x: losses.cross_entropy(x, IDS), (2, 5, 5)),
     "load balance": (lambda x: losses.load_balance(x, LOAD), (7, 4)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moerge.tuning.run import look
+from moerge.tuning.run import plan_tune
 from tests.tuning.tune_models import refused, write_texts, write_tuning
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,6 @@ def test_neither_byte_order_mark_nor_the_fields_name_changes_the_tokens(folder: 
     (folder / "marked.txt").write_bytes(b"\xef\xbb\xbf" + "\n\n".join(texts).encode())
     (folder / "body.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(json.dumps({"body": t}).encode() + b"\n" for t in texts))
     data = {"plain": "math.jsonl", "marked": "marked.txt", "body": {"path": "body.jsonl", "field": "body"}}
-    found = look(write_tuning(folder, data=data)).sources()
+    found = plan_tune(write_tuning(folder, data=data)).sources()
     assert {source["digest"] for source in found.values()} == {found["plain"]["digest"]}
     assert found["body"]["documents"] == 12

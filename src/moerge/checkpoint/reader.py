@@ -87,7 +87,7 @@ class Checkpoint:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Return a key for everything that its tensors depend on, as far as that is known without reading them."""
-        return (self.name, self.location, self.revision, self.stamps)
+        return (self.name, self.location, self.revision, tuple(file.identity for file in self.files if file.state))
 
     @property
     def origins(self) -> tuple[Checkpoint, ...]:

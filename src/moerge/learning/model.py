@@ -36,7 +36,7 @@ class MergedParameter:
     """A tensor of the model, by its name in the checkpoint: the base's, and the experts' `directions`.
 
     Without `directions` there is nothing to merge: the result has the base's tensor. `key` names the coefficients that it
-    learns; "" for a tensor that does not learn. `own` marks what stays separate in a MoE: each text runs through its own
+    learns; "" for a tensor that does not learn. `routed` marks what stays separate in a MoE: each text runs through its own
     expert's tensor.
     """
 
@@ -44,7 +44,7 @@ class MergedParameter:
     base: Source
     directions: Directions | None = None
     key: str = ""
-    own: bool = False
+    routed: bool = False
 
     def of(self, model: int) -> Source:
         """The tensor of the base or of an expert."""
@@ -62,19 +62,19 @@ class Running:
 class MergedWeight(nn.Module):
     """A parametrization: the weight that a layer sees instead of the base's."""
 
-    def __init__(self, slot: MergedParameter, raw_EC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
+    def __init__(self, slot: MergedParameter, logit_EC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
         super().__init__()
-        self._slot, self._raw_KC, self._running, self._dtype = slot, [raw_EC], running, dtype
+        self._slot, self._logit_EC, self._running, self._dtype = slot, [logit_EC], running, dtype
 
     def forward(self, base: torch.Tensor) -> torch.Tensor:
         """The weight in the element type that the model computes in."""
-        wanted = self._running.task if self._slot.own and self._running.model is None else self._running.model
+        wanted = self._running.task if self._slot.routed and self._running.model is None else self._running.model
         if wanted is not None:
             return _values(self._slot.of(wanted), base, self._dtype)
-        raw_EC, directions = self._raw_KC[0], self._slot.directions
-        assert raw_EC is not None and directions is not None
+        logit_EC, directions = self._logit_EC[0], self._slot.directions
+        assert logit_EC is not None and directions is not None
         merge: Any = _Merge.apply
-        weight: torch.Tensor = merge(torch.sigmoid(raw_EC), base, directions, self._dtype)
+        weight: torch.Tensor = merge(torch.sigmoid(logit_EC), base, directions, self._dtype)
         return weight
 
 
@@ -92,8 +92,8 @@ class _Merge(torch.autograd.Function):
 class MergingModel:
     """A causal language model of this config whose weights are merged from `slots`.
 
-    `raw` holds the parameters a [E, C] by key, the coefficients being sigmoid(a). Tensors without a key have the coefficient
-    `fixed` once and for all. Raises InputError, naming the recipe `source`, for a config that transformers can make no model
+    `coef_logits` holds the parameters a [E, C] by key; the coefficients are sigmoid(a). Tensors without a key always have the
+    coefficient `fixed`. Raises InputError, naming the recipe `source`, for a config that transformers can make no model
     of, and where it calls tensors by names that cannot be matched.
     """
 
@@ -101,7 +101,7 @@ class MergingModel:
         self,
         config: Mapping[str, Any],
         slots: Sequence[MergedParameter],
-        raw: Mapping[str, torch.Tensor],
+        coef_logits: Mapping[str, torch.Tensor],
         fixed: float,
         *,
         dtype: str,
@@ -114,15 +114,15 @@ class MergingModel:
         parameters = dict(self.module.named_parameters())
         for name, slot in match_names(parameters, {slot.name: slot for slot in slots}).items():
             parameters[name].requires_grad_(False)
-            if slot.key or slot.own:
-                self._parametrize(parameters[name], slot, raw.get(slot.key))
+            if slot.key or slot.routed:
+                self._parametrize(parameters[name], slot, coef_logits.get(slot.key))
             else:
                 self._rest.append((parameters[name], slot))
         self._prepare()
-        self.use(None)
+        self.set_mode(None)
 
-    def use(self, model: int | None) -> None:
-        """Play one of the models, or with None the merge."""
+    def set_mode(self, model: int | None) -> None:
+        """Run one of the models, or the merge if `model` is None."""
         self.running.model = model
         for parameter, slot in self._rest:
             if model is None and slot.directions is not None:
@@ -136,13 +136,13 @@ class MergingModel:
         self.running.task = task
         return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
 
-    def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, raw_EC: torch.Tensor | None) -> None:
+    def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, logit_EC: torch.Tensor | None) -> None:
         """Wherever the parameter stands: a tied one is the embedding's and the head's."""
         stored = slot.base.tensor.dtype.torch_name
         parameter.data = _values(slot.base, parameter, getattr(torch, str(stored)))
-        weight = MergedWeight(slot, raw_EC, self.running, self._dtype)
+        weight = MergedWeight(slot, logit_EC, self.running, self._dtype)
         for module in list(self.module.modules()):
-            for attribute in [name for name, own in module.named_parameters(recurse=False) if own is parameter]:
+            for attribute in [name for name, value in module.named_parameters(recurse=False) if value is parameter]:
                 parametrize.register_parametrization(module, attribute, weight, unsafe=True)
 
     def _prepare(self) -> None:

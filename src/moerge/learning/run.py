@@ -69,7 +69,7 @@ def learn(
     """
     require("models", "learning")
     from moerge.learning.flow import learn_coefficients
-    from moerge.learning.slots import check_recipe
+    from moerge.learning.merged_parameters import check_recipe
     from moerge.runtime.loading import usable_device
 
     recipe = load_recipe(recipe)
@@ -118,7 +118,7 @@ def with_coefficients(recipe: Recipe, found: Coefficients) -> Recipe:
 def _files(learned: Learned) -> dict[str, bytes]:
     found = {CURVE: _curve(learned)}
     if find_spec("matplotlib"):
-        from moerge.learning.figure import draw
+        from moerge.learning.coefficient_figure import draw
 
         with tempfile.TemporaryDirectory() as folder:
             draw(learned.coefficients, Path(folder) / FIGURE)

@@ -11,7 +11,7 @@ from moerge.planning.models import SourceModel
 from moerge.recipe.document import dotted
 from moerge.recipe.heterogeneous import conflicting_key
 from moerge.recipe.schema import Recipe
-from moerge.routers.sequence import LearnedRouting, RandomRouting
+from moerge.routers.sequence import LearnedSequenceRouter, RandomSequenceRouter
 
 Kind = Literal["dense", "token_routed", "sequence_routed", "heterogeneous"]
 
@@ -38,8 +38,8 @@ def resolve(recipe: Recipe, models: Sequence[SourceModel]) -> Recipe:
     if problem:
         raise InputError(f"{recipe.source}: {dotted(problem[0])}{problem[1]}")
     changes: dict[str, Any] = {"embedding": moe.embedding}  # a recipe that says so asks for experts that stay whole models
-    if isinstance(moe.router, RandomRouting):
-        changes["router"] = LearnedRouting(temperature=moe.router.temperature, seed=moe.router.seed)
+    if isinstance(moe.router, RandomSequenceRouter):
+        changes["router"] = LearnedSequenceRouter(temperature=moe.router.temperature, seed=moe.router.seed)
     if "top_k" not in moe.model_fields_set:
         changes["top_k"] = min(moe.top_k, len(recipe.expert_names))
     return recipe.model_copy(update={"moe": moe.model_copy(update=changes)})

@@ -199,7 +199,7 @@ class Plan(Displayed):
         inputs = [model.identity for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
-        statistics = [(used.model, *file.stamp) for used in self.statistics for file in used.statistics.files]
+        statistics = [(used.model, *file.identity) for used in self.statistics for file in used.statistics.files]
         files = {name: file_digest(content) for name, content in self.files.items()}
         whole = [inputs, operations, self.config, texts, statistics, files, self.vocabulary]
         return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()

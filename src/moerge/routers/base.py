@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
 """What scores are divided by before a softmax. Beyond these bounds they overflow, or say nothing any more."""
-Deviation = Annotated[float, Field(gt=0, le=100)]
+Std = Annotated[float, Field(gt=0, le=100)]
 """A standard deviation of weights."""
 
 
@@ -45,7 +45,7 @@ class RandomRouter(Router):
     kind: ClassVar[str] = "random"
     needs_training: ClassVar[bool] = True
     seed: int = 0
-    std: Deviation | None = None
+    std: Std | None = None
 
     def operation(self, gate: ExpectedTensor) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""

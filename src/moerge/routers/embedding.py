@@ -14,7 +14,7 @@ from moerge.operations.fitter import FitContext
 from moerge.routers.base import FittedRouter, Temperature
 from moerge.routers.calibrated import gates_by_name
 from moerge.routers.prompts import Prompts, prompt_texts
-from moerge.routers.regression import logit_scale
+from moerge.routers.regression import normalize_gate
 from moerge.runtime.loading import load_tokenizer
 from moerge.tensors.codec import decode
 from moerge.tensors.tensor import Tensor
@@ -53,7 +53,7 @@ class EmbeddingRouter(FittedRouter):
             rows.append(self._row(tokenizer, embedding, self.prompts[name]))
             context.advance(len(context.texts[name].documents))
         rows_EH = np.stack(rows)
-        gate_EH = logit_scale(rows_EH, "columns", self.temperature)
+        gate_EH = normalize_gate(rows_EH, "columns", self.temperature)
         return gates_by_name(context, lambda layer: gate_EH)
 
     def _embedding(self, context: FitContext) -> Tensor:

@@ -13,7 +13,7 @@ from moerge.operations.fitter import FitContext
 from moerge.routers.base import Temperature
 from moerge.routers.calibrated import MomentRouter, gates_by_name
 from moerge.routers.prompts import Prompts, direction, prompt_texts
-from moerge.routers.regression import logit_scale
+from moerge.routers.regression import normalize_gate
 from moerge.texts import TextRequest, Texts
 
 if TYPE_CHECKING:
@@ -58,16 +58,16 @@ class HiddenRouter(MomentRouter):
             experts = len(means_ELH)
             others_ELH = (means_ELH.sum(axis=0) - means_ELH) / max(1, experts - 1)
             means_ELH = means_ELH - others_ELH
-        return gates_by_name(context, lambda layer: logit_scale(means_ELH[:, layer], "columns", self.temperature))
+        return gates_by_name(context, lambda layer: normalize_gate(means_ELH[:, layer], "columns", self.temperature))
 
     def _prompt_means(self, context: FitContext, prompts: Mapping[str, Prompts]) -> np.ndarray:
         rows = []
-        with self.crew(context) as crew:
+        with self.replicas(context) as replicas:
             for index, name in enumerate(context.experts):
                 own, seen = prompts[name], partial(_router_inputs, path=self.path_of(index))
-                ids = [crew.model.encode(text, self.tokens) for text in (*own.positive, *own.negative)]
+                ids = [replicas.model.encode(text, self.tokens) for text in (*own.positive, *own.negative)]
                 states = []
-                for batch in crew.run(seen, ids):
+                for batch in replicas.run(seen, ids):
                     states += [self._pooled(inputs_LTH) for inputs_LTH in batch]
                     context.advance(len(batch))
                 rows.append(direction(states[: len(own.positive)], states[len(own.positive) :]))

@@ -32,12 +32,12 @@ class GramStatistics:
 
     tokens: int
     sum_LH: np.ndarray
-    moment_LHH: np.ndarray
+    gram_LHH: np.ndarray
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __add__(self, other: GramStatistics) -> GramStatistics:
         """The statistics of both texts together."""
-        return GramStatistics(self.tokens + other.tokens, self.sum_LH + other.sum_LH, self.moment_LHH + other.moment_LHH)
+        return GramStatistics(self.tokens + other.tokens, self.sum_LH + other.sum_LH, self.gram_LHH + other.gram_LHH)
 
     @property
     def mean_LH(self) -> np.ndarray:
@@ -49,7 +49,7 @@ def save_moments(path: Path, moments: GramStatistics) -> None:
     """Write a safetensors file, complete or not at all. Of the symmetric moment only the upper triangle is stored."""
     rows, columns = np.triu_indices(moments.sum_LH.shape[1])
     arrays = {_SUM: moments.sum_LH} | {
-        f"{_MOMENT}.{layer}": moment_HH[rows, columns] for layer, moment_HH in enumerate(moments.moment_LHH)
+        f"{_MOMENT}.{layer}": gram_HH[rows, columns] for layer, gram_HH in enumerate(moments.gram_LHH)
     }
     facts = {"moerge": json.dumps(moments.facts, sort_keys=True), _COUNT: str(moments.tokens)}
     header, _ = build_header([(name, F32, array.shape) for name, array in arrays.items()], facts)
@@ -80,9 +80,9 @@ def load_moments(path: Path, layers: int, hidden: int) -> GramStatistics:
         raise InputError(f"{path} holds router statistics of another model: this one has {layers} layers of width {hidden}")
     arrays = {name: tensor.open().read(0, np.empty(tensor.size, F32.storage)) for name, tensor in stored.items()}
     upper = np.triu_indices(hidden)
-    moment_LHH = np.empty((layers, hidden, hidden), np.float32)
+    gram_LHH = np.empty((layers, hidden, hidden), np.float32)
     for layer in range(layers):
-        moment_LHH[layer][upper] = arrays[f"{_MOMENT}.{layer}"]
-        moment_LHH[layer].T[upper] = arrays[f"{_MOMENT}.{layer}"]
+        gram_LHH[layer][upper] = arrays[f"{_MOMENT}.{layer}"]
+        gram_LHH[layer].T[upper] = arrays[f"{_MOMENT}.{layer}"]
     tokens = facts.pop(_COUNT)
-    return GramStatistics(tokens, arrays[_SUM].reshape(layers, hidden), moment_LHH, facts)
+    return GramStatistics(tokens, arrays[_SUM].reshape(layers, hidden), gram_LHH, facts)

@@ -13,8 +13,8 @@ from pydantic import Field
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import Temperature
-from moerge.routers.calibrated import RunningRouter, gates_by_name
-from moerge.routers.regression import logit_scale
+from moerge.routers.calibrated import ModelRouter, gates_by_name
+from moerge.routers.regression import normalize_gate
 from moerge.tensors.linalg import leading_svd
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ SEQUENCES, TOKENS = 24, 128
 """How many random sequences are run, and of how many tokens."""
 
 
-class ProjectionRouter(RunningRouter):
+class ProjectionRouter(ModelRouter):
     """Row i of a gate is the sum of s_k sigma_k v_k over the `rank` directions of input that expert i's training changed most.
 
     v_k and sigma_k are the leading right singular vectors and values of the expert's task vector in the layer's first FFN
@@ -82,7 +82,7 @@ class ProjectionRouter(RunningRouter):
 
         def gate(layer: int) -> np.ndarray:
             rows = [(scaled_HK * signs(layer, scaled_HK)).sum(axis=1) for scaled_HK in scaled_LEHK[layer]]
-            return logit_scale(np.stack(rows), "columns", self.temperature)
+            return normalize_gate(np.stack(rows), "columns", self.temperature)
 
         return gates_by_name(context, gate)
 
@@ -100,9 +100,11 @@ class ProjectionRouter(RunningRouter):
         return scaled_HK
 
     def _skew_signs(self, context: FitContext) -> Callable[[int, np.ndarray], np.ndarray]:
-        with self.crew(context) as crew:
-            drawn = [crew.model.random_tokens(self.seed + run, TOKENS) for run in range(SEQUENCES)]
-            runs = [run for batch in crew.run(lambda model, ids_1T: model.router_inputs(ids_1T, None), drawn) for run in batch]
+        with self.replicas(context) as replicas:
+            drawn = [replicas.model.random_tokens(self.seed + run, TOKENS) for run in range(SEQUENCES)]
+            runs = [
+                run for batch in replicas.run(lambda model, ids_1T: model.router_inputs(ids_1T, None), drawn) for run in batch
+            ]
         states_LTH = [np.concatenate([run[layer].cpu().numpy() for run in runs]) for layer in range(len(context.outputs))]
         return lambda layer, scaled_HK: _signs((states_LTH[layer].astype(np.float64) @ scaled_HK) ** 3)
 

@@ -37,6 +37,6 @@ class RidgeRouter(RegressionRouter, MomentRouter):
     def gate(self, moments_E: Sequence[GramStatistics], layer: int) -> np.ndarray:
         """One layer's gate, float32 [experts, hidden], from every expert's statistics."""
         shares = [self.share(moments.tokens) for moments in moments_E]
-        moment_HH = sum(share * m.moment_LHH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True))
+        gram_HH = sum(share * m.gram_LHH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True))
         targets_EH = [share * m.sum_LH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True)]
-        return self.solve(np.asarray(moment_HH), np.stack(targets_EH, axis=1))
+        return self.solve(np.asarray(gram_HH), np.stack(targets_EH, axis=1))

@@ -41,7 +41,7 @@ PENALTY, SHARP = 1e-2, 0.1
 ROWS = 512
 
 
-class RidgeRouting(FittedRouter, SequenceRouter):
+class RidgeSequenceRouter(FittedRouter, SequenceRouter):
     """A gate on the mean input embedding of the prompt, as `learned` has, fitted instead of drawn.
 
     Texts are cut into windows as long as the prefix that the model routes by (64 tokens where it reads whole prompts). The gate

@@ -84,7 +84,7 @@ class ForcedRoutingModel:
         """Return the outputs of each layer's router when nothing overrules it, L times [T, E] in float32."""
         import torch
 
-        with torch.no_grad(), self._seen() as inputs_LTH:
+        with torch.no_grad(), self._record_router_inputs() as inputs_LTH:
             self._model.base_model(input_ids=ids_1T, use_cache=False)
             return [state_TH @ gate.weight.float().T for state_TH, gate in zip(inputs_LTH, self._gates, strict=True)]
 
@@ -92,7 +92,7 @@ class ForcedRoutingModel:
         """Return the inputs of each layer's router on this path, L times [T, H] in float32."""
         import torch
 
-        with torch.no_grad(), self._forced(path), self._seen() as inputs_LTH:
+        with torch.no_grad(), self._force_routing(path), self._record_router_inputs() as inputs_LTH:
             self._model.base_model(input_ids=ids_1T, use_cache=False)
         return inputs_LTH
 
@@ -100,19 +100,19 @@ class ForcedRoutingModel:
         """-log P of each token but the first given those before it, [T - 1], in nats."""
         import torch
 
-        with torch.no_grad(), self._forced(path):
+        with torch.no_grad(), self._force_routing(path):
             logits_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0].float()
         return torch.nn.functional.cross_entropy(logits_TV[:-1], ids_1T[0, 1:], reduction="none")
 
     @contextmanager
-    def _seen(self) -> Iterator[list[torch.Tensor]]:
+    def _record_router_inputs(self) -> Iterator[list[torch.Tensor]]:
         inputs_LTH: list[torch.Tensor] = []
 
-        def look(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        def record(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
             state = arguments[0].detach()
             inputs_LTH.append(state.reshape(-1, state.shape[-1]).float())
 
-        handles = [gate.register_forward_pre_hook(look) for gate in self._gates]
+        handles = [gate.register_forward_pre_hook(record) for gate in self._gates]
         try:
             yield inputs_LTH
         finally:
@@ -120,8 +120,10 @@ class ForcedRoutingModel:
                 handle.remove()
 
     @contextmanager
-    def _forced(self, path: Route) -> Iterator[None]:
-        handles = [gate.register_forward_hook(partial(_overrule, path=path, experts=self.experts)) for gate in self._gates]
+    def _force_routing(self, path: Route) -> Iterator[None]:
+        handles = [
+            gate.register_forward_hook(partial(_override_router_output, path=path, experts=self.experts)) for gate in self._gates
+        ]
         chosen = {block: block.top_k for block in self._blocks}
         try:
             for block in self._blocks:
@@ -150,7 +152,7 @@ def _chooses(module: Any, gates: list[Any]) -> bool:
     return hasattr(module, "top_k") and any(gate is one for gate in gates for one in held)
 
 
-def _overrule(module: Any, arguments: Any, output: Any, *, path: Route, experts: int) -> Any:
+def _override_router_output(module: Any, arguments: Any, output: Any, *, path: Route, experts: int) -> Any:
     """The router's output as it would be if it chose `path` for each token."""
     import torch
 

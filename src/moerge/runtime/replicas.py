@@ -47,6 +47,6 @@ class ModelReplicas:
             yield list(self._pool.map(work, self._models, items[start : start + count]))
             start, self._begun = start + count, True
 
-    def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def map_layers(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work(item)` of all items, in their order; no model takes part."""
         return list(self._pool.map(work, items))

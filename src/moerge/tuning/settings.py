@@ -182,7 +182,7 @@ class Tuning(_Strict):
 
 
 @dataclass(frozen=True)
-class Request:
+class TuneConfig:
     """Settings, and where they stand. Relative paths start from `folder`."""
 
     settings: Tuning
@@ -194,7 +194,7 @@ class Request:
         return self.document.error(path, message, code)
 
 
-def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Request:
+def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> TuneConfig:
     """Settings from a YAML file or the same structure as a dict. Raises InputError that names the line and key at fault."""
     if isinstance(tuning, Mapping):
         document, folder = Document(plain_copy(tuning, "tuning"), "tuning"), Path()
@@ -211,20 +211,20 @@ def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = No
         data["seed"] = seed
     if isinstance(data.get("data"), dict):
         data["data"] = {str(k): {"path": v} if isinstance(v, str) else v for k, v in data["data"].items()}
-    request = Request(document.build(Tuning, data), document, folder)
-    _check(request)
-    return request
+    tune_config = TuneConfig(document.build(Tuning, data), document, folder)
+    _check(tune_config)
+    return tune_config
 
 
-def _check(request: Request) -> None:
-    settings, error = request.settings, request.error
+def _check(tune_config: TuneConfig) -> None:
+    settings, error = tune_config.settings, tune_config.error
     if (settings.steps is None) == (settings.tokens is None):
         raise error(("steps" if settings.steps else "model",), ": say how long to train, with either 'steps' or 'tokens'")
     if settings.sequences > MOST_SEQUENCES:
         key, most = "steps" if settings.steps else "tokens", f"{MOST_SEQUENCES:,}"
         raise error((key,), f" means {settings.sequences:,} sequences, and a run can have {most}: lower it, or batch")
     for name, source in settings.data.items():
-        _check_source(request, name, source)
+        _check_source(tune_config, name, source)
     late = next((index for index, opening in enumerate(settings.opens) if opening.step >= settings.total_steps), None)
     if late is not None:
         last = settings.total_steps - 1
@@ -232,14 +232,14 @@ def _check(request: Request) -> None:
     if settings.batch % settings.accumulation:
         raise error(("accumulation",), f" is {settings.accumulation}, which does not divide batch {settings.batch}")
     if settings.adapters:
-        _check_adapters(request, settings.adapters)
+        _check_adapters(tune_config, settings.adapters)
     losses = settings.losses
     if losses.cross_entropy == losses.distillation.weight == losses.distillation.hidden == 0:
         raise error(("losses",), ": nothing says what text looks like: give cross_entropy or distillation a weight")
 
 
-def _check_source(request: Request, name: str, source: Source) -> None:
-    error, distils = request.error, request.settings.distils
+def _check_source(tune_config: TuneConfig, name: str, source: Source) -> None:
+    error, distils = tune_config.error, tune_config.settings.distils
     if (source.path is None) == (source.hub is None):
         raise error(("data", name), " needs either a 'path' or a 'hub' dataset")
     written = source.model_fields_set
@@ -254,8 +254,8 @@ def _check_source(request: Request, name: str, source: Source) -> None:
         raise error(("data", name, "teacher"), " teaches nothing: give losses.distillation a weight, or remove it")
 
 
-def _check_adapters(request: Request, adapters: Adapters) -> None:
-    settings, error = request.settings, request.error
+def _check_adapters(tune_config: TuneConfig, adapters: Adapters) -> None:
+    settings, error = tune_config.settings, tune_config.error
     if "router" in adapters.target:
         raise error(("adapters", "target"), " names the router, which is small: train it whole, with 'train: router'")
     if adapters.save == "adapter" and (settings.trains or settings.opens):

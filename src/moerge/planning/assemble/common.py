@@ -148,7 +148,7 @@ class Assembly:
         self._check_count(method, members)
         weights = tuple(choice.weights.get(name, 1.0) for name in members)
         if method.divides_by_weights and cancel(weights):
-            raise InputError(f"{self.recipe.source}: tensor {context.name!r}: the weights sum to zero: they cannot be normalised")
+            raise InputError(f"{self.recipe.source}: tensor {context.name!r}: the weights sum to zero: they cannot be normalized")
         experts = tuple(self._own(name, context.name_in(name)) for name in members)
         base_source = self._own(base, context.name_in(base)) if method.uses_task_vectors else None
         return Merge(method.for_experts(members), experts, weights, base_source)

@@ -107,8 +107,8 @@ def resolve_vocabulary(models: Sequence[SourceModel], recipe: Recipe, config_sou
         if recipe.tokenizer is None:
             raise undecided(vocabularies, source)
     matching = _VocabularyMatch(models, recipe, config_source, source, vocabularies, sizes)
-    outcome, move = matching.outcome(files, warnings)
-    return outcome.with_chat(settle_chat(recipe, models, source, outcome.files, move))
+    resolved, move = matching.resolve(files, warnings)
+    return resolved.with_chat(settle_chat(recipe, models, source, resolved.files, move))
 
 
 def _tokenizer_source(models: Sequence[SourceModel], having: Sequence[SourceModel], recipe: Recipe, config_source: str) -> str:
@@ -161,6 +161,30 @@ def _differ(sizes: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
+class _RowCounts:
+    """A model's tokens against the result's: how many are the same, how many it adds, which it lacks, which it loses."""
+
+    shared: int
+    added: int
+    missing: Sequence[str]
+    left_out: Sequence[str]
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """The counts, for the manifest."""
+        counts = {"shared": self.shared, "added": self.added}
+        return {**counts, "missing": len(self.missing), "left_out": len(self.left_out)}
+
+    def described(self, result: Vocabulary, own: Vocabulary) -> str:
+        """Describe it in a line, with the first few tokens as these vocabularies show them."""
+        parts = [f"has {self.shared:,} of them"]
+        parts += [f"brings {self.added:,}"] if self.added else []
+        parts += [f"lacks {listed(map(result.shown, self.missing[:4]), len(self.missing))}"] if self.missing else []
+        parts += [f"loses {listed(map(own.shown, self.left_out[:4]), len(self.left_out))}"] if self.left_out else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
 class _VocabularyMatch:
     """Models whose vocabularies differ, and whose tokens the result has."""
 
@@ -171,7 +195,7 @@ class _VocabularyMatch:
     vocabularies: Mapping[str, Vocabulary]
     sizes: Mapping[str, int]
 
-    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[ResolvedVocabulary, Move]:
+    def resolve(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[ResolvedVocabulary, Move]:
         """The models with the rows of the result, and what gives their tokens their ids there."""
         names = token_tensors(self.models, self.sizes)
         self._check_ids()
@@ -182,30 +206,20 @@ class _VocabularyMatch:
         alignment = Alignment(self.source, {model.name: model for model in self.models}, rows, names, plain)
         moved = {number: ids[text] for number, text in self.vocabularies[self.config_source].texts.items() if text in ids}
         configured = with_special_ids(self.models, self.source, self.config_source, moved=moved, vocab_size=alignment.size)
-        left_out = {name: self._left_out(name, ids) for name in own}
-        shared = {name: int((rows_T >= 0).sum()) for name, rows_T in own.items()}
-        counts = {
-            name: {
-                "shared": shared[name],
-                "added": len(brought.get(name, ())),
-                "missing": len(ids) - shared[name],
-                "left_out": len(left_out[name]),
-            }
-            for name in own
-        }
-        lacking = {name: np.flatnonzero(rows_T < 0) for name, rows_T in own.items()}
-        notes = tuple(self._notes(alignment.size, list(ids), lacking, left_out, counts))
-        facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size, "models": counts}
-        found = ResolvedVocabulary(
+        counts = {name: self._counts(name, ids, rows_T, brought.get(name, ())) for name, rows_T in own.items()}
+        notes = tuple(self._notes(alignment.size, counts, ids))
+        facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size}
+        facts |= {"models": {name: count.facts for name, count in counts.items()}, "notes": list(notes)}
+        resolved = ResolvedVocabulary(
             tuple(with_rows(model, alignment, tuple(self.recipe.experts)) for model in configured),
             self.source,
             self._files(files, brought),
             alignment,
-            {**facts, "notes": list(notes)},
+            facts,
             notes,
             (*warnings, *self._union_warnings(brought), *splitting_warnings(self.vocabularies, self.source)),
         )
-        return found, Move(ids, self.vocabularies)
+        return resolved, Move(ids, self.vocabularies)
 
     @property
     def _union(self) -> bool:
@@ -261,32 +275,20 @@ class _VocabularyMatch:
         vocabulary = self.vocabularies[self.source]
         return with_new_tokens(files, vocabulary.added, new, vocabulary.next_id)
 
-    def _left_out(self, name: str, ids: Mapping[str, int]) -> list[str]:
-        """A model's tokens that the result does not have."""
-        return [text for text, row in self.vocabularies[name].ids.items() if text not in ids and row < self.sizes[name]]
+    def _counts(self, name: str, ids: Mapping[str, int], rows_T: np.ndarray, brought: Sequence[NewToken]) -> _RowCounts:
+        """Compare a model's tokens with the result's, for which it has the rows `rows_T`."""
+        texts, vocabulary = list(ids), self.vocabularies[name]
+        missing = [texts[index] for index in np.flatnonzero(rows_T < 0)]
+        left_out = [text for text, row in vocabulary.ids.items() if text not in ids and row < self.sizes[name]]
+        return _RowCounts(int((rows_T >= 0).sum()), len(brought), missing, left_out)
 
-    def _notes(
-        self,
-        size: int,
-        texts: Sequence[str],
-        lacking: Mapping[str, np.ndarray],
-        left_out: Mapping[str, Sequence[str]],
-        counts: Mapping[str, Mapping[str, int]],
-    ) -> list[str]:
-        if not any(count["missing"] or count["left_out"] for count in counts.values()) and self.recipe.tokenizer is None:
+    def _notes(self, size: int, counts: Mapping[str, _RowCounts], ids: Mapping[str, int]) -> list[str]:
+        if not any(count.missing or count.left_out for count in counts.values()) and self.recipe.tokenizer is None:
             sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.sizes.items())
             return [f"embeddings differ by rows that are no token's only ({sizes}): the result has {size:,}, as {self.source}"]
-        notes, result = [f"the result has {len(texts):,} tokens in {size:,} rows"], self.vocabularies[self.source]
-        for name, count in counts.items():
-            vocabulary = self.vocabularies[name]
-            missing = [result.shown(texts[index]) for index in lacking[name][:4]]
-            dropped = [vocabulary.shown(text) for text in left_out[name][:4]]
-            parts = [f"has {count['shared']:,} of them"]
-            parts += [f"brings {count['added']:,}"] if count["added"] else []
-            parts += [f"lacks {listed(missing, count['missing'])}"] if count["missing"] else []
-            parts += [f"loses {listed(dropped, count['left_out'])}"] if count["left_out"] else []
-            notes.append(f"tokens: {name} {', '.join(parts)}")
-        return notes
+        result = self.vocabularies[self.source]
+        own = (f"tokens: {name} {count.described(result, self.vocabularies[name])}" for name, count in counts.items())
+        return [f"the result has {len(ids):,} tokens in {size:,} rows", *own]
 
     def _union_warnings(self, brought: Mapping[str, Sequence[NewToken]]) -> list[str]:
         ordinary = {name: sum(token.text not in self.vocabularies[name].added for token in new) for name, new in brought.items()}

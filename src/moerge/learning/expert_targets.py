@@ -1,4 +1,4 @@
-"""Targets of each expert on its own texts: computed once, expert by expert, and kept on disk."""
+"""ExpertTargets of each expert on its own texts: computed once, expert by expert, and kept on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moerge.distillation import Target, TargetFiles
+from moerge.distillation import DistillationTarget, TargetFiles
 from moerge.learning.model import MergingModel
 
 
@@ -21,22 +21,22 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Targets(TargetFiles):
+class ExpertTargets(TargetFiles):
     """The targets of every text that learns."""
 
     def compute(self, model: MergingModel, samples: Sequence[Sample], advance: Callable[[], None]) -> None:
         """Run every expert over its texts."""
         for task in sorted({sample.task for sample in samples}):
-            model.use(task)
+            model.set_mode(task)
             for sample in (sample for sample in samples if sample.task == task):
                 with torch.no_grad():
                     output = model.forward(sample.ids_1T, task)
                 states = [output.hidden_states[layer][0] for layer in self.layers]
                 self.save(_name(sample), output.logits[0], states)
                 advance()
-        model.use(None)
+        model.set_mode(None)
 
-    def of(self, sample: Sample) -> Target:
+    def of(self, sample: Sample) -> DistillationTarget:
         """The expert's logits and hidden states for a text."""
         return self.load(_name(sample))
 

@@ -24,9 +24,9 @@ from moerge.quiet import without_progress_bars
 from moerge.tensors.digest import combined_digest, running_digest
 from moerge.tokenizer import companion_files
 from moerge.tokenizer.portable import portable_tokenizer
-from moerge.tuning.outlook import TunePlan
+from moerge.tuning.run_directory import FACTS, METRICS, RunDirectory
 from moerge.tuning.settings import Tuning
-from moerge.tuning.work import FACTS, METRICS, Work
+from moerge.tuning.tune_plan import TunePlan
 
 _FORMAT = 1
 _PIECE = 1 << 24
@@ -34,14 +34,15 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True, repr=False)
 class TuneResult(Displayed):
-    """A finished tuning: the folder, tune.json's facts, and the last step's row."""
+    """A finished tuning: the folder, and tune.json's facts. `was_complete`: there was nothing to resume, nothing was done."""
 
     folder: Path
     facts: Mapping[str, Any]
+    was_complete: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Figures for `--json`."""
-        return {"checkpoint": str(self.folder), **self.facts}
+        return {"checkpoint": str(self.folder), "was_complete": self.was_complete, **self.facts}
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
@@ -65,7 +66,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def write_result(model: Any, work: Work, source: Checkpoint, save_dtype: str | None) -> None:
+def write_result(model: Any, work: RunDirectory, source: Checkpoint, save_dtype: str | None) -> None:
     """The checkpoint without its facts, into the work folder: in `save_dtype`, else as the source stores each tensor."""
     dtype = save_dtype or stored_dtype(source)
     with without_progress_bars():
@@ -94,7 +95,7 @@ def _convert(model: Any, dtype: str, by_name: Mapping[str, str]) -> Any:
     return model
 
 
-def write_adapter(adapted: Any, work: Work, base: str) -> None:
+def write_adapter(adapted: Any, work: RunDirectory, base: str) -> None:
     """The adapters alone, as peft writes them, into the work folder; `base` is what they are to be put on."""
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = base
@@ -102,16 +103,16 @@ def write_adapter(adapted: Any, work: Work, base: str) -> None:
     adapted.save_pretrained(work.result, save_embedding_layers=False)  # none has an adapter
 
 
-def facts_of(outlook: TunePlan, inputs: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(plan: TunePlan, inputs: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of tune.json."""
-    settings = outlook.settings
+    settings = plan.settings
     packages = ("moerge", "torch", "transformers", "accelerate", "numpy", *(["peft"] if settings.adapters else []))
     return {
         "format": _FORMAT,
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "settings": settings.model_dump(mode="json"),
         "models": inputs,
-        **outlook.to_json(),
+        **plan.to_json(),
         "trained": _trained(settings),
         **trained,
     }
@@ -124,7 +125,7 @@ def _trained(settings: Tuning) -> list[str]:
     return [*dict.fromkeys(found), *([f"adapters of rank {given.rank} on {'+'.join(given.target)}"] if given else [])]
 
 
-def files_of(facts: Mapping[str, Any], work: Work) -> dict[str, bytes]:
+def files_of(facts: Mapping[str, Any], work: RunDirectory) -> dict[str, bytes]:
     """The files beside the weights that say how they came about."""
     return {FACTS: to_json(facts), METRICS: work.metrics.read_bytes(), "README.md": _card(facts).encode()}
 

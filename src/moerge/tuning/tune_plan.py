@@ -12,11 +12,12 @@ import numpy as np
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.texts.documents import read_documents
-from moerge.tuning.adapters import Targets, add_adapters, targets_of, with_adapters
+from moerge.tuning.adapters import AdapterTargets, add_adapters, targets_of, with_adapters
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import expert_names
 from moerge.tuning.parts import Schedule, check_losses, hidden_layers, make_schedule, parts_of
-from moerge.tuning.settings import PARTS, Request, Tuning
+from moerge.tuning.run_directory import RunDirectory
+from moerge.tuning.settings import PARTS, TuneConfig, Tuning
 from moerge.tuning.teachers import (
     TeacherTargets,
     check_teachers,
@@ -26,7 +27,6 @@ from moerge.tuning.teachers import (
     target_bytes_needed,
 )
 from moerge.tuning.tokens import Tokens, documents_of, tokenise
-from moerge.tuning.work import Work
 
 _STATE_BYTES = 12
 """Of a trained parameter in a training checkpoint: the weight and AdamW's two moments, float32 each."""
@@ -45,11 +45,11 @@ class TunePlan:
     parameters: Mapping[str, int]
     trained: int
     heldout: Mapping[str, Tokens]
-    lessons: TeacherTargets | None
+    teacher_targets: TeacherTargets | None
     target_bytes_needed: int
     processes: int
     schedule: Schedule
-    targets: Targets | None
+    targets: AdapterTargets | None
     trained_on: Mapping[str, Mapping[str, int]]
 
     @property
@@ -64,8 +64,8 @@ class TunePlan:
         """Return the most bytes on the disk: three training checkpoints while one is written, or two and the result."""
         alone = self.settings.adapters is not None and self.settings.adapters.save == "adapter"
         whole = 0 if alone else 4 * self.parameters["all"]
-        gathered = whole if self.settings.sharding != "none" else 0
-        return max(3 * self.checkpoint_bytes, 2 * self.checkpoint_bytes + whole + gathered)
+        unsharded = whole if self.settings.sharding != "none" else 0
+        return max(3 * self.checkpoint_bytes, 2 * self.checkpoint_bytes + whole + unsharded)
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """By source: its share of tokens, expected and as drawn, and how much of it there is.
@@ -129,8 +129,8 @@ class TunePlan:
 
 
 def make_plan(
-    request: Request,
-    work: Work,
+    tune_config: TuneConfig,
+    work: RunDirectory,
     models: Mapping[str, Checkpoint],
     tokenizer: Any,
     model: Any,
@@ -141,41 +141,41 @@ def make_plan(
 
     `models` are where `locate_models` found them. The model gets the adapters that the settings ask for.
     """
-    settings, parts = request.settings, parts_of(model, expert_names(models[""]))
-    check_losses(request, model, parts)
-    _check_length(request, model.config)
-    schedule = make_schedule(request, parts)
+    settings, parts = tune_config.settings, parts_of(model, expert_names(models[""]))
+    check_losses(tune_config, model, parts)
+    _check_length(tune_config, model.config)
+    schedule = make_schedule(tune_config, parts)
     check_vocabularies(next(iter(settings.data)), _rows_needed(tokenizer), int(model.config.get_text_config().vocab_size))
-    layers = hidden_layers(request, model)
+    layers = hidden_layers(tune_config, model)
     if settings.distils:
-        check_teachers(request, models, model.config, tokenizer.get_vocab(), hidden=bool(layers))
+        check_teachers(tune_config, models, model.config, tokenizer.get_vocab(), hidden=bool(layers))
     weights = {name: source.weight for name, source in settings.data.items()}
     mixture = Mixture(weights, settings.sequences, settings.seed, settings.shuffle)
-    tokens = tuple(_tokenise(request, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
-    lessons = plan_targets(request, work, mixture, tokens, layers) if settings.distils else None
+    tokens = tuple(_tokenise(tune_config, work.tokens, name, count, tokenizer) for name, count in _needs(mixture))
+    teacher_targets = plan_targets(tune_config, work, mixture, tokens, layers) if settings.distils else None
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    targets = targets_of(request, model, parts, schedule) if settings.adapters else None
+    targets = targets_of(tune_config, model, parts, schedule) if settings.adapters else None
     if settings.adapters and targets:
         add_adapters(model, settings.adapters, targets, settings.seed)
         schedule = with_adapters(schedule, model)
-    heldout = {name: _heldout(request, work.tokens / "heldout", name, tokenizer) for name in settings.heldout}
-    outlook = TunePlan(
+    heldout = {name: _heldout(tune_config, work.tokens / "heldout", name, tokenizer) for name in settings.heldout}
+    plan = TunePlan(
         settings,
         mixture,
         tokens,
         {part: sum(sizes[name] for name in parts[part]) for part in PARTS},
         schedule.trained({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}),
         heldout,
-        lessons,
-        target_bytes_needed(request, lessons, model.config) if lessons else 0,
+        teacher_targets,
+        target_bytes_needed(tune_config, teacher_targets, model.config) if teacher_targets else 0,
         processes,
         schedule,
         targets,
         {name: _shared(found, mixture.names, tokens) for name, found in heldout.items()},
     )
-    for warning in outlook.warnings:
+    for warning in plan.warnings:
         note(warning)
-    return outlook
+    return plan
 
 
 def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) -> dict[str, int]:
@@ -184,10 +184,10 @@ def _shared(heldout: Tokens, names: Sequence[str], sources: Sequence[Tokens]) ->
     return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
-def _check_length(request: Request, config: Any) -> None:
-    most, length = positions(config), request.settings.length
+def _check_length(tune_config: TuneConfig, config: Any) -> None:
+    most, length = positions(config), tune_config.settings.length
     if most is not None and most < length:
-        raise request.error(("length",), f" is {length}, but the model has positions for {most}: lower it")
+        raise tune_config.error(("length",), f" is {length}, but the model has positions for {most}: lower it")
 
 
 def _rows_needed(tokenizer: Any) -> int:
@@ -199,19 +199,19 @@ def _needs(mixture: Mixture) -> Sequence[tuple[str, int]]:
     return [(name, max(1, count)) for name, count in zip(mixture.names, mixture.counts, strict=True)]
 
 
-def _tokenise(request: Request, folder: Path, name: str, sequences: int, tokenizer: Any) -> Tokens:
-    settings, file = request.settings, folder / f"{name}.bin"
+def _tokenise(tune_config: TuneConfig, folder: Path, name: str, sequences: int, tokenizer: Any) -> Tokens:
+    settings, file = tune_config.settings, folder / f"{name}.bin"
     try:
-        documents = documents_of(settings.data[name], request.folder)
+        documents = documents_of(settings.data[name], tune_config.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=sequences, file=file)
     except InputError as error:
-        raise request.error(("data", name), f": {error}", code=error.code) from None
+        raise tune_config.error(("data", name), f": {error}", code=error.code) from None
 
 
-def _heldout(request: Request, folder: Path, name: str, tokenizer: Any) -> Tokens:
-    settings, file = request.settings, folder / f"{name}.bin"
+def _heldout(tune_config: TuneConfig, folder: Path, name: str, tokenizer: Any) -> Tokens:
+    settings, file = tune_config.settings, folder / f"{name}.bin"
     try:
-        documents = read_documents(settings.heldout[name], relative_to=request.folder)
+        documents = read_documents(settings.heldout[name], relative_to=tune_config.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=settings.heldout_sequences, file=file)
     except InputError as error:
-        raise request.error(("heldout", name), f": {error}", code=error.code) from None
+        raise tune_config.error(("heldout", name), f": {error}", code=error.code) from None

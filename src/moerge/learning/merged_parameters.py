@@ -53,7 +53,7 @@ def merged_parameters(recipe: Recipe, plan: Plan, settings: Learning, pool: Thre
     check_recipe(recipe)
     separate = recipe.moe.separate if recipe.moe else ()
 
-    def plays(roles: Sequence[str], output: Output) -> bool:
+    def has_role(roles: Sequence[str], output: Output) -> bool:
         return any(matches(role, output.role, output.name) for role in roles)
 
     slots = []
@@ -62,10 +62,10 @@ def merged_parameters(recipe: Recipe, plan: Plan, settings: Learning, pool: Thre
         if not isinstance(merge, Merge) or merge.base is None:
             slots.append(MergedParameter(output.name, merge.sources[0]))
             continue
-        own = bool(output.role) and plays(separate, output)
-        learns = not own and len(output.shape) == 2 and plays(settings.roles, output)
+        routed = bool(output.role) and has_role(separate, output)
+        learns = not routed and len(output.shape) == 2 and has_role(settings.roles, output)
         key = _key(output, settings.granularity) if learns else ""
-        slots.append(MergedParameter(output.name, merge.base, Directions(merge, pool), key, own))
+        slots.append(MergedParameter(output.name, merge.base, Directions(merge, pool), key, routed))
     if not any(slot.key for slot in slots):
         raise InputError(f"{recipe.source}: {_why_none(recipe, plan, settings)}: nothing to learn")
     return _measured(slots)
@@ -73,8 +73,8 @@ def merged_parameters(recipe: Recipe, plan: Plan, settings: Learning, pool: Thre
 
 def _why_none(recipe: Recipe, plan: Plan, settings: Learning) -> str:
     roles = f"learn.roles ({', '.join(settings.roles)})"
-    playing = [output for output in plan.outputs if any(matches(role, output.role, output.name) for role in settings.roles)]
-    if recipe.moe and any(len(output.shape) == 2 for output in playing):
+    matching = [output for output in plan.outputs if any(matches(role, output.role, output.name) for role in settings.roles)]
+    if recipe.moe and any(len(output.shape) == 2 for output in matching):
         return f"moe.separate ({', '.join(recipe.moe.separate)}) keeps every matrix of {roles} separate"
     tied = "head" in settings.roles and plan.config.get("tie_word_embeddings")
     return f"no matrix has a role of {roles}" + ("; the head is the embedding, as tie_word_embeddings says" if tied else "")
@@ -90,7 +90,7 @@ def _key(output: Output, granularity: str) -> str:
 def _measured(slots: Sequence[MergedParameter]) -> list[MergedParameter]:
     """The slots with what their methods need to know before they trim. What a MoE keeps separate has no part in that."""
     executor, found = Executor(), list(slots)
-    merges = {i: slot.directions.merge for i, slot in enumerate(slots) if slot.directions is not None and not slot.own}
+    merges = {i: slot.directions.merge for i, slot in enumerate(slots) if slot.directions is not None and not slot.routed}
 
     def measure(index: int, merge: Merge) -> Job:
         statistic = yield from executor.statistic(merge)
