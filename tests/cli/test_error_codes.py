@@ -9,10 +9,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from command import moerge
-from tiny import edit_config, make_models, write_recipe
 
 from moerge.errors import InputError, Interrupted, MachineError, SourceChangedError
+from tests.helpers.command import moerge
+from tests.helpers.tiny import edit_config, make_models, write_recipe
 
 
 def target_exists(folder: Path) -> None:
