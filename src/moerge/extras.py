@@ -22,4 +22,4 @@ def require(extra: str, what: str, *modules: str) -> None:
         for module in modules or _MODULES[extra]:
             import_module(module)
     except ImportError as error:
-        raise InputError(f"{what} needs {error.name or error}: pip install 'moerge[{extra}]'") from None
+        raise InputError(f"{what} needs {error.name or error}: pip install 'moerge[{extra}]'", code="missing-extra") from None

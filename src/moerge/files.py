@@ -142,10 +142,13 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
         if real in source.parents and target.exists():
             raise InputError(f"{name} lies in the output {target} and would be replaced with it: choose another output")
     if target.exists() and not force:
-        raise InputError(f"{target} already exists: choose another folder, or replace it with --force")
+        raise InputError(f"{target} already exists: choose another folder, or replace it with --force", code="target-exists")
     ours = any((target / mark).exists() for mark in marks)
     if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
+        raise InputError(
+            f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself",
+            code="target-exists",
+        )
 
 
 def target_of(out: str | Path) -> Path:

@@ -44,7 +44,9 @@ def refresh(location: str | Path) -> Refreshed:
     """
     folder = Path(location)
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}: download a Hub model with `hf download --local-dir` to refresh it")
+        raise InputError(
+            f"there is no folder {folder}: download a Hub model with `hf download --local-dir` to refresh it", code="not-found"
+        )
     config = read_json(folder / _CONFIG)
     auto_map = _AUTO_MAPS.get(str(config.get("model_type")))
     if auto_map is None:

@@ -134,7 +134,8 @@ class Staging(Workspace):
         if entries[0]["fingerprint"] != self._fingerprint:
             raise InputError(
                 f"the interrupted run in {self.root} had another recipe, other inputs or options: "
-                "run it as it was, or start over with --force"
+                "run it as it was, or start over with --force",
+                code="resume-differs",
             )
         self._entries = {entry["tensor"]: entry for entry in entries[1:]}
 

@@ -67,9 +67,11 @@ def _check(out: Path, force: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / _MARK).exists():
-        raise InputError(f"{out} is not empty and not from a demo; choose another folder with --out")
+        raise InputError(f"{out} is not empty and not from a demo; choose another folder with --out", code="target-exists")
     if not force:
-        raise InputError(f"{out} already holds a demo; replace it with --force or choose another folder with --out")
+        raise InputError(
+            f"{out} already holds a demo; replace it with --force or choose another folder with --out", code="target-exists"
+        )
 
 
 def _clear(out: Path) -> None:

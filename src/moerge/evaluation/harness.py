@@ -64,7 +64,9 @@ def _task_file(benchmark: Benchmark) -> dict[str, Any]:
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError:
-        raise InputError(f"the installed lm_eval has no task {benchmark.task}: pip install 'moerge[eval]'") from None
+        raise InputError(
+            f"the installed lm_eval has no task {benchmark.task}: pip install 'moerge[eval]'", code="missing-extra"
+        ) from None
     return dict(loaded)
 
 

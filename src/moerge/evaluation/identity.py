@@ -50,7 +50,7 @@ def routes_sequences(checkpoint: str) -> bool:
     folder, place, revision = Path(checkpoint).expanduser(), checkpoint, ""
     if not folder.is_dir():
         if folder.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
-            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
+            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path", code="not-found")
         place, _, revision = checkpoint.partition("@")
     options = {"revision": revision} if revision else {}
     try:

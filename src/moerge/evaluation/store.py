@@ -44,7 +44,10 @@ class Store:
             raise InputError(f"{folder} is a file: name another folder with --out")
         if holds_results(folder):
             if not resume:
-                raise InputError(f"{folder} holds results already: go on with --resume, or name another folder with --out")
+                raise InputError(
+                    f"{folder} holds results already: go on with --resume, or name another folder with --out",
+                    code="target-exists",
+                )
             self._earlier = {measure.fingerprint: measure for measure in _read(folder / RESULTS)}
 
     def earlier(self, fingerprint: str) -> tuple[Measure, list[Row]] | None:
@@ -94,7 +97,9 @@ def _read(path: Path) -> Sequence[Measure]:
         found = json.loads(read_file(path))
         return [Measure.from_json(measure) for measure in found["measures"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged, or another moerge wrote it: name another folder with --out") from None
+        raise InputError(
+            f"{path} is damaged, or another moerge wrote it: name another folder with --out", code="damaged-file"
+        ) from None
 
 
 def _file(checkpoint: str, kind: Kind, name: str) -> Path:

@@ -68,7 +68,7 @@ def extract(
         raise InputError(f"energy is {energy}: it is a share, above 0 and at most 1")
     folder = target_of(out)
     if folder.exists():
-        raise InputError(f"{folder} already exists: choose another folder")
+        raise InputError(f"{folder} already exists: choose another folder", code="target-exists")
     begun = time.perf_counter()
     recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
     if has_tokenizer(locate(base, name="base", weights=False).folder):

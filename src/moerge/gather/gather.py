@@ -180,7 +180,9 @@ def _sum_of_one(paths: Sequence[Path], target: Path, *, force: bool) -> Outcome:
     if target.is_file() and not force:
         existing = open_statistics(target).facts
         if sorted(existing.texts, key=repr) != sorted((text for part in parts for text in part.facts.texts), key=repr):
-            raise InputError(f"{target} holds another sum: choose another folder, or replace it with --force")
+            raise InputError(
+                f"{target} holds another sum: choose another folder, or replace it with --force", code="target-exists"
+            )
         return Outcome(target, existing, target.stat().st_size, gathered=False)
     facts = add_up(parts, target)
     return Outcome(target, facts, target.stat().st_size, gathered=True, seconds=time.monotonic() - begun)
@@ -222,7 +224,7 @@ def _checked(recipe: Recipe, experts: Sequence[str]) -> tuple[str, ...]:
     known = (*(("base",) if recipe.base else ()), *recipe.experts)
     for name in experts:
         if name not in known:
-            raise InputError(f"--expert {name!r} is not a model of {recipe.source}, {suggest(name, known)}")
+            raise InputError(f"--expert {name!r} is not a model of {recipe.source}, {suggest(name, known)}", code="unknown-name")
     return tuple(experts)
 
 
@@ -329,7 +331,10 @@ class _Gathering:
         if other is None and any(not names <= _covered(known, kind) for kind, names in self.wanted.items()):
             other = "tensors"
         if other:
-            raise InputError(f"{self.path} holds statistics of other {other}: choose another folder, or replace it with --force")
+            raise InputError(
+                f"{self.path} holds statistics of other {other}: choose another folder, or replace it with --force",
+                code="target-exists",
+            )
         return Outcome(self.path, facts, self.path.stat().st_size, gathered=False)
 
     def _facts(self, model: Checkpoint, layout: Layout, sequences: Sequences) -> Facts:

@@ -181,7 +181,8 @@ class _Job:
         if nbytes > free:
             raise MachineError(
                 f"no space for the experts' targets in {self.folder.parent}: {as_size(nbytes)} are needed, "
-                f"{as_size(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
+                f"{as_size(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere",
+                code="no-space",
             )
         self.advance = self.progress.phase("learning", steps + len(distinct), "texts")
 

@@ -176,7 +176,10 @@ def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start
     check_target(target, sources, marks=(MANIFEST,), force=force)
     left = work.interrupted
     if left and not (resume or force):
-        raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
+        raise InputError(
+            f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force",
+            code="interrupted-run-exists",
+        )
     _check_space(plan, target, staged=left and resume)
     return "resume" if resume and left else "restart" if left else "new"
 
@@ -185,4 +188,6 @@ def _check_space(plan: Plan, target: Path, *, staged: bool) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if not staged and free < plan.output_bytes:
-        raise MachineError(f"no space for {target}: it needs {as_size(plan.output_bytes)}, {parent} has {as_size(free)} free")
+        raise MachineError(
+            f"no space for {target}: it needs {as_size(plan.output_bytes)}, {parent} has {as_size(free)} free", code="no-space"
+        )

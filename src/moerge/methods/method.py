@@ -146,7 +146,10 @@ class MergeMethod(BaseModel):
         for key, value in self:
             unknown = next((name for name in value if name not in names), None) if isinstance(value, PerExpert) else None
             if unknown is not None:
-                raise InputError(f"{self.name}: {key!r} names {unknown!r}, which is not an expert: {suggest(unknown, names)}")
+                raise InputError(
+                    f"{self.name}: {key!r} names {unknown!r}, which is not an expert: {suggest(unknown, names)}",
+                    code="unknown-name",
+                )
             if isinstance(value, Ordered) and len(value) != len(names):
                 raise InputError(f"{self.name}: {key!r} has {len(value)} values for {len(names)} experts")
         self.for_experts(names)

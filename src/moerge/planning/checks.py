@@ -53,7 +53,8 @@ def check_models(models: Sequence[SourceModel]) -> None:
         if model.model_type != first.model_type:
             raise InputError(
                 f"{model.name} is of type {model.model_type!r}, {first.name} of type {first.model_type!r}: "
-                f"only models of one architecture can be merged tensor by tensor; {KEEP_WHOLE}"
+                f"only models of one architecture can be merged tensor by tensor; {KEEP_WHOLE}",
+                code="models-differ",
             )
 
 
@@ -100,14 +101,17 @@ def check_configs(models: Sequence[SourceModel], *, source: str, named: bool, st
         differing.pop("vocab_size", None)
     structural = {key: values for key, values in differing.items() if key in STRUCTURAL}
     if structural:
-        raise InputError(f"config.json: these models do not have the same shape: {_described(structural)}; {KEEP_WHOLE}")
+        raise InputError(
+            f"config.json: these models do not have the same shape: {_described(structural)}; {KEEP_WHOLE}", code="models-differ"
+        )
     if not differing:
         return []
     described = _described(differing)
     if not named:
         raise InputError(
             f"config.json differs in what changes results: {described}; name the model whose config to use, "
-            f"such as 'config: {source}' in the recipe"
+            f"such as 'config: {source}' in the recipe",
+            code="models-differ",
         )
     return [f"config.json differs, {source}'s is used: {described}"]
 
@@ -190,7 +194,7 @@ def check_present(
         missing = next((tensor for tensor in expected if tensor.name not in stored[model.name]), None)
         if missing:
             cause = _NO_HEAD if missing.role == "head" else _NOT_THERE
-            raise InputError(f"{model.name}: tensor {missing.name!r} is missing in {model.folder}, {cause}")
+            raise InputError(f"{model.name}: tensor {missing.name!r} is missing in {model.folder}, {cause}", code="damaged-file")
 
 
 def check_shapes(
@@ -202,7 +206,8 @@ def check_shapes(
             actual = stored[model.name][tensor.name]
             if actual.shape != tensor.shape:
                 raise InputError(
-                    f"{model.name}: tensor {tensor.name!r} has shape {list(actual.shape)}, expected {list(tensor.shape)}"
+                    f"{model.name}: tensor {tensor.name!r} has shape {list(actual.shape)}, expected {list(tensor.shape)}",
+                    code="damaged-file",
                 )
             if actual.dtype.name.startswith("F") and not actual.dtype.is_float:
                 raise InputError(

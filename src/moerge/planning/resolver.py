@@ -44,7 +44,10 @@ class MethodResolver:
         for pattern in self._unused:
             line = next((override.line for override in self._recipe.overrides if override.match == pattern), None)
             where = f"{self._recipe.source}{f', line {line}' if line else ''}: merge.overrides"
-            raise InputError(f"{where}: {pattern!r} matches no tensor that is merged, {suggest(pattern, list(self._roles))}")
+            raise InputError(
+                f"{where}: {pattern!r} matches no tensor that is merged, {suggest(pattern, list(self._roles))}",
+                code="unknown-name",
+            )
 
 
 def _general(role: str) -> str:

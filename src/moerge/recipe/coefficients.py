@@ -94,7 +94,9 @@ def read_coefficients(path: Path) -> Coefficients:
         if not isinstance(learning, dict):
             raise ValueError("learning should be a mapping")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} is damaged, or was written by another version of moerge ({error}): learn again") from None
+        raise InputError(
+            f"{path} is damaged, or was written by another version of moerge ({error}): learn again", code="damaged-file"
+        ) from None
     return Coefficients(experts, by_tensor, chunk_sizes, fixed, directions, learning)
 
 

@@ -62,7 +62,7 @@ def directions(found: Coefficients, source: str = FILE) -> TaskVectorMethod:
     try:
         kind = merge_method(str(settings.pop("method")))
     except InputError as error:
-        raise document.error(("directions", "method"), f": {error}") from None
+        raise document.error(("directions", "method"), f": {error}", code=error.code) from None
     method = document.build(kind, settings, ("directions",))
     if not isinstance(method, TaskVectorMethod):
         raise document.error(("directions", "method"), f": {method.name} has no task vectors: learn again")

@@ -72,7 +72,7 @@ def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipe
     data = document.data
     for key in data:
         if key not in _SECTIONS:
-            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
+            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}", code="unknown-name")
     fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
     method, overrides, seed = _merge_section(document)
     if data.get("moe") is not None:
@@ -122,11 +122,13 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
     try:
         kind = merge_method(str(name))
     except InputError as error:
-        raise document.error((*path, "method"), f": {error}") from None
+        raise document.error((*path, "method"), f": {error}", code=error.code) from None
     unknown = next((key for key in parameters if key not in kind.model_fields), None)
     if unknown:
         own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights", "dtype"]
-        raise document.error((*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}")
+        raise document.error(
+            (*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}", code="unknown-name"
+        )
     if "seed" in kind.model_fields:
         parameters.setdefault("seed", seed)
     return document.build(kind, parameters, path)
@@ -140,14 +142,18 @@ def _moe_section(document: Document) -> MoE:
     try:
         chosen = _router_class(kind, by_sequence)
     except InputError as error:
-        raise document.error(("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}") from None
+        raise document.error(
+            ("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}", code=error.code
+        ) from None
     if by_sequence and "top_k" in parameters:
         raise document.error(("moe", "router", "top_k"), ": unknown key, 'top_k' stands beside 'router', in 'moe'")
     section["router"] = document.build(chosen, parameters, ("moe", "router"))
     moe = document.build(MoE, section, ("moe",))
     formats = (*moe_formats(), FORMAT)
     if moe.format not in ("auto", *formats):
-        raise document.error(("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}")
+        raise document.error(
+            ("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}", code="unknown-name"
+        )
     return moe
 
 

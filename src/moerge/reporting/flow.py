@@ -50,7 +50,9 @@ class Report(Displayed):
         page = self.to_html().encode()
         try:
             if path.exists() and _MARK not in path.read_bytes()[:5000]:
-                raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
+                raise InputError(
+                    f"{path} exists and is no report of moerge: choose another file with --out", code="target-exists"
+                )
             with atomic_path(path) as beside:
                 beside.write_bytes(page)
         except OSError as error:

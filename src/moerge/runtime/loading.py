@@ -104,7 +104,7 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not folder.is_dir():
         if folder.is_absolute() or str(checkpoint).startswith((".", "~")) or str(checkpoint).count("/") != 1:
-            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
+            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path", code="not-found")
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
     if folder.is_dir():

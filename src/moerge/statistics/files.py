@@ -105,7 +105,8 @@ def check_replaceable(path: Path) -> None:
         ours = False
     if not ours:
         raise InputError(
-            f"{path} is no statistics file, so --force does not replace it: remove it yourself, or choose another folder"
+            f"{path} is no statistics file, so --force does not replace it: remove it yourself, or choose another folder",
+            code="target-exists",
         )
 
 

@@ -79,7 +79,8 @@ def align_vocabulary(chosen: Checkpoint, own: Checkpoint, rows: int, own_rows: i
     if not any(number not in tokens.special for number in found):
         raise InputError(
             f"the tokenizers of {chosen.name} and {own.name} have no token in common, so {own.name} cannot be mapped to the "
-            f"tokens of {chosen.name}: choose another 'tokenizer', or leave one of them out"
+            f"tokens of {chosen.name}: choose another 'tokenizer', or leave one of them out",
+            code="vocabularies-differ",
         )
     made: dict[int, Sequence[int]] = {number: (row,) for number, (_, row) in found.items()}
     lacking = [number for number in tokens.surfaces if number not in found and number not in tokens.special]

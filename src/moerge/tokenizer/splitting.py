@@ -104,7 +104,9 @@ def _merges(path: Path) -> list[str]:
     try:
         lines = read_file(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path} is missing or damaged: without it no text can be split into the tokens beside it") from None
+        raise InputError(
+            f"{path} is missing or damaged: without it no text can be split into the tokens beside it", code="damaged-file"
+        ) from None
     return [line for line in lines if line.strip() and not line.startswith("#version")]
 
 

@@ -114,7 +114,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise InputError(_DAMAGED.format(path)) from None
+        raise InputError(_DAMAGED.format(path), code="damaged-file") from None
 
 
 def _from_vocab_json(path: Path) -> Vocabulary:
@@ -151,7 +151,7 @@ def _vocabulary(
         ids = {text: number for text, number in ids.items() if taken.get(number, text) == text}
     ids |= {text: token["id"] for text, token in added.items()}
     if not all(type(number) is int and number >= 0 for number in ids.values()) or not all(type(text) is str for text in ids):
-        raise InputError(_DAMAGED.format(path))
+        raise InputError(_DAMAGED.format(path), code="damaged-file")
     return Vocabulary(ids, added, spelling, splitting, whole_words)
 
 
@@ -167,7 +167,7 @@ def _more_added(folder: Path) -> list[dict[str, Any]]:
         found |= {int(number): {**token, "id": int(number)} for number, token in (decoder or {}).items()}
         return [token for _, token in sorted(found.items()) if isinstance(token["content"], str)]
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(_DAMAGED.format(path)) from None
+        raise InputError(_DAMAGED.format(path), code="damaged-file") from None
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

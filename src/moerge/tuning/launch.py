@@ -98,5 +98,7 @@ def explain(error: Exception) -> MoergeError | None:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return MachineError("the GPU's memory is full: raise 'accumulation', lower 'length', or set gradient_checkpointing")
     if any(sign in str(error) for sign in _DISK_FULL):
-        return MachineError("no space left for a training checkpoint: free some and run the same command again with --resume")
+        return MachineError(
+            "no space left for a training checkpoint: free some and run the same command again with --resume", code="no-space"
+        )
     return None

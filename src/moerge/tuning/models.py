@@ -24,7 +24,7 @@ def locate_models(tune_config: TuneConfig, *, weights: bool = True) -> dict[str,
         try:
             found[name] = locate(location, relative_to=tune_config.folder, weights=weights)
         except InputError as error:
-            raise tune_config.error(path, f": {error}") from None
+            raise tune_config.error(path, f": {error}", code=error.code) from None
         if is_adapter(found[name]):
             raise tune_config.error(path, f" is {location}, an adapter and no model: merge it with its base first")
     return found

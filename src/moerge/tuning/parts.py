@@ -171,7 +171,7 @@ def select_parameters(
             own = frozenset(known for known in parts["all"] if fnmatchcase(known, name))
             single = [part for part in parts if part.startswith(_SINGLE)]
             if not own and name.startswith(_SINGLE) and single:
-                raise tune_config.error(path, f": there is no {name!r}, {suggest(name, single)}")
+                raise tune_config.error(path, f": there is no {name!r}, {suggest(name, single)}", code="unknown-name")
             if not own:
                 raise tune_config.error(path, f": {name!r} is none of {', '.join(PARTS)}, and no parameter's name matches it")
         if not own:

@@ -41,7 +41,8 @@ class RunDirectory(Workspace):
         check_target(self.target, sources.items(), marks=(FACTS, MANIFEST), force=force)
         if self.interrupted and not (resume or force):
             raise InputError(
-                f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force"
+                f"an interrupted tuning into {self.target} lies there: continue it with --resume, or start over with --force",
+                code="interrupted-run-exists",
             )
         with machine_errors(self.root):
             self.acquire()
@@ -62,7 +63,8 @@ class RunDirectory(Workspace):
         for part, key in _differences(before, now):
             raise InputError(
                 f"the interrupted tuning in {self.root} had another {key} ({part}): "
-                "continue it as it was, or start over with --force"
+                "continue it as it was, or start over with --force",
+                code="resume-differs",
             )
 
     def finished(self, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from moerge.errors import InputError, suggest
+from moerge.errors import Code, InputError, suggest
 from moerge.files import LONGEST_LABEL, as_path
 from moerge.recipe.document import Document, plain_copy, read_document
 
@@ -189,9 +189,9 @@ class TuneConfig:
     document: Document
     folder: Path
 
-    def error(self, path: tuple[str | int, ...], message: str) -> InputError:
+    def error(self, path: tuple[str | int, ...], message: str, code: Code | None = None) -> InputError:
         """An error that names the line."""
-        return self.document.error(path, message)
+        return self.document.error(path, message, code)
 
 
 def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> TuneConfig:
@@ -204,7 +204,7 @@ def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = No
     data = dict(document.data)
     for key in data:
         if key not in Tuning.model_fields:
-            raise document.error((str(key),), f": unknown key, {suggest(str(key), Tuning.model_fields)}")
+            raise document.error((str(key),), f": unknown key, {suggest(str(key), Tuning.model_fields)}", code="unknown-name")
     if seed is not None and not 0 <= seed < _SEEDS:
         raise InputError(f"the seed should be from 0 to {_SEEDS - 1}, not {seed}")
     if seed is not None:

@@ -76,7 +76,9 @@ def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
     """MachineError where the disk is too full."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if nbytes > free:
-        raise MachineError(f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}")
+        raise MachineError(
+            f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}", code="no-space"
+        )
 
 
 @torch.no_grad()
@@ -149,7 +151,7 @@ def check_teachers(
         try:
             teacher, tokenizer = known.get(folder) or skeleton_of(folder)
         except InputError as error:
-            raise tune_config.error(path, f": {error}") from None
+            raise tune_config.error(path, f": {error}", code=error.code) from None
         known[folder] = teacher, tokenizer
         if problem := _unfit(
             teacher.config, student, tune_config.settings.length, tokenizer.get_vocab(), vocabulary, hidden=hidden

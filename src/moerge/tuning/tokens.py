@@ -82,7 +82,9 @@ def documents_of(source: Source, folder: Path) -> Iterator[str]:
             raise
         raise InputError(f"cannot read the dataset {source.hub}: {' '.join(str(error).split())[:200]}") from None
     except OSError as error:
-        raise MachineError(f"the dataset {source.hub} could not be fetched: {' '.join(str(error).split())[:200]}") from None
+        raise MachineError(
+            f"the dataset {source.hub} could not be fetched: {' '.join(str(error).split())[:200]}", code="no-network"
+        ) from None
 
 
 def tokenise(

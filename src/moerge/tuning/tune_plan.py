@@ -212,7 +212,7 @@ def _tokenise(tune_config: TuneConfig, folder: Path, name: str, sequences: int, 
         documents = documents_of(settings.data[name], tune_config.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=sequences, file=file)
     except InputError as error:
-        raise tune_config.error(("data", name), f": {error}") from None
+        raise tune_config.error(("data", name), f": {error}", code=error.code) from None
 
 
 def _heldout(tune_config: TuneConfig, folder: Path, name: str, tokenizer: Any) -> Tokens:
@@ -221,4 +221,4 @@ def _heldout(tune_config: TuneConfig, folder: Path, name: str, tokenizer: Any) -
         documents = read_documents(settings.heldout[name], relative_to=tune_config.folder)
         return tokenise(documents, tokenizer, length=settings.length, sequences=settings.heldout_sequences, file=file)
     except InputError as error:
-        raise tune_config.error(("heldout", name), f": {error}") from None
+        raise tune_config.error(("heldout", name), f": {error}", code=error.code) from None

@@ -231,7 +231,8 @@ class _VocabularyMatch:
             if vocabulary.next_id > limit:
                 raise InputError(
                     f"{name}: the tokenizer gives a token the id {vocabulary.next_id - 1:,}, far beyond the embedding's "
-                    f"{self.sizes[name]:,} rows: it is damaged or another model's"
+                    f"{self.sizes[name]:,} rows: it is damaged or another model's",
+                    code="damaged-file",
                 )
 
     def _tokens(self, files: Mapping[str, bytes]) -> tuple[dict[str, int], dict[str, list[NewToken]]]:

@@ -39,7 +39,8 @@ def token_tensors(models: Sequence[SourceModel], sizes: Mapping[str, Any]) -> fr
     if not names:
         raise InputError(
             f"the vocabularies differ, and no tensor of {models[0].name} is known to have a row for each token: "
-            "expected an embedding, such as 'model.embed_tokens.weight'"
+            "expected an embedding, such as 'model.embed_tokens.weight'",
+            code="vocabularies-differ",
         )
     for model in models:
         for name in sorted(names):
@@ -62,6 +63,7 @@ def _has_token_rows(name: str, models: Sequence[SourceModel], sizes: Mapping[str
     if family is None and not usual:
         raise InputError(
             f"the vocabularies differ, and tensor {name!r} has as many rows as there are tokens: whether its rows are tokens is "
-            f"not known for models of type {first.model_type!r}"
+            f"not known for models of type {first.model_type!r}",
+            code="vocabularies-differ",
         )
     return usual

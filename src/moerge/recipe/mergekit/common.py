@@ -24,7 +24,9 @@ def check_keys(document: Document, path: Key, section: Mapping[str, Any], known:
     """InputError for a key that mergekit would silently ignore."""
     for key in section:
         if key not in known:
-            raise document.error((*path, str(key)), f": unknown key in a mergekit file, {suggest(str(key), known)}")
+            raise document.error(
+                (*path, str(key)), f": unknown key in a mergekit file, {suggest(str(key), known)}", code="unknown-name"
+            )
 
 
 def listed(document: Document, path: Key, value: Any = None) -> list[Any]:
@@ -76,7 +78,9 @@ def read_tokenizer(document: Document, names: Mapping[str, str]) -> str | None:
         return written
     reference = "base" if written == "base" else str(read_reference(document, path, written))
     if reference not in names:
-        raise document.error(path, f": {reference!r} is not a model of this file, {suggest(reference, [*names, 'union'])}")
+        raise document.error(
+            path, f": {reference!r} is not a model of this file, {suggest(reference, [*names, 'union'])}", code="unknown-name"
+        )
     return names[reference]
 
 

@@ -209,7 +209,7 @@ class _Reader:
     def _without_effect(self, path: Key, key: str) -> None:
         known = {name for foreign in METHODS.values() for name in foreign.parameters}
         if key not in known:
-            raise self.document.error(path, f": unknown parameter, {suggest(key, known)}")
+            raise self.document.error(path, f": unknown parameter, {suggest(key, known)}", code="unknown-name")
         where = ": it belongs into the file's own 'parameters'" if key in self.foreign.parameters else ""
         warning = f"{key!r} has no effect on {self.method} here, as in mergekit{where}"
         if warning not in self.warnings:
