@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def test_the_card_and_the_manifest_say_how_it_was_made(mixed: Path, tmp_path: Pa
     assert manifest["vocabulary"]["models"]["olmo2"]["left"] == 0
     assert manifest["experts"] == list(MIXED)
     assert set(json.loads((out / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_the_plan_says_whose_chat_template_is_not_used(mixed: Path, tmp_path: Path) -> None:
+    models = shutil.copytree(mixed, tmp_path / "models")
+    (models / "olmo2" / "chat_template.jinja").write_text("{{ messages }}")
+    said = (
+        "no chat template: llama has none, and olmo2 may have other tokens ('tokenizer: olmo2' takes both, 'chat_template: FILE'"
+    )
+    notes = moerge("plan", atomic_write(models, moe=RANDOM), "--json").json["notes"]
+    assert sum(said in note for note in notes) == 1
+    named = moerge("plan", atomic_write(models, moe=RANDOM, tokenizer="olmo2"), "--json").json["notes"]
+    assert not any("no chat template" in note for note in named)
 
 
 def test_inspect_shows_every_expert(mixed: Path, tmp_path: Path) -> None:

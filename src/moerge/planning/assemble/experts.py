@@ -13,7 +13,7 @@ from moerge.architecture.decoder_interface import decoder_interface
 from moerge.errors import InputError
 from moerge.planning.checks import check_present, check_shapes, check_storage
 from moerge.planning.models import SourceModel
-from moerge.planning.vocab.chat import settle_chat
+from moerge.planning.vocab.chat import settle_chat, without_others
 from moerge.planning.vocab.match import ResolvedVocabulary
 from moerge.projectors.outputs import ExpertTables
 from moerge.recipe.schema import Recipe
@@ -189,7 +189,8 @@ def resolve_tokenizer(
     facts = {"source": chosen.name, "rows": experts[0].rows, "models": shares, "notes": notes}
     facts["digest"] = combined_digest(digests)  # an interrupted merge must not go on with another tokenizer
     alike = ResolvedVocabulary(tuple(models), chosen.name, companion_files(chosen.folder), facts=facts, notes=tuple(notes))
-    return alike.with_chat(settle_chat(recipe, [chosen], chosen.name, alike.files, None))
+    chat = settle_chat(recipe, [chosen], chosen.name, alike.files, None)
+    return alike.with_chat(without_others(chat, models, chosen.name))
 
 
 def _bytes(pieces: TokenAlignment) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,15 @@ def settle_chat(
     ids = taken.ids() if taken.donor != source else {}
     has = bool(template_of(changed))
     return Chat(changed, taken.donor, taken.donor if has else None, ids, (*notes, *taken.notes()))
+
+
+def without_others(chat: Chat, models: Sequence[SourceModel], source: str) -> Chat:
+    """The chat of a tokenizer's own model, with a note where it has no template and models with tokens of their own have one."""
+    others = [model.name for model in models if _Settings.of(model).template]
+    if chat.template is not None or not others:
+        return chat
+    note = f"the result has no chat template: {source} has none, and {', '.join(others)} may have other tokens"
+    return replace(chat, notes=(*chat.notes, f"{note} ('tokenizer: {others[0]}' takes both, 'chat_template: FILE' a template)"))
 
 
 def _default(
