@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --runs 3
 
-Random Llama-shaped models in bfloat16, a base and K experts; one text of T tokens, float32 arithmetic. Each case runs in a
+Random Llama-shaped models in bfloat16, a base and E experts; one text of T tokens, float32 arithmetic. Each case runs in a
 process of its own, so that its peak memory is its own, and every round runs every case once:
 
 - `ordinary`: forward and backward pass of the base with gradients of all its weights, what fine-tuning it would take;
@@ -136,8 +136,8 @@ def _ordinary(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
 def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     import torch
 
+    from moerge.learning.merged_parameters import merged_parameters
     from moerge.learning.model import MergingModel
-    from moerge.learning.slots import make_slots
     from moerge.planning.build import build_plan
     from moerge.recipe import load_recipe
     from moerge.recipe.learning import Learning
@@ -146,9 +146,9 @@ def _streamed(folder: Path, experts: int, ids_1T: Any) -> Callable[[], None]:
     merge = {"method": "task_arithmetic", "scale": 0.3}
     recipe = load_recipe({"base": str(folder / "base"), "experts": names, "merge": merge})
     plan = build_plan(recipe)
-    slots = make_slots(recipe, plan, Learning(), ThreadPoolExecutor())
-    raw = {slot.key: torch.full((experts, 1), -0.85).requires_grad_() for slot in slots if slot.key}
-    model = MergingModel(plan.config, slots, raw, 0.3, dtype="float32", device="cpu")
+    slots = merged_parameters(recipe, plan, Learning(), ThreadPoolExecutor())
+    coef_logits = {slot.key: torch.full((experts, 1), -0.85).requires_grad_() for slot in slots if slot.key}
+    model = MergingModel(plan.config, slots, coef_logits, 0.3, dtype="float32", device="cpu")
 
     def step() -> None:
         _loss(model.forward(ids_1T, 0).logits, ids_1T).backward()
@@ -171,13 +171,13 @@ def _straightforward(folder: Path, experts: int, ids_1T: Any) -> Callable[[], No
     for number in range(experts):
         expert = dict(load(f"expert{number}").named_parameters())
         tau.append({name: expert[name].detach() - base[name] for name in matrices})
-    raw = {name: torch.full((experts,), -0.85).requires_grad_() for name in matrices}
+    coef_logits = {name: torch.full((experts,), -0.85).requires_grad_() for name in matrices}
 
     def step() -> None:
         merged = dict(base)
         for name in matrices:
-            c_K = torch.sigmoid(raw[name])
-            merged[name] = base[name] + sum(c_K[k] * tau[k][name] for k in range(experts))
+            c_E = torch.sigmoid(coef_logits[name])
+            merged[name] = base[name] + sum(c_E[k] * tau[k][name] for k in range(experts))
         _loss(functional_call(model, merged, (ids_1T,), {"use_cache": False}).logits, ids_1T).backward()
 
     return step

@@ -24,7 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moerge.demonstration.runtime import import_models_extra, settled
+from moerge.demonstration.runtime import import_torch, settled
 
 EXPERTS = ("base", "math", "code", "knowledge")
 SHAPE = {
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "routing_speed.json")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     import torch
 
     with settled(), torch.inference_mode():

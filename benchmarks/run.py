@@ -14,10 +14,9 @@ from typing import Any
 import checkpoints
 import competitor
 import machine
+import report
 from measure import Bench, agreement, compilation, memory, run_once, startup
 from recipes import CASES
-
-import report
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "0.02B"

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.runtime import import_torch, load, settled
 from moerge.demonstration.text import Corpus, make_corpora
 from moerge.demonstration.train import TRAININGS, Training, _new_model, _steps, pack, train_model, train_tokenizer
 
@@ -57,7 +57,7 @@ CASES = (
     Case("fast", learning_rate=3e-3, length=3),
     Case("faster", learning_rate=5e-3, length=3),
     Case("wild", learning_rate=1e-2, length=3),
-    Case("two ancestors", ("base", "twin", "base")),
+    Case("two ancestors", ("base", "replica", "base")),
 )
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "anchor.json")
     parser.add_argument("--train-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         folder, corpora = options.work / f"seed-{seed}-scale-{options.scale:g}", make_corpora(seed, scale=options.scale)
@@ -90,7 +90,7 @@ def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, scale: float) 
 
     tokenizer = train_tokenizer(corpora)
     streams = {domain: pack(tokenizer, corpus.train) for domain, corpus in corpora.items()}
-    jobs: list[tuple[str, str, Training]] = [("base", "", TRAININGS["base"]), ("twin", "", TRAININGS["base"])]
+    jobs: list[tuple[str, str, Training]] = [("base", "", TRAININGS["base"]), ("replica", "", TRAININGS["base"])]
     for case in CASES:
         for expert, base in zip(EXPERTS, case.bases, strict=True):
             like = TRAININGS[expert]
@@ -100,7 +100,7 @@ def train(corpora: Mapping[str, Corpus], folder: Path, seed: int, scale: float) 
         path = folder / name
         if path.exists():
             continue
-        with settled(seed + OTHER_SEED * (name == "twin")):
+        with settled(seed + OTHER_SEED * (name == "replica")):
             model: Any = load(folder / base) if base else _new_model(tokenizer)
             *_, last = train_model(model, training, streams, _steps(training, scale))
             model.to(torch.bfloat16).save_pretrained(path)

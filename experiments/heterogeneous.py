@@ -28,7 +28,7 @@ from rich.table import Table
 
 import moerge
 from moerge.demonstration.progress import counting
-from moerge.demonstration.runtime import import_models_extra, settled
+from moerge.demonstration.runtime import import_torch, settled
 from moerge.demonstration.text import DOMAINS, Corpus, make_corpora
 from moerge.demonstration.train import TRAININGS, WINDOW, Training, pack, train_model
 from moerge.evaluation.likelihood import document_losses
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "heterogeneous.json")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     found: dict[str, dict[int, list[Bits]]] = {}
     for seed in options.seeds:
         begun = time.perf_counter()

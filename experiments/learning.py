@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moerge
-from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.runtime import import_torch, load, settled
 from moerge.demonstration.text import Corpus, make_corpora
 from moerge.demonstration.train import pack
 from moerge.learning.run import learn
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models and merges are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learning.json")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     found: dict[str, dict[int, Measured]] = {}
     for seed in options.seeds:
         begun = time.perf_counter()

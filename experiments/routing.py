@@ -23,7 +23,7 @@ from rich.console import Console
 from routing_report import Results, show, write
 
 import moerge
-from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.runtime import import_torch, load, settled
 from moerge.demonstration.text import DOMAINS, Corpus, make_corpora
 from moerge.demonstration.train import TRAININGS, pack
 from moerge.texts import overlap
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "routing.json")
     options = parser.parse_args()
     console = Console(width=max(140, Console().width))
-    import_models_extra()
+    import_torch()
     results = Results(
         models=[(model.name, model.group) for model in MODELS],
         settings={"scale": options.scale, "prompt_tokens": PROMPT, "row_tokens": ROW, "calibration": CALIBRATION, **_versions()},

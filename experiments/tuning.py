@@ -22,7 +22,7 @@ from rich.console import Console
 from tuning_report import BTX, Curve, Report, show, write
 
 import moerge
-from moerge.demonstration.runtime import import_models_extra
+from moerge.demonstration.runtime import import_torch
 from moerge.demonstration.text import DOMAINS, make_corpora
 from moerge.tuning.metrics import read_metrics
 from moerge.tuning.run import tune
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "tuning.json")
     options = parser.parse_args()
-    import_models_extra()
+    import_torch()
     curves: dict[str, dict[int, Curve]] = {}
     settings = {key: value for key, value in vars(options).items() if key not in ("work", "results")}
     settings["groups"] = {name: row.group for name, row in ROWS.items()}

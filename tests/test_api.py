@@ -12,7 +12,7 @@ import pytest
 
 import moerge
 from moerge.registry import Registry
-from tiny import make_models, write_recipe
+from tests.helpers.tiny import make_models, write_recipe
 
 RECIPES = ["plan", "merge", "compare", "learn", "stats"]
 CHECKPOINTS = ["verify", "inspect", "route", "generate", "evaluate", "push", "extract"]
@@ -42,8 +42,8 @@ def test_options_are_keywords(verb: str) -> None:
 
 def test_a_function_is_a_method_in_state_dicts_and_recipes(tmp_path: Path) -> None:
     @moerge.method(task_vectors=True)
-    def middle_of_three(tau_KN: np.ndarray, weights_K: np.ndarray, *, power: float = 1.0) -> np.ndarray:
-        return power * np.median(tau_KN, axis=0)
+    def middle_of_three(tau_EN: np.ndarray, weights_E: np.ndarray, *, power: float = 1.0) -> np.ndarray:
+        return power * np.median(tau_EN, axis=0)
 
     merged = moerge.merge_state_dicts(ZERO, EXPERTS, method="middle_of_three", scale=0.5, power=4.0)
     np.testing.assert_array_equal(merged["w"], 2 * np.arange(5, dtype=np.float32))

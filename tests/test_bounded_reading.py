@@ -12,12 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from command import moerge
 from moerge.errors import InputError, MachineError
 from moerge.files import MOST_BYTES, read_file, unreadable
 from moerge.texts import documents as texts
 from moerge.texts import read_documents
-from tiny import make_models, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import make_models, write_recipe
 
 
 def pipe(path: Path) -> None:

@@ -30,20 +30,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 import moerge
-import tiny
 from moerge import registry
 from moerge.cli import main
 from moerge.cli.app import app
+from moerge.errors import Code
 from moerge.methods import merge_method, merge_methods
 from moerge.recipe.loading import _SECTIONS
 from moerge.recipe.mergekit import is_mergekit
 from moerge.recipe.schema import MoE
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -312,6 +313,12 @@ def test_command_line_page_names_every_json_key(command: str, session: Session) 
     output = session.command(f"moerge {command} --json", Snippet(DOCS / "cli.md", 0, "console", [], None))
     text = (DOCS / "cli.md").read_text()
     assert [key for key in json.loads(output) if f"`{key}`" not in text] == []
+
+
+def test_command_line_page_names_every_error_code() -> None:
+    table = (DOCS / "cli.md").read_text().partition("| code |")[2].partition("\n\n")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    assert sorted(re.findall("`(.*?)`", first)) == sorted(get_args(Code))
 
 
 def test_python_page_names_every_public_object() -> None:

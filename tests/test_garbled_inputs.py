@@ -15,12 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 import moerge as package
 import moerge.cli as cli
-from command import Result, moerge, refuses
 from moerge.checkpoint.staging import JOURNAL, staging_folder
 from moerge.errors import InputError
 from moerge.merging.card import code
+from moerge.progress import Progress
 from moerge.tuning.settings import load_tuning
-from tiny import EXPERTS, edit_config, llama_config, llama_shapes, make_models, read_tensors, write_recipe
+from tests.helpers.command import Result, moerge, refuses
+from tests.helpers.recorded import Recorded
+from tests.helpers.tiny import EXPERTS, edit_config, llama_config, llama_shapes, make_models, read_tensors, write_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -150,15 +152,36 @@ def test_a_single_negative_number_is_noticed(tmp_path: Path) -> None:
     refuses(recipes["fisher"], tmp_path / "out", "s/math.safetensors", UP, "negative", options=("--quiet",))
 
 
+@pytest.mark.parametrize("change", [{"nonfinite": [["x"]]}, {"inputs": {"math:model.norm.weight": [1]}}])
+def test_entries_of_finished_tensors(tmp_path: Path, change: dict[str, Any]) -> None:
+    make_models(tmp_path)
+    recipe = write_recipe(tmp_path, merge={"method": "ties"})
+
+    def stop(amount: int) -> None:
+        if progress.done["bytes"] > 60_000:
+            raise KeyboardInterrupt
+
+    progress = Recorded(stop)
+    with pytest.raises(KeyboardInterrupt):
+        package.merge(recipe, tmp_path / "out", threads=1, progress=progress)
+    journal = staging_folder(tmp_path / "out") / JOURNAL
+    *lines, last = journal.read_text().splitlines()
+    assert len(lines) > 2
+    journal.write_text("\n".join([*lines, json.dumps({**json.loads(last), **change})]) + "\n")
+    package.merge(recipe, tmp_path / "out", threads=1, resume=True)
+    package.merge(recipe, tmp_path / "whole", threads=1)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("lines", [[[1, 2]], [{"fingerprint": 5}], [None, {"tensor": 3}, []], ["x"], [{}, {}]])
 @pytest.mark.parametrize("first", [True, False])
 def test_journals(tmp_path: Path, lines: list[Any], first: bool) -> None:
     make_models(tmp_path)
     recipe = write_recipe(tmp_path, merge={"method": "ties"})
 
-    def stop(plan: Any) -> Any:
-        return lambda nbytes: (_ for _ in ()).throw(KeyboardInterrupt)
-
+    stop = mock.Mock(spec=Progress, **{"phase.return_value": mock.Mock(side_effect=KeyboardInterrupt)})
+    stop.__enter__ = lambda self: self
+    stop.__exit__ = lambda self, *_: None
     with pytest.raises(KeyboardInterrupt):
         package.merge(recipe, tmp_path / "out", threads=1, progress=stop)
     journal = staging_folder(tmp_path / "out") / JOURNAL
@@ -173,7 +196,9 @@ def deep(levels: int) -> dict[str, Any]:
     return {"a": deep(levels - 1)} if levels else {}
 
 
-@pytest.mark.parametrize("wrong", [5, None, ["a.yaml"], b"a.yaml", "\0", object()], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [5, None, ["a.yaml"], b"a.yaml", "\0", object()], ids=["number", "none", "list", "bytes", "null", "object"]
+)
 def test_what_is_no_recipe(wrong: Any, tmp_path: Path) -> None:
     for call in (package.plan, load_tuning, lambda value: package.merge(value, tmp_path / "out")):
         with pytest.raises(InputError):

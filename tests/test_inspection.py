@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import moerge
 from moerge import verify
 from moerge.checkpoint.header import read_header
 from moerge.merging.pipeline import merge
-from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ architecture
 modeling
 tensors
 distillation results
-progress files registry quiet formatting
+progress
+files registry quiet formatting extras
 errors system
 """
 """From top to bottom. Packages of one floor do not import each other."""

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-import tiny
-from command import Result, start
+from tests.helpers import tiny
+from tests.helpers.command import Result, start
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +115,7 @@ def test_a_family(site: Path, starcoders: Mapping[str, Path], tmp_path: Path) ->
 
 
 def test_without_the_plugin_its_names_are_unknown(starcoders: Mapping[str, Path], tmp_path: Path) -> None:
-    from command import moerge as command
+    from tests.helpers.command import moerge as command
 
     tiny.make_models(tmp_path)
     refused = command("plan", tiny.write_recipe(tmp_path, merge={"method": "median"}))

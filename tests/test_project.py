@@ -46,7 +46,7 @@ def test_workflows_run_commands_that_exist(workflow: Path) -> None:
 
 
 def test_ci_runs_the_readme_test_command() -> None:
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
     assert "$ make test" in (ROOT / "README.md").read_text()
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import moerge
-from command import moerge as command
 from moerge.checkpoint.manifest import sealed
 from moerge.modeling import AUTO_MAP, code_files
 from moerge.tensors.digest import file_digest
-from tiny import edit_config, make_models, write_recipe
+from tests.helpers.command import moerge as command
+from tests.helpers.tiny import edit_config, make_models, write_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import numpy as np
 from moerge.evaluation.bootstrap import Estimate, bootstrap
 from moerge.evaluation.run import Settings, evaluate
 
-from .settings import DOMAINS, Budget, Work
+from .settings import Budget, Work
 
 GIVEN = 256
 """Characters at the beginning of a document that are read and not predicted: models that route sequences route by them."""
@@ -37,14 +37,14 @@ def _documents(path: Path) -> list[list[float]]:
 
 def bits(documents: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
     """Bits per byte by domain, and their mean."""
-    found = {domain: float(_bits(np.array(documents[domain]).sum(0))) for domain in DOMAINS}
+    found = {domain: float(_bits(np.array(rows).sum(0))) for domain, rows in documents.items()}
     return {**found, "mean": sum(found.values()) / len(found)}
 
 
 def against(ours: Documents, theirs: Documents, domain: str) -> Estimate:
     """How much lower our bits per byte are than theirs, in per cent, over the same resampled documents.
 
-    `mean` is of all domains, of which each resample draws documents by itself.
+    `mean` is of the domains' figures; a resample draws the same numbers of documents in all of them.
     """
     if domain == "mean":
         return _mean_against(ours, theirs)
@@ -54,18 +54,24 @@ def against(ours: Documents, theirs: Documents, domain: str) -> Estimate:
 
 def _mean_against(ours: Documents, theirs: Documents) -> Estimate:
     """As one table whose columns are a domain's sums: other domains' columns of a document are zero."""
-    blocks = [np.hstack([np.array(ours[domain]), np.array(theirs[domain])]) for domain in DOMAINS]
+    blocks = [np.hstack([np.array(ours[domain]), np.array(theirs[domain])]) for domain in ours]
     size = max(map(len, blocks))
     if {len(block) for block in blocks} != {size}:
         raise ValueError("domains of different numbers of documents")
     values = np.hstack(blocks)  # row i has document i of every domain: they are resampled together
 
     def lower(sums: np.ndarray) -> np.ndarray:
-        columns = sums.reshape(*sums.shape[:-1], len(DOMAINS), 6)
+        columns = sums.reshape(*sums.shape[:-1], len(blocks), 6)
         mean = [_bits(columns[..., part]).mean(-1) for part in (slice(0, 3), slice(3, 6))]
         return np.asarray(100 * (1 - mean[0] / mean[1]))
 
     return bootstrap(lower, values, seed=0)
+
+
+def lost(documents: Mapping[str, Documents], expert: str, merge: str, domain: str) -> float:
+    """Which part of an expert's lead over the base on its domain a merge does not have, in per cent."""
+    base, own, ours = (bits(documents[name])[domain] for name in ("base", expert, merge))
+    return 100 * (ours - own) / (base - own)
 
 
 def _bits(sums: np.ndarray) -> Any:

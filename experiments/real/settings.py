@@ -44,6 +44,8 @@ class Budget:
     """Of the GPT-NeoX that takes the math expert's place."""
     device: str = "cpu"
     training_dtype: str = "bfloat16"
+    mixture_dtype: str = "float32"
+    """That mixtures are tuned in; CPUs multiply grouped bfloat16 matrices slowly."""
     dtype: str = "float32"
     """That models are measured in."""
 
@@ -89,6 +91,7 @@ BUDGETS = {
         odd_layers=24,
         odd_tokens=100_000_000,
         device="cuda",
+        mixture_dtype="bfloat16",
     ),
 }
 

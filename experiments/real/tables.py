@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from .measuring import Documents, bits, measure
-from .rows import AVERAGE, DENSE, MIXTURES, SCALES, Row, alone, merged
+from . import questions
+from .measuring import bits, measure
+from .rows import AVERAGE, DARE, DENSE, MIXTURES, SCALES, TIES, Row, alone, merged
 from .settings import Budget, Work
 
 Result = dict[str, Any]
 Save = Callable[[Result], None]
+ANSWERING = {
+    "dense: average": Row(AVERAGE),
+    "dense: TIES, scale 0.3333": Row(TIES),
+    "dense: DARE, scale 0.3333": Row(DARE),
+    **{name: MIXTURES[name] for name in ("BTX: average, random router", "TIES, ridge router")},
+    **{name: row for name, row in MIXTURES.items() if "attention, PPL, top" in name},
+}
+"""Rows of tables 1 and 3 that are asked the benchmarks' questions."""
 
 
 def run(work: Work, budget: Budget, seed: int, save: Save) -> None:
     """Measure row by row, and save after each, since an hour of two cores is soon over."""
     found: Result = {"documents": {}, "scales": {}}
-    for name, documents in _alone(work, budget, seed):
-        found["documents"][name] = documents
+    for name, checkpoint in alone(work, seed).items():
+        found["documents"][name] = measure(work, budget, seed, name, checkpoint)
         save(found)
     for name, row in _rows(work, budget, seed, found["scales"]):
         found["documents"][name] = measure(work, budget, seed, name, merged(work, seed, name, row))
         save(found)
 
 
-def _alone(work: Work, budget: Budget, seed: int) -> Iterator[tuple[str, Documents]]:
-    for name, checkpoint in alone(work, seed).items():
-        yield name, measure(work, budget, seed, name, checkpoint)
+def answers(work: Work, budget: Budget, seed: int, save: Save, bench: Path) -> None:
+    """The benchmarks' reference solutions, for what the text has shown to matter."""
+    found: Result = {"documents": {}}
+    models = alone(work, seed) | {name: merged(work, seed, name, row) for name, row in ANSWERING.items()}
+    for name, checkpoint in models.items():
+        path = work.made(seed, "answers", name).with_suffix(".json")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(questions.measure(bench, budget, checkpoint)), encoding="utf-8")
+        found["documents"][name] = json.loads(path.read_text(encoding="utf-8"))
+        save(found)
 
 
 def _rows(work: Work, budget: Budget, seed: int, scales: Result) -> Iterator[tuple[str, Row]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .settings import DOMAINS, Work
 
-CHARACTERS = 1_600
+DOCUMENT_CHARACTERS = 1_600
 CALIBRATION = 64
 """Documents of a domain that are kept from training: scales are tuned and routers are calibrated on them."""
 Document = tuple[str, str]
@@ -43,9 +43,9 @@ def documents(path: Path, per_source: int) -> list[Document]:
     short: dict[str, str] = {}
     by_source: dict[str, list[str]] = {}
     for text, source in rows:
-        if len(text) < CHARACTERS:
+        if len(text) < DOCUMENT_CHARACTERS:
             text = f"{short.pop(source)}\n\n{text}" if source in short else text
-            if len(text) < CHARACTERS:
+            if len(text) < DOCUMENT_CHARACTERS:
                 short[source] = text
                 continue
         by_source.setdefault(source, []).append(_window(text, draw))
@@ -55,11 +55,11 @@ def documents(path: Path, per_source: int) -> list[Document]:
 
 
 def _window(text: str, draw: random.Random) -> str:
-    """A part of CHARACTERS characters that begins at a line's start where one is near."""
-    start = draw.randrange(len(text) - CHARACTERS + 1)
-    line = text.rfind("\n", max(0, start - CHARACTERS // 4), start)
+    """A part of DOCUMENT_CHARACTERS characters that begins at a line's start where one is near."""
+    start = draw.randrange(len(text) - DOCUMENT_CHARACTERS + 1)
+    line = text.rfind("\n", max(0, start - DOCUMENT_CHARACTERS // 4), start)
     start = line + 1 if line >= 0 else start
-    return text[start : start + CHARACTERS]
+    return text[start : start + DOCUMENT_CHARACTERS]
 
 
 def _rows(path: Path) -> Iterator[Document]:

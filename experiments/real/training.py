@@ -14,6 +14,25 @@ GENERAL = 0.2
 """The part of general text in an expert's training, as in the paper's table 5."""
 
 
+def pretrained(model: Path, work: Work) -> Path:
+    """The model's folder; a GGUF file is written as one, in bfloat16 and without what says that it is quantised."""
+    folder = work.root / "pretrained"
+    if model.suffix != ".gguf":
+        return model
+    if not folder.exists():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        packed: Any = {"pretrained_model_name_or_path": model.parent, "gguf_file": model.name}
+        read: Any = AutoModelForCausalLM.from_pretrained(**packed, dtype=torch.float32)
+        entries = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+        plain: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**entries), dtype=torch.bfloat16)
+        plain.load_state_dict(read.state_dict())
+        AutoTokenizer.from_pretrained(**packed).save_pretrained(folder)
+        plain.save_pretrained(folder)
+    return folder
+
+
 def heal(base: Path, work: Work, budget: Budget) -> None:
     """Tune the model on general text: what damage four bits did is mended before an expert could gain by mending it."""
     data = {"general": {"path": str(work.text("general", f"train-{budget.seeds[0]}"))}}

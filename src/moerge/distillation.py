@@ -1,4 +1,4 @@
-"""Losses of learning and distillation. Shapes: T tokens, V vocabulary, H hidden, K experts, C chunks."""
+"""Losses of learning and distillation. Shapes: T tokens, V vocabulary, H hidden, E experts, C chunks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from moerge.files import whole_file
+from moerge.files import atomic_path
 
 
 @dataclass(frozen=True)
-class Target:
+class DistillationTarget:
     """An expert's outputs on one of its texts: logits [T, V], or the largest with their ids, and chosen hidden states [T, H]."""
 
     logits: torch.Tensor
@@ -22,7 +22,7 @@ class Target:
     hidden: tuple[torch.Tensor, ...]
 
 
-def soft_cross_entropy(logits_TV: torch.Tensor, target: Target, temperature: float) -> torch.Tensor:
+def soft_cross_entropy(logits_TV: torch.Tensor, target: DistillationTarget, temperature: float) -> torch.Tensor:
     """CE(softmax(z_k / T), log_softmax(z / T)) * T^2, the mean over tokens in nats.
 
     Where only the expert's largest logits were kept, its probabilities are those among them.
@@ -33,7 +33,7 @@ def soft_cross_entropy(logits_TV: torch.Tensor, target: Target, temperature: flo
     return -(probability_TM * log_TM).sum(-1).mean() * temperature**2
 
 
-def hidden_distance(hidden: Sequence[torch.Tensor], target: Target) -> torch.Tensor:
+def hidden_distance(hidden: Sequence[torch.Tensor], target: DistillationTarget) -> torch.Tensor:
     """The mean squared difference of hidden states, mean over the chosen layers."""
     wide = torch.promote_types(hidden[0].dtype, torch.float32)
     distances = [
@@ -48,9 +48,9 @@ def entropy(logits_TV: torch.Tensor) -> torch.Tensor:
     return -(log_TV.exp() * log_TV).sum(-1).mean()
 
 
-def departure(raw: Iterable[torch.Tensor], initial: float) -> torch.Tensor:
+def drift_penalty(coef_logits: Iterable[torch.Tensor], initial: float) -> torch.Tensor:
     """mean |sigmoid(a) - initial| over all coefficients: what gamma weighs."""
-    c = torch.cat([torch.sigmoid(a_KC).reshape(-1) for a_KC in raw])
+    c = torch.cat([torch.sigmoid(a_EC).reshape(-1) for a_EC in coef_logits])
     return (c - initial).abs().mean()
 
 
@@ -70,13 +70,13 @@ class TargetFiles:
         else:
             top = logits_TV.topk(self.largest, dim=-1)
             kept |= {"logits": top.values.contiguous().cpu(), "ids": top.indices.int().contiguous().cpu()}
-        with whole_file(self.file(name)) as beside:
+        with atomic_path(self.file(name)) as beside:
             save_file(kept, beside)
 
-    def load(self, name: str) -> Target:
+    def load(self, name: str) -> DistillationTarget:
         """Load the target of a text."""
         found = load_file(self.file(name))
-        return Target(found["logits"], found.get("ids"), tuple(found[f"hidden.{layer}"] for layer in self.layers))
+        return DistillationTarget(found["logits"], found.get("ids"), tuple(found[f"hidden.{layer}"] for layer in self.layers))
 
     def file(self, name: str) -> Path:
         """Return the path of a text's targets."""

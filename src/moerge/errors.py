@@ -5,6 +5,31 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Literal
+
+Code = Literal[
+    "busy",
+    "calibration-text",
+    "client-cannot-run",
+    "damaged-file",
+    "input",
+    "interrupted",
+    "interrupted-run-exists",
+    "machine",
+    "missing-extra",
+    "models-differ",
+    "no-network",
+    "no-space",
+    "not-found",
+    "quantised-model",
+    "resume-differs",
+    "source-changed",
+    "target-exists",
+    "unknown-name",
+    "usage",
+    "vocabularies-differ",
+]
+"""Names of errors that programs may rely on, explained in docs/cli.md."""
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, marks that change the direction of writing, halves of characters; not the tab and the line feed."""
@@ -14,12 +39,17 @@ _COMMAND = re.compile(r'python -c "|moerge stats ')
 
 
 class MoergeError(Exception):
-    """Anything moerge reports on purpose; `exit_code` is what the command line returns for it.
+    """Anything moerge reports on purpose; `exit_code` is what the command line returns for it, `code` what programs branch on.
 
     Its text is one line that a terminal may show: what it quotes from files is escaped, and shortened where it is long.
     """
 
     exit_code = 1
+    code: Code = "machine"
+
+    def __init__(self, *args: object, code: Code | None = None) -> None:
+        super().__init__(*args)
+        self.code = code or type(self).code
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -29,6 +59,7 @@ class InputError(MoergeError, ValueError):
     """The recipe, a checkpoint or an argument is at fault (exit code 2)."""
 
     exit_code = 2
+    code = "input"
 
 
 class MachineError(MoergeError, OSError):
@@ -40,11 +71,14 @@ class MachineError(MoergeError, OSError):
 class SourceChangedError(MachineError):
     """A file was replaced or overwritten while it was being read: what was made of it mixes two states of it."""
 
+    code = "source-changed"
+
 
 class Interrupted(MoergeError):
     """Someone stopped it, and it can be continued (exit code 130)."""
 
     exit_code = 130
+    code = "interrupted"
 
 
 def suggest(unknown: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moerge.errors import InputError
-from moerge.files import write_whole
+from moerge.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ def save(figure: Figure, folder: Path, name: str, title: str, description: str) 
     """Write `folder/name.svg` and `.png`; their paths."""
     paths = tuple(folder / f"{name}.{kind}" for kind in ("svg", "png"))
     for path in paths:
-        write_whole(path, encoded(figure, path.suffix[1:], title, description))
+        atomic_write(path, encoded(figure, path.suffix[1:], title, description))
     return paths
 
 

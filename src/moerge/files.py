@@ -59,6 +59,12 @@ class SourceFile:
         assert self.state is not None
         return self.name, self.state.size, self.state.modified_ns
 
+    @property
+    def identity(self) -> tuple[str, int, int, int]:
+        """The stamp and the time that no copy keeps and no program sets, by which a replaced file is noticed on this machine."""
+        assert self.state is not None
+        return *self.stamp, self.state.changed_ns
+
     def check(self, now: FileState) -> None:
         """SourceChangedError if the file is in another state now."""
         if self.state is not None and self.state.differs(now):
@@ -136,10 +142,13 @@ def check_target(target: Path, sources: Iterable[tuple[str, Path]], *, marks: Se
         if real in source.parents and target.exists():
             raise InputError(f"{name} lies in the output {target} and would be replaced with it: choose another output")
     if target.exists() and not force:
-        raise InputError(f"{target} already exists: choose another folder, or replace it with --force")
+        raise InputError(f"{target} already exists: choose another folder, or replace it with --force", code="target-exists")
     ours = any((target / mark).exists() for mark in marks)
     if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself")
+        raise InputError(
+            f"{target} is not a checkpoint that moerge made, so --force does not replace it: remove it yourself",
+            code="target-exists",
+        )
 
 
 def target_of(out: str | Path) -> Path:
@@ -190,7 +199,7 @@ def unreadable(path: Path, error: OSError) -> InputError | MachineError:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, this process's own: it takes that name at the end, or is removed if the block fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -202,11 +211,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write a file that is either the old one or complete, its folder made if need be. MachineError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as beside:
+        with atomic_path(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None

@@ -89,7 +89,7 @@ def prepare(folder: str | Path, repo: str, *, revision: str = "main", progress: 
     problems = verify(checkpoint.folder, progress=progress).problems
     if problems:
         more = f" (and {len(problems) - 1} more: see `moerge verify`)" if len(problems) > 1 else ""
-        raise InputError(f"{checkpoint.folder} is damaged and is not uploaded: {problems[0]}{more}")
+        raise InputError(f"{checkpoint.folder} is damaged and is not uploaded: {problems[0]}{more}", code="damaged-file")
     return Upload(checkpoint, repo, revision, files, tuple(_warnings(checkpoint)))
 
 
@@ -225,7 +225,9 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise MachineError("the Hub is switched off by HF_HUB_OFFLINE: unset it to push") from None
     except Exception as error:
-        raise MachineError(f"{repo} could not be uploaded, run the same command again: {_first_line(error)}") from None
+        raise MachineError(
+            f"{repo} could not be uploaded, run the same command again: {_first_line(error)}", code="no-network"
+        ) from None
 
 
 def _refusal(repo: str, error: Any) -> InputError | MachineError:
@@ -241,7 +243,7 @@ def _refusal(repo: str, error: Any) -> InputError | MachineError:
         return InputError(sentences[status])
     if status is not None and status < 500:
         return InputError(f"the Hub refused the upload to {repo}: {said}")
-    return MachineError(f"{repo} could not be uploaded, run the same command again: {said}")
+    return MachineError(f"{repo} could not be uploaded, run the same command again: {said}", code="no-network")
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from moerge.architecture import Expected, Family, family_of
-from moerge.architecture.config import canonical
+from moerge.architecture import ExpectedTensor
 from moerge.architecture.heterogeneous import expected_heterogeneous, expert_prefix
 from moerge.architecture.needed import Compared, compare_with_transformers
+from moerge.architecture.registry import read_config
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
-from moerge.architecture.stored import stored_family
 from moerge.checkpoint.adapter_config import describe_adapter
 from moerge.checkpoint.header import read_metadata
 from moerge.checkpoint.locate import locate
@@ -26,8 +25,9 @@ from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
 from moerge.formatting import Displayed
-from moerge.planning.checks import expected_of, respelled
+from moerge.planning.checks import expected_of
 from moerge.planning.heads import settle_head
+from moerge.planning.models import SourceModel
 from moerge.progress import Advance, Progress, reporter
 from moerge.runtime.loading import check_runnable
 from moerge.tensors.codec import all_finite
@@ -70,42 +70,41 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     Which tensors have to be there the family's table says and, where it is installed, transformers for the config's class.
     Raises InputError where not even the headers make sense.
     """
-    checkpoint = respelled(locate(str(location)))
-    manifest = read_manifest(checkpoint.folder)
-    family = stored_family(checkpoint.config, checkpoint.tensors)
-    problems = _structure(checkpoint, family, manifest)
+    model = SourceModel.of(locate(str(location)))
+    checkpoint, manifest = model.checkpoint, read_manifest(model.folder)
+    problems = _structure(model, manifest)
     compared = Compared()
     if not problems and checkpoint.model_type not in BY_SEQUENCE and not is_adapter(checkpoint):
         check_runnable(checkpoint.folder)
         compared = compare_with_transformers(checkpoint.folder, checkpoint.config)
         problems += compared.problems
     digests = manifest["tensors"] if manifest else {}
-    found: dict[str, str] = {}
+    damage: dict[str, str] = {}
     with reporter(progress) as report:
         advance = report.phase("verifying", checkpoint.nbytes)
-        jobs = (_check(tensor, digests.get(tensor.name), found, advance) for tensor in checkpoint.tensors.values())
+        jobs = (_check(tensor, digests.get(tensor.name), damage, advance) for tensor in checkpoint.tensors.values())
         run_jobs(jobs, threads or default_threads())
-    problems += [found[name] for name in checkpoint.tensors if name in found]
+    problems += [damage[name] for name in checkpoint.tensors if name in damage]
     if manifest:
         problems += damaged_files(checkpoint.folder, manifest)
     tensors, nbytes, notes = len(checkpoint.tensors), checkpoint.nbytes, (*checkpoint.warnings, *compared.notes)
     return Verification(checkpoint, tuple(problems), tensors, nbytes, manifest is not None, notes)
 
 
-def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[str, Any] | None) -> list[str]:
-    stored = checkpoint.tensors
+def _structure(model: SourceModel, manifest: Mapping[str, Any] | None) -> list[str]:
+    stored, family = model.tensors, model.family
     fused = next((name for name in stored if family and family.is_fused(name)), None)
     if fused:
         return [f"tensor {fused!r} holds all experts of a layer, as transformers has them in memory: save it with transformers 5"]
     problems = []
-    read = settle_head(checkpoint, family)
-    for tensor in _expected(read, family):
-        found = read.tensors.get(tensor.name)
-        if found is None:
+    read = settle_head(model)
+    for tensor in _expected(read):
+        actual = read.tensors.get(tensor.name)
+        if actual is None:
             problems.append(f"tensor {tensor.name!r} is missing")
-        elif found.shape != tensor.shape:
-            problems.append(f"tensor {tensor.name!r} has shape {list(found.shape)}, expected {list(tensor.shape)}")
-    if family and family.untabled and family.nested and not any(map(family.is_untabled, stored)):
+        elif actual.shape != tensor.shape:
+            problems.append(f"tensor {tensor.name!r} has shape {list(actual.shape)}, expected {list(tensor.shape)}")
+    if family and family.unmodeled and family.nested and not any(map(family.is_unmodeled, stored)):
         problems.append(f"no tensor of what a {family.model_type} has beside its language model is there")
     if manifest:
         problems += [f"tensor {name!r} of the manifest is missing" for name in manifest["tensors"] if name not in stored]
@@ -115,28 +114,27 @@ def _structure(checkpoint: Checkpoint, family: Family | None, manifest: Mapping[
     return list(dict.fromkeys(problems))
 
 
-def _expected(checkpoint: Checkpoint, family: Family | None) -> list[Expected]:
+def _expected(model: SourceModel) -> list[ExpectedTensor]:
     """The tensors that the config calls for; none where moerge does not know the family."""
-    where = str(checkpoint.folder)
-    if checkpoint.model_type not in BY_SEQUENCE:
-        return expected_of(family, checkpoint.config, where) if family else []
+    where = str(model.folder)
+    if model.model_type not in BY_SEQUENCE:
+        return expected_of(model, where)
     try:
-        whole = checkpoint.model_type == HETEROGENEOUS
-        return expected_heterogeneous(checkpoint.config) if whole else expected_routed(checkpoint.config)
+        return expected_heterogeneous(model.written) if model.model_type == HETEROGENEOUS else expected_routed(model.written)
     except ValueError as error:
         raise InputError(f"{where}: config.json: {error}") from None
 
 
-def _role_of(checkpoint: Checkpoint, family: Family | None) -> Callable[[str], str | None]:
+def _role_of(model: SourceModel) -> Callable[[str], str | None]:
     """Return a function from a tensor's name to its role, None if the model has no such tensor."""
-    if checkpoint.model_type == HETEROGENEOUS:
-        return {tensor.name: tensor.role for tensor in _expected(checkpoint, family)}.get
-    if checkpoint.model_type == MODEL_TYPE:
-        return partial(routed_role, checkpoint.config)
-    return family.role_of if family else lambda name: None
+    if model.model_type == HETEROGENEOUS:
+        return {tensor.name: tensor.role for tensor in _expected(model)}.get
+    if model.model_type == MODEL_TYPE:
+        return partial(routed_role, model.written)
+    return model.family.role_of if model.family else lambda name: None
 
 
-def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: Advance) -> Job:
+def _check(tensor: Tensor, wanted: str | None, damage: dict[str, str], advance: Advance) -> Job:
     elements = tensor.open()
 
     def look(start: int) -> tuple[bytes, bool]:
@@ -146,16 +144,16 @@ def _check(tensor: Tensor, wanted: str | None, found: dict[str, str], advance: A
 
     results = yield [partial(look, start) for start in range(0, tensor.size, CHUNK)]
     if wanted is not None and tensor_digest(digest for digest, _ in results) != wanted:
-        found[tensor.name] = (
+        damage[tensor.name] = (
             f"tensor {tensor.name!r} in {tensor.files[0].name} is damaged: its bytes are not those that were merged"
         )
     elif not all(finite for _, finite in results):
-        found[tensor.name] = f"tensor {tensor.name!r} in {tensor.files[0].name} holds NaN or infinity"
+        damage[tensor.name] = f"tensor {tensor.name!r} in {tensor.files[0].name} holds NaN or infinity"
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Displayed):
-    """The facts of a checkpoint, from its config and headers. `wholes` are a few facts of each expert that is a whole model."""
+    """The facts of a checkpoint, from its config and headers. `expert_models` are those of experts that are whole models."""
 
     checkpoint: Checkpoint
     family: str | None
@@ -166,12 +164,11 @@ class Inspection(Displayed):
     files: tuple[str, ...]
     manifest: Mapping[str, Any] | None
     adapter: Mapping[str, Any] | None = None
-    wholes: tuple[Mapping[str, Any], ...] = ()
+    expert_models: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
-        dense = expert_config(self.checkpoint.config)
-        config = canonical(dense, family_of(dense))
+        config = read_config(expert_config(self.checkpoint.config))[1]
         return {
             "checkpoint": str(self.checkpoint.folder),
             "model_type": self.checkpoint.model_type,
@@ -179,7 +176,7 @@ class Inspection(Displayed):
             "parameters": self.parameters,
             "bytes": self.checkpoint.nbytes,
             "dtypes": dict(self.dtypes),
-            "expert_models": [dict(whole) for whole in self.wholes],
+            "expert_models": [dict(model) for model in self.expert_models],
             "layers": config.get("num_hidden_layers"),
             "hidden_size": config.get("hidden_size"),
             "tied_embeddings": bool(config.get("tie_word_embeddings")),
@@ -204,8 +201,8 @@ class Role:
 
 def inspect(location: str | Path) -> Inspection:
     """Family, sizes, roles, tokenizer and origin of a checkpoint folder or Hub id, without reading a tensor."""
-    checkpoint = respelled(locate(str(location), weights=False))
-    family = stored_family(checkpoint.config, checkpoint.tensors)
+    model = SourceModel.of(locate(str(location), weights=False))
+    checkpoint, family = model.checkpoint, model.family
     tensors = checkpoint.tensors.values()
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
@@ -216,21 +213,21 @@ def inspect(location: str | Path) -> Inspection:
         family=checkpoint.model_type if checkpoint.model_type in BY_SEQUENCE else family.model_type if family else None,
         parameters=sum(tensor.size for tensor in tensors),
         dtypes=dtypes,
-        roles=_roles(checkpoint, family),
+        roles=_roles(model),
         vocabulary=len(tokens) if tokens is not None else None,
         files=tuple(companion_files(checkpoint.folder)),
         manifest=read_manifest(checkpoint.folder),
         adapter=describe_adapter(checkpoint) if is_adapter(checkpoint) else None,
-        wholes=_wholes(checkpoint) if checkpoint.model_type == HETEROGENEOUS else (),
+        expert_models=_expert_models(checkpoint) if checkpoint.model_type == HETEROGENEOUS else (),
     )
 
 
-def _wholes(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
+def _expert_models(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
     found = []
     for number, (name, config) in enumerate(
         zip(checkpoint.config.get("expert_names") or (), checkpoint.config.get("expert_configs") or (), strict=False)
     ):
-        known, begin = canonical(config, family_of(config)), expert_prefix(number)
+        known, begin = read_config(config)[1], expert_prefix(number)
         own = [tensor.size for tensor in checkpoint.tensors.values() if tensor.name.startswith(begin)]
         facts = {"name": name, "model_type": config.get("model_type"), "layers": known.get("num_hidden_layers")}
         facts |= {"hidden_size": known.get("hidden_size"), "vocab_size": known.get("vocab_size"), "parameters": sum(own)}
@@ -238,10 +235,11 @@ def _wholes(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def _roles(checkpoint: Checkpoint, family: Family | None) -> tuple[Role, ...]:
+def _roles(model: SourceModel) -> tuple[Role, ...]:
+    checkpoint, family = model.checkpoint, model.family
     names = checkpoint.config.get("expert_names") if checkpoint.model_type == HETEROGENEOUS else None
-    groups: dict[str, list[Tensor]] = {_general(tensor.role, names): [] for tensor in _expected(checkpoint, family)}
-    role_of = _role_of(checkpoint, family)
+    groups: dict[str, list[Tensor]] = {_general(tensor.role, names): [] for tensor in _expected(model)}
+    role_of = _role_of(model)
     for name, tensor in checkpoint.tensors.items():
         role = role_of(tensor.name)
         kind = "adapter" if is_adapter(checkpoint) else "buffer" if family and family.is_buffer(name) else "no role"

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from moerge.errors import printable
+from moerge.formatting import as_size
 
 Unit = Literal["bytes", "texts", "tokens", "steps"]
 Advance = Callable[[int], None]
@@ -154,7 +155,7 @@ class _Display:
             enough = self._done >= _LEAST_SHARE * self._total
             left = f"{(self._total - self._done) / rate:.0f} s left" if rate and enough else "time left unknown"
             amounts = (
-                f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s"
+                f"{as_size(self._done)} of {as_size(self._total)}, {as_size(rate)}/s"
                 if self._unit == "bytes"
                 else f"{self._done:,} of {self._total:,} {self._unit}, {rate:,.{0 if rate >= 10 else 2}f}/s"
             )

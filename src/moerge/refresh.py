@@ -14,7 +14,7 @@ from moerge.checkpoint.manifest import read_manifest, sealed, to_json
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError
-from moerge.files import read_file, whole_file
+from moerge.files import atomic_path, read_file
 from moerge.modeling import AUTO_MAP, HETEROGENEOUS_AUTO_MAP, code_files
 from moerge.tensors.digest import file_digest
 
@@ -44,7 +44,9 @@ def refresh(location: str | Path) -> Refreshed:
     """
     folder = Path(location)
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}: download a Hub model with `hf download --local-dir` to refresh it")
+        raise InputError(
+            f"there is no folder {folder}: download a Hub model with `hf download --local-dir` to refresh it", code="not-found"
+        )
     config = read_json(folder / _CONFIG)
     auto_map = _AUTO_MAPS.get(str(config.get("model_type")))
     if auto_map is None:
@@ -91,7 +93,7 @@ def _write(folder: Path, contents: Mapping[str, bytes], removed: list[str]) -> N
     try:
         with ExitStack() as renames:
             for name, content in list(contents.items())[::-1]:
-                renames.enter_context(whole_file(folder / name)).write_bytes(content)
+                renames.enter_context(atomic_path(folder / name)).write_bytes(content)
         for name in removed:
             (folder / name).unlink()
     except OSError as error:

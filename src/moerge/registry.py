@@ -41,7 +41,7 @@ class Registry(Generic[Part]):
             return self._registered[name]
         point = _entry_points(self.group).get(name)
         if point is None:
-            raise InputError(f"unknown {self.noun} {name!r}: {suggest(name, self.names())}")
+            raise InputError(f"unknown {self.noun} {name!r}: {suggest(name, self.names())}", code="unknown-name")
         part: Part = point.load()
         return part
 

@@ -102,11 +102,11 @@ def lock(file: IO[Any], *, shared: bool = False) -> bool:
             finally:
                 file.seek(place)
         else:
-            _warn_of("locks", Path(str(file.name)).parent)
+            _warn_of("has no locks", Path(str(file.name)).parent)
     except OSError as error:
         if error.errno not in _CANNOT:
             return False
-        _warn_of("locks", Path(str(file.name)).parent)
+        _warn_of("has no locks", Path(str(file.name)).parent)
     return True
 
 
@@ -115,10 +115,10 @@ def _warn_of(what: str, folder: Path) -> None:
         return
     _warned.add(what)
     danger = {
-        "locks": "another moerge that writes the same folder at the same time goes unnoticed",
-        "durable names": "a loss of power in the next seconds may undo the last renaming",
+        "has no locks": "another moerge that writes the same folder at the same time goes unnoticed",
+        "has no durable names": "a loss of power in the next seconds may undo the last renaming",
     }
-    logging.getLogger("moerge").warning("warning: the file system of %s has no %s: %s", folder, what, danger[what])
+    logging.getLogger("moerge").warning("warning: the file system of %s %s: %s", folder, what, danger[what])
 
 
 def flush(descriptor: int) -> None:
@@ -141,7 +141,7 @@ def make_durable(path: Path) -> None:
         if error.errno not in {*_CANNOT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}:
             raise
         if os.name != "nt":  # which makes names durable by itself
-            _warn_of("durable names", path)
+            _warn_of("has no durable names", path)
 
 
 def _flush_path(path: Path, mode: int) -> None:

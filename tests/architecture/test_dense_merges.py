@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from command import moerge, refuses
-from hf_models import FAMILIES, load, logits, random_model, read_config, save, torch, transformers
-from tiny import edit_config, read_tensors, read_values, write_checkpoint, write_recipe
+from tests.helpers.command import moerge, refuses
+from tests.helpers.hf_models import FAMILIES, load, logits, random_model, read_config, save, torch, transformers
+from tests.helpers.tiny import edit_config, read_tensors, read_values, write_checkpoint, write_recipe
 
 
 def write_experts(folder: Path, config: Any) -> dict[str, Any]:
@@ -127,13 +127,13 @@ def test_gemma3_under_the_names_of_other_versions(tmp_path: Path) -> None:
 def test_gemma3_whose_config_says_little(tmp_path: Path) -> None:
     """As on the Hub: the text config has only what differs from transformers' defaults, some of which are sizes."""
     from moerge.architecture import expected_tensors, family_of
-    from moerge.architecture.config import canonical
+    from moerge.architecture.config import normalized_config
 
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
     config = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
     family = family_of(config)
     assert family is not None
-    shapes = {tensor.role: tensor.shape for tensor in expected_tensors(family, canonical(config, family))}
+    shapes = {tensor.role: tensor.shape for tensor in expected_tensors(family, normalized_config(config, family))}
     assert shapes["embedding"] == (262208, 2560)
     assert (shapes["layers.33.attention.q"], shapes["layers.33.attention.k"]) == ((2048, 2560), (1024, 2560))
 

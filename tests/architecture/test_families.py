@@ -9,11 +9,23 @@ from typing import Any
 
 import pytest
 
-from hf_models import CASES, FAMILIES, SIZES, auto_class, load, logits, random_model, read_config, save, torch, transformers
 from moerge.architecture import expected_tensors, family_of, known_families, moe_formats
-from moerge.architecture.config import _HARMLESS, canonical, differences, portable
+from moerge.architecture.config import _HARMLESS, differences, normalized_config, portable_config
 from moerge.architecture.registry import MOE_FORMATS
 from moerge.checkpoint.header import read_header
+from tests.helpers.hf_models import (
+    CASES,
+    FAMILIES,
+    SIZES,
+    auto_class,
+    load,
+    logits,
+    random_model,
+    read_config,
+    save,
+    torch,
+    transformers,
+)
 
 NESTED = ("gemma3", "qwen2_vl")
 """Models of which the language model is a part."""
@@ -37,8 +49,8 @@ def test_expected_tensors_are_those_that_transformers_writes(case: str, tmp_path
     family = family_of(config)
     assert family is not None and family.model_type == case.partition("-")[0]
     assert family.architecture == config["architectures"][0]
-    expected = {tensor.name: tensor.shape for tensor in expected_tensors(family, canonical(config, family))}
-    assert expected == {name: shape for name, shape in tensors.items() if not family.is_untabled(name)}
+    expected = {tensor.name: tensor.shape for tensor in expected_tensors(family, normalized_config(config, family))}
+    assert expected == {name: shape for name, shape in tensors.items() if not family.is_unmodeled(name)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -46,12 +58,12 @@ def test_roles_and_names_are_one_table_read_both_ways(case: str) -> None:
     config = CASES[case]().to_dict()
     family = family_of(config)
     assert family is not None
-    tensors = expected_tensors(family, canonical(config, family))
+    tensors = expected_tensors(family, normalized_config(config, family))
     assert len({tensor.role for tensor in tensors}) == len({tensor.name for tensor in tensors}) == len(tensors)
     for tensor in tensors:
         assert family.role_of(tensor.name) == tensor.role
         assert family.name_of(tensor.role) == tensor.name
-        assert not family.is_buffer(tensor.name) and not family.is_untabled(tensor.name) and not family.is_fused(tensor.name)
+        assert not family.is_buffer(tensor.name) and not family.is_unmodeled(tensor.name) and not family.is_fused(tensor.name)
     assert (family.role_of("model.layers.0.extra"), family.name_of("layers.0.extra")) == (None, None)
 
 
@@ -69,7 +81,7 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     family = family_of(bare)
     assert family is not None and len(tokens) in (0, 3)
     whole = type(FAMILIES[name]())(**sizes).to_dict()
-    known = {"bare": canonical(bare, family), "whole": canonical(whole, family)}
+    known = {"bare": normalized_config(bare, family), "whole": normalized_config(whole, family)}
     others = ("_token_index", "_tokens_per_image", "image_token_id", "video_token_id")
     for key in [key for key in known["whole"] if key.endswith(others) or key.startswith("vision")]:
         known["whole"].pop(key)  # of the other half of the model
@@ -113,14 +125,14 @@ def test_configs_of_both_transformers_are_the_same_and_read_back_alike(case: str
     new = read_config(tmp_path)
     old = as_in_4x(json.loads(json.dumps(new)))
     family = family_of(new)
-    assert differences({"old": canonical(old, family), "new": canonical(new, family)}) == {}
+    assert differences({"old": normalized_config(old, family), "new": normalized_config(new, family)}) == {}
     for name, given in {"old": old, "new": new}.items():
         (tmp_path / name).mkdir()
-        text = json.dumps(portable(given, family=family, dtype="float32"))
+        text = json.dumps(portable_config(given, family=family, dtype="float32"))
         (tmp_path / name / "config.json").write_text(text)
         read = transformers.AutoConfig.from_pretrained(tmp_path / name)
         assert same(read.to_dict()) == same(config.to_dict())
-        again = portable(json.loads(text), family=family, dtype="float32")
+        again = portable_config(json.loads(text), family=family, dtype="float32")
         assert again == json.loads(text)
 
 
@@ -141,7 +153,7 @@ def test_what_4x_reads_is_there() -> None:
 
     def read(case: str) -> dict[str, Any]:
         config = CASES[case]().to_dict()
-        return portable(config, family=family_of(config), dtype="bfloat16")
+        return portable_config(config, family=family_of(config), dtype="bfloat16")
 
     yarn = read("qwen3-yarn")
     assert (yarn["rope_theta"], yarn["rope_scaling"]["rope_type"], yarn["torch_dtype"]) == (7000.0, "yarn", "bfloat16")
@@ -166,8 +178,11 @@ def test_yarn_keeps_its_factor_in_4x() -> None:
     saved = transformers.Qwen3Config(**SIZES, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}).to_dict()
     assert saved["rope_parameters"]["original_max_position_embeddings"] == 64
     family = family_of(config)
-    assert differences({"old": canonical(config, family), "new": canonical({**saved, "head_dim": 128}, family)}) == {}
-    assert portable(saved, family=family, dtype="float32")["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
+    assert (
+        differences({"old": normalized_config(config, family), "new": normalized_config({**saved, "head_dim": 128}, family)})
+        == {}
+    )
+    assert portable_config(saved, family=family, dtype="float32")["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
 
 
 SPELLINGS = [
@@ -189,7 +204,7 @@ SPELLINGS = [
 def test_other_spellings_of_a_name(model_type: str, name: str, spelled: str, role: str | None) -> None:
     family = family_of({"model_type": model_type})
     assert family is not None
-    assert (family.spelled(name), family.spelled(spelled)) == (spelled, spelled)
+    assert (family.canonical_name(name), family.canonical_name(spelled)) == (spelled, spelled)
     assert family.role_of(name) == family.role_of(spelled) == role
 
 

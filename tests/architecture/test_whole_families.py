@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from hf_models import FAMILIES, torch, transformers
-from moerge.architecture.decoder import Whole
-from moerge.architecture.decoder_interface import whole_of
-from moerge.architecture.decoder_transformers import ask_transformers
-from moerge.architecture.family import Expected
+from moerge.architecture.decoder import DecoderInterface
+from moerge.architecture.decoder_interface import decoder_interface
+from moerge.architecture.decoder_transformers import decoder_from_transformers
+from moerge.architecture.family import ExpectedTensor
 from moerge.errors import InputError
+from tests.helpers.hf_models import FAMILIES, torch, transformers
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +29,12 @@ OTHERS = {
 """Families that moerge has no table of."""
 
 
-def outside(whole: Whole) -> tuple[Any, ...]:
+def outside(whole: DecoderInterface) -> tuple[Any, ...]:
     scales = (round(whole.embedding_scale, 5), round(whole.logit_scale, 5), whole.soft_capping and round(whole.soft_capping, 3))
     return (whole.rows, whole.width, whole.embedding, whole.head, whole.head_bias, *scales)
 
 
-def shapes(tensors: tuple[Expected, ...]) -> dict[str, tuple[int, ...]]:
+def shapes(tensors: tuple[ExpectedTensor, ...]) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in tensors}
 
 
@@ -42,7 +42,7 @@ def shapes(tensors: tuple[Expected, ...]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("qwen2_vl", "gemma3")])
 def test_a_table_says_what_transformers_says(family: str, tied: bool) -> None:
     config = FAMILIES[family](tie_word_embeddings=tied).to_dict()
-    known, asked = whole_of(config, family), ask_transformers(config, family)
+    known, asked = decoder_interface(config, family), decoder_from_transformers(config, family)
     assert outside(known) == outside(asked)
     assert shapes(known.tensors) == shapes(asked.tensors)
     assert (known.head is None) == tied
@@ -63,7 +63,7 @@ def test_a_table_says_what_transformers_says(family: str, tied: bool) -> None:
 )
 def test_other_families_are_asked_about(family: str, expected: tuple[Any, ...]) -> None:
     config = OTHERS[family]()
-    whole = whole_of(config.to_dict(), family)
+    whole = decoder_interface(config.to_dict(), family)
     assert outside(whole) == expected and whole.head_measured
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -72,9 +72,9 @@ def test_other_families_are_asked_about(family: str, expected: tuple[Any, ...]) 
 
 
 def test_names_may_lack_the_prefix_of_the_model_inside() -> None:
-    whole = whole_of(OTHERS["bloom"]().to_dict(), "bloom")
-    assert whole.spellings("transformer.ln_f.weight") == ("transformer.ln_f.weight", "ln_f.weight")
-    assert whole.spellings("lm_head.weight") == ("lm_head.weight",)
+    whole = decoder_interface(OTHERS["bloom"]().to_dict(), "bloom")
+    assert whole.aliases("transformer.ln_f.weight") == ("transformer.ln_f.weight", "ln_f.weight")
+    assert whole.aliases("lm_head.weight") == ("lm_head.weight",)
 
 
 REFUSED = {
@@ -114,7 +114,7 @@ REFUSED = {
 def test_what_is_no_decoder_only_model_is_refused_in_one_sentence(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(InputError) as caught:
-        whole_of(make(), "expert")
+        decoder_interface(make(), "expert")
     text = str(caught.value)
     assert text.startswith("expert: ") and message in text and "\n" not in text
 
@@ -123,5 +123,5 @@ def test_without_transformers_the_error_says_how_to_get_it(monkeypatch: pytest.M
     config = OTHERS["bloom"]().to_dict()
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(InputError, match=r"moerge does not know models of type 'bloom', .* pip install 'moerge\[models\]'"):
-        whole_of(config, "expert")
-    assert whole_of({"model_type": "llama", **FAMILIES["llama"]().to_dict()}, "expert").width == 32
+        decoder_interface(config, "expert")
+    assert decoder_interface({"model_type": "llama", **FAMILIES["llama"]().to_dict()}, "expert").width == 32

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from hub_server import Hub
+from tests.checkpoint.hub_server import Hub
 
 Answer = tuple[int, dict[str, str], bytes]
 

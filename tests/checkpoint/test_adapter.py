@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import PREFIX, InMemory, low_rank, merged, with_magnitude, write_adapter
 from moerge.checkpoint.adapter import AdaptedCheckpoint, apply_adapter
 from moerge.checkpoint.adapter_config import AdapterConfig
 from moerge.checkpoint.locate import locate
 from moerge.tensors.dtypes import F32
 from moerge.tensors.tensor import Tensor
 from moerge.tensors.views.low_rank import LowRankTensor, RecentFactors, add_product, read_float32
-from tiny import (
+from tests.helpers.adapters import PREFIX, InMemory, low_rank, merged, with_magnitude, write_adapter
+from tests.helpers.tiny import (
     llama_config,
     llama_tensors,
     make_models,

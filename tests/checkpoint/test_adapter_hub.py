@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Hub, serving
 
-from adapters import low_rank, write_adapter
-from command import Result, start
-from tiny import make_models, write_recipe
+from tests.checkpoint.hub_server import COMMIT, Hub, serving
+from tests.helpers.adapters import low_rank, write_adapter
+from tests.helpers.command import Result, start
+from tests.helpers.tiny import make_models, write_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import moerge
-from hf_models import FAMILIES, load, logits, random_model, save, torch, transformers
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
 from moerge.errors import InputError
 from moerge.tensors.views.low_rank import read_float32
-from multimodal import MULTIMODAL
-from tiny import VOCABULARY, read_values, write_tokenizer
+from tests.helpers.hf_models import FAMILIES, load, logits, random_model, save, torch, transformers
+from tests.helpers.multimodal import MULTIMODAL
+from tests.helpers.tiny import VOCABULARY, read_values, write_tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'moerge[dev]')")
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import low_rank, write_adapter
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
 from moerge.errors import InputError
-from tiny import make_models, read_values, write_json, write_safetensors
+from tests.helpers.adapters import low_rank, write_adapter
+from tests.helpers.tiny import make_models, read_values, write_json, write_safetensors
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command import moerge, refuses
 from moerge import MachineError
 from moerge.checkpoint.header import build_header, read_header
 from moerge.errors import SourceChangedError
 from moerge.tensors.dtypes import DTYPES
-from tiny import make_models, write_recipe
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import make_models, write_recipe
 
 
 def entry(dtype: Any, shape: Any, begin: Any, end: Any) -> dict[str, Any]:

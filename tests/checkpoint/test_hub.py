@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Hub, serving
 
-from command import Result, start
 from moerge.checkpoint.header import read_header
 from moerge.merging.pipeline import merge
-from tiny import edit_config, make_models, write_recipe
+from tests.checkpoint.hub_server import COMMIT, Hub, serving
+from tests.helpers.command import Result, start
+from tests.helpers.tiny import edit_config, make_models, write_recipe
 
 pytestmark = pytest.mark.slow
 

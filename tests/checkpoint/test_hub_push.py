@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hub_server import serving
-from hub_uploads import UploadHub
 
-from command import Result, moerge, start
 from moerge import InputError, merge
 from moerge.extraction import extract
 from moerge.hub import prepare
-from tiny import make_models, write_recipe
+from tests.checkpoint.hub_server import serving
+from tests.checkpoint.hub_uploads import UploadHub
+from tests.helpers.command import Result, moerge, start
+from tests.helpers.tiny import make_models, write_recipe
 
 pytestmark = pytest.mark.slow
 

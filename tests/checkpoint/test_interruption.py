@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import moerge
 from moerge import system
 from moerge.checkpoint.staging import JOURNAL, Staging, staging_folder
 from moerge.merging.pipeline import merge
-from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +182,13 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     assert not staging_folder(tmp_path / "out").exists()
 
 
+def _replace(path: Path) -> None:
+    """Another file of the same name, size and time, as `rsync --times` or `cp -p` leave it."""
+    beside = path.with_name("new")
+    shutil.copy2(path, beside)
+    os.replace(beside, path)
+
+
 @pytest.mark.parametrize("change", ["recipe", "seed", "input", "shard size", "file", "shard", "header"])
 def test_a_complete_result_of_something_else_is_not_taken_for_this_ones(tmp_path: Path, change: str) -> None:
     make_models(tmp_path)
@@ -314,7 +321,7 @@ def test_a_missing_or_short_shard_is_computed_again(interrupted: tuple[Path, Pat
     _resume(interrupted)
 
 
-@pytest.mark.parametrize("change", ["recipe", "seed", "input", "shard size", "dtype", "allow nonfinite"])
+@pytest.mark.parametrize("change", ["recipe", "seed", "input", "input as old", "shard size", "dtype", "allow nonfinite"])
 def test_another_run_does_not_resume(interrupted: tuple[Path, Path, dict[str, bytes]], tmp_path: Path, change: str) -> None:
     recipe, out, _ = interrupted
     options = {
@@ -328,6 +335,8 @@ def test_another_run_does_not_resume(interrupted: tuple[Path, Path, dict[str, by
         recipe = write_recipe(tmp_path, "other.yaml", dtype="float16", **DENSE)
     elif change == "input":
         write_checkpoint(tmp_path / "code", llama_tensors(llama_config(), expert=9))
+    elif change == "input as old":
+        _replace(next((tmp_path / "code").glob("*.safetensors")))
     before = snapshot(staging_folder(out))
     result = moerge("merge", recipe, out, *options, "--resume")
     assert result.code == 2

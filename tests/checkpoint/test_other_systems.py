@@ -18,7 +18,7 @@ from moerge import system
 from moerge.checkpoint.staging import staging_folder
 from moerge.merging.pipeline import merge
 from moerge.system import RandomAccess
-from tiny import make_models, write_recipe
+from tests.helpers.tiny import make_models, write_recipe
 
 SECTIONS = {"merge": {"method": "ties", "scope": "model"}}
 SHARD = 6000
@@ -80,7 +80,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def elsewhere(script: str) -> None:
     """Run a script in a process that looks like one on Windows."""
-    helper = Path(__file__).parents[1] / "other_systems.py"
+    helper = Path(__file__).parents[1] / "helpers" / "other_systems.py"
     done = subprocess.run([sys.executable, str(helper), script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import low_rank, write_adapter
-from command import moerge, refuses
 from moerge.checkpoint.header import build_header
 from moerge.tensors.dtypes import DTYPES
-from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.adapters import low_rank, write_adapter
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 UP = "model.layers.0.mlp.up_proj"
 CODES, SCALE = np.zeros((24, 16), np.int8), np.ones((24, 1), np.float32)

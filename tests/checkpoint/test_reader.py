@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import moerge, refuses
-from tiny import (
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import (
     llama_config,
     llama_tensors,
     make_models,

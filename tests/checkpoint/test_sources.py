@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import moerge as library
-from command import moerge
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import Staging, staging_folder
 from moerge.comparison.flow import compare
@@ -18,8 +17,9 @@ from moerge.errors import SourceChangedError
 from moerge.extraction import extract
 from moerge.files import FileState, SourceFile
 from moerge.merging.pipeline import merge
-from recorded import Recorded
-from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.recorded import Recorded
+from tests.helpers.tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 pytestmark = pytest.mark.slow
 

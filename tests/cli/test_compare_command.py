@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import moerge
 from moerge import figures
-from tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 TABLES = ["compare.json", "verdict.csv", "pairs.csv", "experts.csv"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import Result, moerge
-from tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
+from tests.helpers.command import Result, moerge
+from tests.helpers.tiny import edit_config, llama_config, llama_tensors, make_models, write_checkpoint, write_recipe
 
 NAMES = {"[/x]": "[/x]", "[red]m": "[red]m", "\x1b]0;owned\x07": r"\x1b]0;owned\x07", "a\x1b[2J\x9b": r"a\x1b[2J\x9b"}
 

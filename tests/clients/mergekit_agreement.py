@@ -23,11 +23,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import adapters
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import moerge
-import tiny
 from moerge.tensors.dtypes import BF16
+from tests.helpers import adapters, tiny
 
 VERSION = "0.1.5"
 EXPERTS = ("math", "code", "knowledge")
@@ -218,9 +217,9 @@ VOCABULARIES_LINEAR = VOCABULARIES.replace("task_arithmetic", "linear\nparameter
 
 CASES = [
     case("linear", LINEAR % "true"),
-    case("linear, not normalised", LINEAR % "false"),
+    case("linear, not normalized", LINEAR % "false"),
     case("task_arithmetic", generalized("task_arithmetic", "  lambda: 0.4\n")),
-    case("task_arithmetic, normalised", generalized("task_arithmetic", "  normalize: true\n")),
+    case("task_arithmetic, normalized", generalized("task_arithmetic", "  normalize: true\n")),
     case("filters and gradients", GRADIENTS),
     case("slerp of slices", SLERP),
     case("slerp of models", SLERP_MODELS),
@@ -264,6 +263,7 @@ CASES = [
     case("other vocabularies, union", VOCABULARIES % "union"),
     case("other vocabularies, linear", VOCABULARIES_LINEAR, "a model without a token does not take part in its row"),
     case("mergekit-moe", MOE, dtype=""),
+    case("mergekit-moe, residual_scale", MOE.replace("w8 w9], ", "w8 w9], residual_scale: 0.3, "), dtype=""),
     case("mergekit-moe, hidden", MOE.replace("cheap_embed", "hidden"), "gates: see docs/mergekit.md", dtype=""),
     case("mergekit-moe, uniform_random", MOE.replace("cheap_embed", "uniform_random"), "gates: another random draw", dtype=""),
     case("dare_linear, density 1", generalized("dare_linear", models=dense(MODELS))),

@@ -17,7 +17,7 @@ from pathlib import Path
 import environments
 
 TOLERANCE = 1e-5
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 READER = """
 import sys, torch, transformers
 from pathlib import Path
@@ -62,12 +62,11 @@ def main() -> None:
 
 def write_references(folder: Path) -> None:
     """Merges and their logits as this environment computes them."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "moe")]
-    import test_native_formats
-
+    sys.path.insert(0, str(ROOT))
     import moerge
-    from hf_models import CASES, TOKENS, load, logits, torch
     from moerge.clients import check_folder
+    from tests.helpers.hf_models import CASES, TOKENS, load, logits, torch
+    from tests.routers import test_native_formats
 
     dense = {name: make for name, make in CASES.items() if not name.startswith("gemma3") or name.startswith("gemma3_text")}
     native = {f"native-{name}": lambda name=name: test_native_formats.make(name) for name in test_native_formats.CASES}

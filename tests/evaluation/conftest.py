@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moerge
-from tiny import VOCABULARY, make_models, write_json, write_recipe, write_tokenizer
+from tests.helpers.tiny import VOCABULARY, make_models, write_json, write_recipe, write_tokenizer
 
 
 @pytest.fixture(scope="session")

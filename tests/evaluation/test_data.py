@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from problems import write_problems
 
 from moerge.errors import InputError
 from moerge.evaluation.benchmarks import BENCHMARKS, parse_tasks
 from moerge.evaluation.data import load_questions
+from tests.evaluation.problems import write_problems
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from problems import write_problems
 
-from command import moerge as command
 from moerge.evaluation import run as running
+from tests.evaluation.problems import write_problems
+from tests.helpers.command import moerge as command
 
 pytest.importorskip("torch", reason="needs moerge[models]")
 
@@ -138,7 +138,7 @@ def test_documents_that_are_too_short_are_left_out_and_counted(folder: Path) -> 
 
 def test_calibration_text_is_refused(folder: Path, checkpoints: Path) -> None:
     import moerge
-    from tiny import write_recipe
+    from tests.helpers.tiny import write_recipe
 
     (checkpoints / "seen.txt").write_text(DOCUMENTS["math"][0])
     moe, seen = {"router": {"kind": "hidden"}}, str(checkpoints / "seen.txt")
@@ -261,6 +261,6 @@ def test_benchmarks_without_the_harness(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
-    assert refused("math", "--tasks", "nq").startswith("benchmarks need lm_eval")
+    assert refused("math", "--tasks", "nq").startswith("a benchmark needs lm_eval")
     assert refused("math", "--tasks", "nq").endswith(": pip install 'moerge[models,eval]'")
     assert command("eval", "math", *TEXTS, "--limit", 1).code == 0  # text needs no harness

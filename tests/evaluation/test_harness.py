@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from problems import SOLUTIONS, write_problems
 
 from moerge.evaluation.benchmarks import BENCHMARKS
 from moerge.evaluation.data import Questions, load_questions
 from moerge.evaluation.harness import _Loader, prompt_settings, run_task
+from tests.evaluation.problems import SOLUTIONS, write_problems
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs moerge[eval]")
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scripted(answer: Callable[[Mapping[str, Any]], str]) -> Any:
-    from scripted import Scripted
+    from tests.evaluation.scripted import Scripted
 
     return Scripted(answer)
 

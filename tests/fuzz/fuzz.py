@@ -27,14 +27,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import yaml  # noqa: E402
-from mutations import mutated, mutated_bytes, mutated_text  # noqa: E402
-from world import make_world  # noqa: E402
+import yaml
 
-import moerge  # noqa: E402
-from moerge.errors import InputError, MachineError, MoergeError  # noqa: E402
+import moerge
+from moerge.errors import InputError, MachineError, MoergeError
+from tests.fuzz.mutations import mutated, mutated_bytes, mutated_text
+from tests.fuzz.world import make_world
 
 SECONDS = 20
 Mutation = Callable[[Path, Random], str]
@@ -151,7 +151,7 @@ def verifying(*names: str) -> Run:
 
 
 def comparing(folder: Path, rng: Random) -> None:
-    from moerge.comparison.compare import compare
+    from moerge.comparison.flow import compare
 
     compare(folder / "recipe.yaml", threads=1).to_json()
 

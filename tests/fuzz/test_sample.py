@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from world import make_world
 
-from fuzz import KINDS, case, is_fault
+from tests.fuzz.fuzz import KINDS, case, is_fault
+from tests.fuzz.world import make_world
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 import moerge
-from adapters import low_rank, write_adapter
-from command import moerge as command
-from tiny import make_models, write_json, write_recipe
+from moerge.progress import Advance, Progress, Unit
+from tests.helpers.adapters import low_rank, write_adapter
+from tests.helpers.command import moerge as command
+from tests.helpers.tiny import make_models, write_json, write_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
 TEXT = "w3 w4 w5 w6 w7 w8 w9\n\nw10 w11 w12 w13 w14 w15\n"
@@ -71,21 +72,25 @@ def done(*arguments: Any) -> None:
     assert result.code == 0, result
 
 
+class Stopped(Progress):
+    """Breaks off a merge after some of its steps."""
+
+    steps = 0
+
+    def phase(self, name: str, total: int, unit: Unit = "bytes") -> Advance:
+        return self.advance
+
+    def advance(self, amount: int) -> None:
+        self.steps += 1
+        if self.steps > 12:
+            raise KeyboardInterrupt
+
+
 def interrupt(folder: Path) -> None:
     """A merge into `folder/stopped` that was broken off."""
 
-    def stop(plan: Any) -> Any:
-        seen = [0]
-
-        def advance(nbytes: int) -> None:
-            seen[0] += 1
-            if seen[0] > 12:
-                raise KeyboardInterrupt
-
-        return advance
-
     with contextlib.suppress(KeyboardInterrupt):
-        moerge.merge(folder / "recipe.yaml", folder / "stopped", threads=1, progress=stop)
+        moerge.merge(folder / "recipe.yaml", folder / "stopped", threads=1, progress=Stopped())
     assert json.loads((folder / ".stopped.moerge-partial" / "journal.jsonl").read_text().splitlines()[0])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moerge
-from tiny import make_models, write_recipe
+from tests.helpers.tiny import make_models, write_recipe
 
 
 @pytest.fixture(scope="module")

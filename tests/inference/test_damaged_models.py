@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import moerge as package
-from command import moerge
 from moerge.errors import InputError
 from moerge.runtime import loading
-from tiny import edit_config, make_models, write_json
+from tests.helpers.command import moerge
+from tests.helpers.tiny import edit_config, make_models, write_json
 
 pytestmark = pytest.mark.slow
 

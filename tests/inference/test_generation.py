@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from command import moerge as command
-from tiny import EXPERTS, edit_config, make_models
+from tests.helpers.command import moerge as command
+from tests.helpers.tiny import EXPERTS, edit_config, make_models
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from command import moerge as command
 from moerge import figures
 from moerge.inference.figure import write_routes
 from moerge.inference.result import TextRoute, routes_of
-from tiny import EXPERTS, write_recipe
+from tests.helpers.command import moerge as command
+from tests.helpers.tiny import EXPERTS, write_recipe
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

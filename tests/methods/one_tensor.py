@@ -11,10 +11,10 @@ import moerge
 
 
 def merge_tensor(
-    method: str, base_N: np.ndarray | None, theta_KN: np.ndarray, *, tensor: str = "w", threads: int = 1, **parameters: Any
+    method: str, base_N: np.ndarray | None, theta_EN: np.ndarray, *, tensor: str = "w", threads: int = 1, **parameters: Any
 ) -> np.ndarray:
     base = None if base_N is None else {tensor: base_N}
-    experts = [{tensor: theta_N} for theta_N in theta_KN]
+    experts = [{tensor: theta_N} for theta_N in theta_EN]
     return moerge.merge_state_dicts(base, experts, method=method, threads=threads, **parameters)[tensor]
 
 

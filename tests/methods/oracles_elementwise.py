@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from oracle import Compared, Model, NotOurs, Oracle, density_for
 
 import moerge
+from tests.methods.oracle import Compared, Model, NotOurs, Oracle, density_for
 
 
 def one_more(density: float, size: int) -> int:
@@ -85,9 +85,9 @@ def mergeme(oracle: Oracle, case_id: str) -> None:
 
 def trimmed_edge(oracle: Oracle, case_id: str) -> None:
     """Entries that equal the threshold are all kept, so more are kept than the density asks for."""
-    tau_KN = oracle.arrays["in/edge/task_vectors"]
-    density = density_for(one_more(oracle.cases[case_id]["params"]["density"], tau_KN.shape[1]), tau_KN.shape[1])
-    for tau_N, expected_N in zip(tau_KN, oracle.arrays[f"{case_id}/trimmed"], strict=True):
+    tau_EN = oracle.arrays["in/edge/task_vectors"]
+    density = density_for(one_more(oracle.cases[case_id]["params"]["density"], tau_EN.shape[1]), tau_EN.shape[1])
+    for tau_N, expected_N in zip(tau_EN, oracle.arrays[f"{case_id}/trimmed"], strict=True):
         np.testing.assert_array_equal(ties_of_taus(tau_N[None], density), expected_N)
 
 
@@ -95,8 +95,8 @@ def zero_sums_elect_plus(oracle: Oracle, case_id: str) -> None:
     np.testing.assert_array_equal(ties_of_taus(oracle.arrays["in/edge/task_vectors"], 1), oracle.arrays[f"{case_id}/merged_sum"])
 
 
-def ties_of_taus(tau_KN: np.ndarray, density: float) -> np.ndarray:
-    base, experts = {"w": np.zeros_like(tau_KN[0])}, [{"w": tau_N} for tau_N in tau_KN]
+def ties_of_taus(tau_EN: np.ndarray, density: float) -> np.ndarray:
+    base, experts = {"w": np.zeros_like(tau_EN[0])}, [{"w": tau_N} for tau_N in tau_EN]
     return moerge.merge_state_dicts(base, experts, method="ties", density=density, scale=1, threads=1)["w"]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from oracle import Compared, Model, NotOurs, Oracle, density_for
 
 import moerge
+from tests.methods.oracle import Compared, Model, NotOurs, Oracle, density_for
 
 
 def alone(method: str, tau: np.ndarray, **settings: Any) -> np.ndarray:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from oracle import Compared, Model, NotOurs, Oracle
 
-import reference
+from tests.helpers import reference
+from tests.methods.oracle import Compared, Model, NotOurs, Oracle
 
 
-def mean_cosine(tau_KN: np.ndarray) -> float:
-    norms_K = np.linalg.norm(tau_KN, axis=1)
-    pairs = np.triu_indices(len(tau_KN), 1)
-    return float((tau_KN @ tau_KN.T / np.outer(norms_K, norms_K))[pairs].mean())
+def mean_cosine(tau_EN: np.ndarray) -> float:
+    norms_E = np.linalg.norm(tau_EN, axis=1)
+    pairs = np.triu_indices(len(tau_EN), 1)
+    return float((tau_EN @ tau_EN.T / np.outer(norms_E, norms_E))[pairs].mean())
 
 
 def stock(oracle: Oracle, case_id: str) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import Model, Oracle, part_of
 from safetensors.numpy import load_file
 
 import moerge
+from tests.methods.oracle import Model, Oracle, part_of
 
 
 @dataclass
@@ -65,7 +65,7 @@ def without_fishers(oracle: StatisticsOracle, case_id: str) -> None:
 
 
 def regmean_of(oracle: StatisticsOracle, grams: str, **settings: Any) -> Model:
-    """Layers are called after their module there, and the first layer's inputs are normalised first."""
+    """Layers are called after their module there, and the first layer's inputs are normalized first."""
     statistics = [{f"{layer}.weight": gram for layer, gram in model.items()} for model in oracle.models(grams)]
     return moerge.merge_state_dicts(None, oracle.models("net"), method="regmean", statistics=statistics, **settings)
 

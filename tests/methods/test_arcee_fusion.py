@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
-import reference
-import strategies
 from moerge import InputError
 from moerge.methods import magnitude
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 
 def fuse(base: np.ndarray, theta: np.ndarray, threads: int = 1) -> np.ndarray:

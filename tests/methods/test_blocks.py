@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from one_tensor import assert_same_bits
 
 import moerge
-import reference
 from moerge.tensors.digest import CHUNK
 from moerge.tensors.random import stream_key
 from moerge.tensors.streams import BLOCK
+from tests.helpers import reference
+from tests.methods.one_tensor import assert_same_bits
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {},
@@ -48,19 +48,19 @@ def expected(name: str, stack: np.ndarray) -> np.ndarray:
     """The reference in float32, experts in order; slerp's in float64."""
     settings = dict(METHODS[name])
     weights = settings.pop("weights", [1, 1])
-    base_N, theta_KN, method = stack[0], stack[1:], name.split()[0]
+    base_N, theta_EN, method = stack[0], stack[1:], name.split()[0]
     if method == "average":
-        return reference.average(theta_KN)
+        return reference.average(theta_EN)
     if method == "linear":
-        return reference.linear(theta_KN, weights)
+        return reference.linear(theta_EN, weights)
     if method == "task_arithmetic":
-        return reference.task_arithmetic(base_N, theta_KN, weights, scale=1 / 3)
+        return reference.task_arithmetic(base_N, theta_EN, weights, scale=1 / 3)
     if method == "ties":
-        experts = [{"w": theta_N} for theta_N in theta_KN]
+        experts = [{"w": theta_N} for theta_N in theta_EN]
         return reference.ties({"w": base_N}, experts, weights, scale=1 / 3, **settings)["w"]
     if method == "dare":
-        return reference.dare(base_N, theta_KN, masks(base_N.size, settings["density"]), weights, scale=1 / 3, **settings)
-    return reference.slerp(*theta_KN.astype(np.float64), settings["t"])
+        return reference.dare(base_N, theta_EN, masks(base_N.size, settings["density"]), weights, scale=1 / 3, **settings)
+    return reference.slerp(*theta_EN.astype(np.float64), settings["t"])
 
 
 @cache
@@ -96,9 +96,9 @@ def test_dare_beyond_a_chunk_equals_the_reference_around_the_boundary() -> None:
     merged_N = merge("dare", stack)
     keys = [int(stream_key(0, f"expert{k}", "w")) for k in range(2)]
     skipped = [(key + (CHUNK - edge) // 2 * 0x9E3779B97F4A7C15) % 2**64 for key in keys]
-    kept_KN = np.stack([reference.dare_mask(key, 2 * edge, 0.25) for key in skipped])
+    kept_EN = np.stack([reference.dare_mask(key, 2 * edge, 0.25) for key in skipped])
     part = stack[:, CHUNK - edge : CHUNK + edge]
-    expected_N = reference.dare(part[0], part[1:], kept_KN, [1, 1], density=0.25, scale=1 / 3)
+    expected_N = reference.dare(part[0], part[1:], kept_EN, [1, 1], density=0.25, scale=1 / 3)
     assert_same_bits(merged_N[CHUNK - edge : CHUNK + edge], expected_N)
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge.tensors.random import drop, stream_key
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 OPTIONS = st.fixed_dictionaries(
     {"rescale": st.booleans(), "elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])}
@@ -50,8 +49,8 @@ def test_it_is_within_float32_rounding_of_the_truth(
     exact, weights, settings = stack.astype(np.float64), [1, 0.5, 2], {"density": density, "scale": 1 / 3, **options}
     if options["rescale"]:
         settings["density"] = max(density, 0.01)
-    kept_KN = masks(seed, 3, stack.shape[1], settings["density"])
-    expected_N = reference.dare(exact[0], exact[1:], kept_KN, weights, **settings)
+    kept_EN = masks(seed, 3, stack.shape[1], settings["density"])
+    expected_N = reference.dare(exact[0], exact[1:], kept_EN, weights, **settings)
     actual_N = merge_tensor("dare", stack[0], stack[1:], weights=weights, seed=seed, **settings)
     np.testing.assert_allclose(actual_N, expected_N, rtol=1e-6, atol=1e-5 / settings["density"])
 
@@ -87,9 +86,9 @@ def test_the_kept_fraction_is_the_density_and_survivors_are_divided_by_it(densit
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.8])
 def test_the_mean_over_seeds_is_the_task_vector(density: float) -> None:
     tau_N, draws = np.random.default_rng(0).standard_normal(64).astype(np.float32), 4000
-    tau_KN = np.tile(tau_N, (draws, 1))
-    drop(tau_KN, np.array([stream_key(seed, "math", "w") for seed in range(draws)]), 0, density, np.float32(1 / density))
-    deviation_N = (tau_KN.mean(axis=0, dtype=np.float64) - tau_N) / (np.abs(tau_N) * math.sqrt((1 / density - 1) / draws))
+    tau_EN = np.tile(tau_N, (draws, 1))
+    drop(tau_EN, np.array([stream_key(seed, "math", "w") for seed in range(draws)]), 0, density, np.float32(1 / density))
+    deviation_N = (tau_EN.mean(axis=0, dtype=np.float64) - tau_N) / (np.abs(tau_N) * math.sqrt((1 / density - 1) / draws))
     assert np.all(np.abs(deviation_N) < 5)
     assert np.mean(deviation_N**2) == pytest.approx(1, abs=5 * math.sqrt(2 / 64))
 
@@ -149,6 +148,6 @@ def test_the_order_of_named_experts_does_not_matter(stack: np.ndarray, random: R
 
 
 def test_the_defaults_are_mergemes() -> None:
-    base_N, theta_KN = np.zeros(50, np.float32), np.full((2, 50), 3, np.float32)
-    expected_N = reference.dare(base_N, theta_KN, masks(0, 2, 50, 0.8), [1, 1], density=0.8, scale=1 / 3)
-    np.testing.assert_allclose(merge_tensor("dare", base_N, theta_KN), expected_N, rtol=1e-6)
+    base_N, theta_EN = np.zeros(50, np.float32), np.full((2, 50), 3, np.float32)
+    expected_N = reference.dare(base_N, theta_EN, masks(0, 2, 50, 0.8), [1, 1], density=0.8, scale=1 / 3)
+    np.testing.assert_allclose(merge_tensor("dare", base_N, theta_EN), expected_N, rtol=1e-6)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits
 
 import moerge
-import strategies
 from moerge import InputError
+from tests.helpers import strategies
+from tests.methods.one_tensor import assert_same_bits
 
 
-def fisher(theta_KN: Any, fisher_KN: Any, **options: Any) -> np.ndarray:
-    experts = [{"w": np.array(theta_N, np.float32)} for theta_N in theta_KN]
-    statistics = [{"w": np.array(fisher_N, np.float32)} for fisher_N in fisher_KN]
+def fisher(theta_EN: Any, fisher_EN: Any, **options: Any) -> np.ndarray:
+    experts = [{"w": np.array(theta_N, np.float32)} for theta_N in theta_EN]
+    statistics = [{"w": np.array(fisher_N, np.float32)} for fisher_N in fisher_EN]
     return moerge.merge_state_dicts(None, experts, method="fisher", statistics=statistics, threads=1, **options)["w"]
 
 
@@ -29,11 +29,11 @@ def drawn(seed: int, experts: int = 3, size: int = 10_000) -> tuple[np.ndarray, 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.sampled_from([1, 2, 4095, 4096, 4097, 200_000]))
 def test_it_is_the_formula(seed: int, experts: int, size: int) -> None:
-    theta_KN, fisher_KN = drawn(seed, experts, size)
+    theta_EN, fisher_EN = drawn(seed, experts, size)
     weights = np.random.default_rng(seed).uniform(0.1, 2, experts).astype(np.float32)
-    masses_KN = weights[:, None].astype(np.float64) * fisher_KN
-    expected_N = (masses_KN * theta_KN).sum(axis=0) / masses_KN.sum(axis=0)
-    merged_N = fisher(theta_KN, fisher_KN, weights=weights, floor=0)
+    masses_EN = weights[:, None].astype(np.float64) * fisher_EN
+    expected_N = (masses_EN * theta_EN).sum(axis=0) / masses_EN.sum(axis=0)
+    merged_N = fisher(theta_EN, fisher_EN, weights=weights, floor=0)
     np.testing.assert_allclose(merged_N, expected_N, rtol=1e-6, atol=1e-6)
 
 
@@ -51,8 +51,8 @@ def test_a_single_expert_stays_what_it_is(stack: np.ndarray) -> None:
 
 
 def test_a_factor_on_all_information_changes_nothing() -> None:
-    theta_KN, fisher_KN = drawn(1)
-    np.testing.assert_allclose(fisher(theta_KN, fisher_KN), fisher(theta_KN, 64 * fisher_KN), rtol=1e-6)
+    theta_EN, fisher_EN = drawn(1)
+    np.testing.assert_allclose(fisher(theta_EN, fisher_EN), fisher(theta_EN, 64 * fisher_EN), rtol=1e-6)
 
 
 def test_what_one_expert_alone_needs_is_its_own() -> None:
@@ -60,10 +60,10 @@ def test_what_one_expert_alone_needs_is_its_own() -> None:
 
 
 def test_what_nobody_needs_is_averaged_by_weight() -> None:
-    theta_KN, fisher_KN = [[1.0, 1.0], [5.0, 5.0]], [[0.0, 1.0], [0.0, 1.0]]
-    assert fisher(theta_KN, fisher_KN, floor=0).tolist() == [3.0, 3.0]
-    assert fisher(theta_KN, fisher_KN, floor=0, weights=[3, 1]).tolist() == [2.0, 2.0]
-    assert fisher(theta_KN, fisher_KN).tolist() == [3.0, 3.0]  # both at the floor
+    theta_EN, fisher_EN = [[1.0, 1.0], [5.0, 5.0]], [[0.0, 1.0], [0.0, 1.0]]
+    assert fisher(theta_EN, fisher_EN, floor=0).tolist() == [3.0, 3.0]
+    assert fisher(theta_EN, fisher_EN, floor=0, weights=[3, 1]).tolist() == [2.0, 2.0]
+    assert fisher(theta_EN, fisher_EN).tolist() == [3.0, 3.0]  # both at the floor
 
 
 def test_the_floor_is_a_share_of_each_experts_mean() -> None:
@@ -104,12 +104,12 @@ def test_an_expert_without_information_of_a_tensor_counts_little_whatever_the_no
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_and_blocks_do_not_matter(threads: int) -> None:
-    theta_KN, fisher_KN = drawn(3, size=1 << 18)
-    experts = [{"w": theta_N} for theta_N in theta_KN]
-    statistics = [{"w": fisher_N} for fisher_N in fisher_KN]
+    theta_EN, fisher_EN = drawn(3, size=1 << 18)
+    experts = [{"w": theta_N} for theta_N in theta_EN]
+    statistics = [{"w": fisher_N} for fisher_N in fisher_EN]
     merged = moerge.merge_state_dicts(None, experts, method="fisher", statistics=statistics, threads=threads)["w"]
-    assert_same_bits(merged[:100], fisher(theta_KN, fisher_KN)[:100])
-    assert_same_bits(merged, fisher(theta_KN, fisher_KN))
+    assert_same_bits(merged[:100], fisher(theta_EN, fisher_EN)[:100])
+    assert_same_bits(merged, fisher(theta_EN, fisher_EN))
 
 
 def test_refusals() -> None:
@@ -132,4 +132,4 @@ def test_refusals() -> None:
         statistics=[state, state],
         weights=[2, -1],
     )
-    fails("the weights sum to zero, so they cannot be normalised", statistics=[state, state], weights=[0, 0])
+    fails("the weights sum to zero, so they cannot be normalized", statistics=[state, state], weights=[0, 0])

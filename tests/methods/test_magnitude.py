@@ -10,16 +10,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import reference
-import strategies
 from moerge.methods.magnitude import kept_count, magnitude_thresholds
 from moerge.methods.method import Statistic
+from tests.helpers import reference, strategies
 
 
-def thresholds(tau_KN: np.ndarray, density: float, cuts: list[int]) -> np.ndarray:
+def thresholds(tau_EN: np.ndarray, density: float, cuts: list[int]) -> np.ndarray:
     """The measurement driven as the executor does, over blocks that end at `cuts`."""
-    bounds = [0, *sorted(cuts), tau_KN.shape[1]]
-    experts, size = tau_KN.shape
+    bounds = [0, *sorted(cuts), tau_EN.shape[1]]
+    experts, size = tau_EN.shape
     steps = magnitude_thresholds([kept_count(density, size)] * experts, size)
     total = None
     while True:
@@ -30,7 +29,7 @@ def thresholds(tau_KN: np.ndarray, density: float, cuts: list[int]) -> np.ndarra
         total = statistic.zeros()
         for start, stop in pairwise(bounds):
             share = statistic.zeros()
-            statistic.add(np.ascontiguousarray(tau_KN[:, start:stop]), share)
+            statistic.add(np.ascontiguousarray(tau_EN[:, start:stop]), share)
             total += share
 
 
@@ -60,13 +59,13 @@ def test_binary_rounding_never_keeps_one_more() -> None:
 
 
 @given(st.data(), strategies.stacks(max_size=70), strategies.densities())
-def test_the_threshold_is_the_kept_counts_largest_magnitude(data: st.DataObject, tau_KN: np.ndarray, density: float) -> None:
-    cuts = data.draw(st.lists(st.integers(0, tau_KN.shape[1]), max_size=3))
-    measured_K = thresholds(tau_KN, density, cuts)
-    assert measured_K.dtype == np.float32
-    keeps_all = reference.kept_count(density, tau_KN.shape[1]) == tau_KN.shape[1]
-    expected = [0.0 if keeps_all else reference.threshold(tau_N, density) for tau_N in tau_KN]
-    assert measured_K.tolist() == expected
+def test_the_threshold_is_the_kept_counts_largest_magnitude(data: st.DataObject, tau_EN: np.ndarray, density: float) -> None:
+    cuts = data.draw(st.lists(st.integers(0, tau_EN.shape[1]), max_size=3))
+    measured_E = thresholds(tau_EN, density, cuts)
+    assert measured_E.dtype == np.float32
+    keeps_all = reference.kept_count(density, tau_EN.shape[1]) == tau_EN.shape[1]
+    expected = [0.0 if keeps_all else reference.threshold(tau_N, density) for tau_N in tau_EN]
+    assert measured_E.tolist() == expected
 
 
 @given(st.data(), st.integers(1, 300), st.sampled_from([0.1, 0.5, 0.9]))

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 
 def taus(*rows: list[float]) -> np.ndarray:
@@ -61,10 +60,10 @@ def test_equal_experts_are_taken_whole_and_orthogonal_ones_not_at_all() -> None:
 
 
 def test_two_experts_at_sixty_degrees() -> None:
-    tau_KN = taus([1, 0], [0.5, math.sqrt(0.75)])
+    tau_EN = taus([1, 0], [0.5, math.sqrt(0.75)])
     ratio = 2 * 0.5 / (1 + 0.5)
     np.testing.assert_allclose(
-        merge_tensor("model_stock", np.zeros(2, np.float32), tau_KN), ratio * tau_KN.mean(axis=0), rtol=1e-6
+        merge_tensor("model_stock", np.zeros(2, np.float32), tau_EN), ratio * tau_EN.mean(axis=0), rtol=1e-6
     )
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import merge_tensor
 
-import strategies
 from moerge import InputError
+from tests.helpers import strategies
+from tests.methods.one_tensor import merge_tensor
 
 LIMITS = st.one_of(st.sampled_from([0.0, 1 / 64, 1.0, 100.0]), st.floats(0, 10))
 

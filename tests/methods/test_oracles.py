@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracles_elementwise
-import oracles_sparse
-import oracles_spectral
-import oracles_statistics
 import pytest
-from oracle import Oracle
-from oracles_statistics import StatisticsOracle
 
 import moerge
-import reference
+from tests.helpers import reference
+from tests.methods import oracles_elementwise, oracles_sparse, oracles_spectral, oracles_statistics
+from tests.methods.oracle import Oracle
+from tests.methods.oracles_statistics import StatisticsOracle
 
 TABLES = (oracles_elementwise, oracles_sparse, oracles_spectral, oracles_statistics)
 FILES = sorted({file for table in TABLES for file in (*table.COMPARED, *table.NOT_OURS)})
 ELSEWHERE = {"moe_forward"}
-"""Compared in `tests/moe/test_oracle_forward.py`; its other cases put a router in place of single projections."""
+"""Compared in `tests/routers/test_oracle_forward.py`; its other cases put a router in place of single projections."""
 
 
 def together(name: str) -> dict[str, dict[str, Any]]:

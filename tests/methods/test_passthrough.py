@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import moerge
-import tiny
-from command import refuses
-from reference import task_arithmetic
+from tests.helpers import tiny
+from tests.helpers.command import refuses
+from tests.helpers.reference import task_arithmetic
 
 LAYER = "model.layers.{}.{}.weight"
 
@@ -57,8 +57,8 @@ def test_an_override_replaces_the_weights_that_it_names(models: Path) -> None:
     made = tiny.read_values(moerge.merge(recipe, models / "out", threads=1).folder)
     base, *both = (tiny.read_values(models / name) for name in ("base", "math", "code"))
     for name, weights in ((LAYER.format(1, "mlp.up_proj"), [0.25, -0.5]), (LAYER.format(1, "self_attn.q_proj"), [0.25, 1.0])):
-        theta_KN = np.stack([expert[name].reshape(-1) for expert in both])
-        expected = task_arithmetic(base[name].reshape(-1), theta_KN, weights, scale=1.0)
+        theta_EN = np.stack([expert[name].reshape(-1) for expert in both])
+        expected = task_arithmetic(base[name].reshape(-1), theta_EN, weights, scale=1.0)
         np.testing.assert_array_equal(made[name].reshape(-1), expected)
 
 
@@ -84,7 +84,7 @@ def test_an_override_replaces_the_weights_that_it_names(models: Path) -> None:
         ),
         (
             {"method": "linear", "overrides": [{"match": "norm", "weights": {"math": -2}}]},
-            "tensor 'model.layers.0.input_layernorm.weight': the weights sum to zero: they cannot be normalised",
+            "tensor 'model.layers.0.input_layernorm.weight': the weights sum to zero: they cannot be normalized",
         ),
     ],
 )

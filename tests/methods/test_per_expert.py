@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits
 
 import moerge
-import reference
-import strategies
-import tiny
 from moerge import InputError
 from moerge.methods import merge_method
+from tests.helpers import reference, strategies, tiny
+from tests.methods.one_tensor import assert_same_bits
 
 DENSITIES = st.lists(strategies.densities(), min_size=3, max_size=3)
 
@@ -33,9 +31,9 @@ def by_name(values: list[float]) -> dict[str, float]:
 
 @given(strategies.stacks(rows=4), DENSITIES, st.sampled_from(["tensor", "model"]))
 def test_ties_trims_each_expert_at_its_own_density(stack: np.ndarray, densities: list[float], scope: str) -> None:
-    tau_KN = reference.task_vectors(stack[0], stack[1:])
-    trimmed_KN = np.stack([reference.pruned(tau_N, density) for tau_N, density in zip(tau_KN, densities, strict=True)])
-    expected_N = reference.add_scaled(stack[0], reference.disjoint_merge(trimmed_KN, [1, 1, 1], "sum"), 1 / 3)
+    tau_EN = reference.task_vectors(stack[0], stack[1:])
+    trimmed_EN = np.stack([reference.pruned(tau_N, density) for tau_N, density in zip(tau_EN, densities, strict=True)])
+    expected_N = reference.add_scaled(stack[0], reference.disjoint_merge(trimmed_EN, [1, 1, 1], "sum"), 1 / 3)
     assert_same_bits(merge("ties", stack, density=densities, scope=scope), expected_N)
     assert_same_bits(merge("ties", stack, density=by_name(densities), scope=scope), expected_N)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import moerge
-import tiny
 from moerge import InputError
 from moerge.methods import merge_method, merge_methods
 from moerge.registry import _entry_points
+from tests.helpers import tiny
 
 PLUGIN = '''
 import numpy as np
@@ -27,7 +27,7 @@ class Median(MergeMethod):
     gain: float = 1.0
 
     def merge(self, block: Block) -> None:
-        np.multiply(np.median(block.theta_KN, axis=0), np.float32(self.gain), out=block.out_N)
+        np.multiply(np.median(block.theta_EN, axis=0), np.float32(self.gain), out=block.out_N)
 '''
 
 

@@ -4,27 +4,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 EPSILONS = st.sampled_from([0.0, 1e-5, 1 / 64, 1.0, 3.0])
 NUMBERS = st.floats(0, 2)
 
 
 @given(strategies.stacks(exact=True), EPSILONS)
-def test_ram_is_the_formula(tau_KN: np.ndarray, epsilon: float) -> None:
-    merged_N = merge_tensor("ram", np.zeros_like(tau_KN[0]), tau_KN, epsilon=epsilon)
-    np.testing.assert_allclose(merged_N, reference.ram(tau_KN.astype(np.float64), epsilon), rtol=1e-6, atol=1e-6)
+def test_ram_is_the_formula(tau_EN: np.ndarray, epsilon: float) -> None:
+    merged_N = merge_tensor("ram", np.zeros_like(tau_EN[0]), tau_EN, epsilon=epsilon)
+    np.testing.assert_allclose(merged_N, reference.ram(tau_EN.astype(np.float64), epsilon), rtol=1e-6, atol=1e-6)
 
 
 @given(strategies.stacks(exact=True), EPSILONS, NUMBERS, NUMBERS)
-def test_ram_plus_is_the_formula(tau_KN: np.ndarray, epsilon: float, r: float, alpha: float) -> None:
-    merged_N = merge_tensor("ramplus_tl", np.zeros_like(tau_KN[0]), tau_KN, epsilon=epsilon, r=r, alpha=alpha)
-    wanted_N = reference.ram(tau_KN.astype(np.float64), epsilon, r=r, alpha=alpha)
+def test_ram_plus_is_the_formula(tau_EN: np.ndarray, epsilon: float, r: float, alpha: float) -> None:
+    merged_N = merge_tensor("ramplus_tl", np.zeros_like(tau_EN[0]), tau_EN, epsilon=epsilon, r=r, alpha=alpha)
+    wanted_N = reference.ram(tau_EN.astype(np.float64), epsilon, r=r, alpha=alpha)
     np.testing.assert_allclose(merged_N, wanted_N, rtol=1e-6, atol=1e-5)
 
 
@@ -49,12 +48,12 @@ def test_equal_experts_give_that_expert(method: str, stack: np.ndarray) -> None:
 
 
 def test_a_known_case() -> None:
-    tau_KN = np.float32([[4, 0, 2, 0, 1e-6], [0, 2, 4, 0, 2]])
+    tau_EN = np.float32([[4, 0, 2, 0, 1e-6], [0, 2, 4, 0, 2]])
     zeros_N = np.zeros(5, np.float32)
-    np.testing.assert_array_equal(merge_tensor("ram", zeros_N, tau_KN), [4, 2, 3, 0, 2])
+    np.testing.assert_array_equal(merge_tensor("ram", zeros_N, tau_EN), [4, 2, 3, 0, 2])
     # shared / own: 1 / 1 and 1 / 2
-    np.testing.assert_allclose(merge_tensor("ramplus_tl", zeros_N, tau_KN, r=0.1, alpha=2.0), [4.4, 2.1, 3, 0, 2.1], rtol=1e-6)
-    np.testing.assert_allclose(merge_tensor("ramplus_tl", zeros_N, tau_KN, r=0.1, alpha=0.2), [4.08, 2.04, 3, 0, 2.04], rtol=1e-6)
+    np.testing.assert_allclose(merge_tensor("ramplus_tl", zeros_N, tau_EN, r=0.1, alpha=2.0), [4.4, 2.1, 3, 0, 2.1], rtol=1e-6)
+    np.testing.assert_allclose(merge_tensor("ramplus_tl", zeros_N, tau_EN, r=0.1, alpha=0.2), [4.08, 2.04, 3, 0, 2.04], rtol=1e-6)
 
 
 def test_the_model_is_counted_as_a_whole() -> None:

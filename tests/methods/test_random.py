@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference
 from moerge.tensors.random import drop, splitmix64, stream_key, uniform
+from tests.helpers import reference
 
 PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
 """SplitMix64 seeded with 1234567, as Rosetta Code lists it."""
@@ -28,9 +28,9 @@ def test_splitmix64_by_position_is_the_sequential_generator(key: int, count: int
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 40), st.floats(0.01, 1))
 def test_drop_keeps_the_entries_of_the_reference_mask(key: int, size: int, density: float) -> None:
-    tau_KN = np.ones((1, size), np.float32)
-    drop(tau_KN, np.array([key], np.uint64), 0, density, np.float32(3))
-    np.testing.assert_array_equal(tau_KN[0], np.where(reference.dare_mask(key, size, density), np.float32(3), np.float32(0)))
+    tau_EN = np.ones((1, size), np.float32)
+    drop(tau_EN, np.array([key], np.uint64), 0, density, np.float32(3))
+    np.testing.assert_array_equal(tau_EN[0], np.where(reference.dare_mask(key, size, density), np.float32(3), np.float32(0)))
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -38,22 +38,22 @@ def test_an_entry_is_kept_by_every_density_above_its_number(position: int) -> No
     number = [PUBLISHED[0] & 0xFFFFFFFF, PUBLISHED[0] >> 32][position]
     kept = []
     for density in (number / 2**32, (number + 1) / 2**32):
-        tau_KN = np.ones((1, 2), np.float32)
-        drop(tau_KN, np.array([1234567], np.uint64), 0, density, np.float32(1))
-        kept.append(bool(tau_KN[0, position]))
+        tau_EN = np.ones((1, 2), np.float32)
+        drop(tau_EN, np.array([1234567], np.uint64), 0, density, np.float32(1))
+        kept.append(bool(tau_EN[0, position]))
     assert kept == [False, True]
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 60), st.data())
 def test_drop_does_not_depend_on_how_a_tensor_is_cut(key: int, size: int, data: st.DataObject) -> None:
-    keys_K = np.array([key, key ^ 1], np.uint64)
-    whole_KN = np.ones((2, size), np.float32)
-    drop(whole_KN, keys_K, 0, 0.5, np.float32(1))
+    keys_E = np.array([key, key ^ 1], np.uint64)
+    whole_EN = np.ones((2, size), np.float32)
+    drop(whole_EN, keys_E, 0, 0.5, np.float32(1))
     cut = 2 * data.draw(st.integers(0, size // 2))
     parts = [np.ones((2, cut), np.float32), np.ones((2, size - cut), np.float32)]
-    drop(parts[0], keys_K, 0, 0.5, np.float32(1))
-    drop(parts[1], keys_K, cut, 0.5, np.float32(1))
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole_KN)
+    drop(parts[0], keys_E, 0, 0.5, np.float32(1))
+    drop(parts[1], keys_E, cut, 0.5, np.float32(1))
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole_EN)
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 60), st.data())

@@ -17,9 +17,9 @@ from moerge.methods.regmean import RegMean, triangle, unpack
 Matrices = Sequence[np.ndarray]
 
 
-def regmean(weights_KOI: Matrices, grams_KII: Matrices, **options: Any) -> np.ndarray:
-    experts = [{"w": np.asarray(weight_OI, np.float32)} for weight_OI in weights_KOI]
-    statistics = [{"w": gram_II} for gram_II in grams_KII]
+def regmean(weights_EOI: Matrices, grams_EII: Matrices, **options: Any) -> np.ndarray:
+    experts = [{"w": np.asarray(weight_OI, np.float32)} for weight_OI in weights_EOI]
+    statistics = [{"w": gram_II} for gram_II in grams_EII]
     return moerge.merge_state_dicts(None, experts, method="regmean", statistics=statistics, threads=1, **options)["w"]
 
 
@@ -84,8 +84,8 @@ def test_one_expert_stays_what_it_is(alpha: float) -> None:
 
 def test_alpha_zero_is_a_weighted_mean_of_each_input() -> None:
     weights, states = drawn(4)
-    diagonals_KI = np.array([np.diag(gram(state)) for state in states])
-    expected_OI = sum(d * w for d, w in zip(diagonals_KI, weights, strict=True)) / diagonals_KI.sum(axis=0)
+    diagonals_EI = np.array([np.diag(gram(state)) for state in states])
+    expected_OI = sum(d * w for d, w in zip(diagonals_EI, weights, strict=True)) / diagonals_EI.sum(axis=0)
     np.testing.assert_allclose(regmean(weights, [gram(state) for state in states], alpha=0), expected_OI, atol=1e-5)
 
 
@@ -155,10 +155,10 @@ def test_the_memory_estimate_covers_what_is_allocated() -> None:
     for _ in range(experts):
         root = rng.standard_normal((inputs, inputs))
         triangles.append((root @ root.T).astype(np.float32)[np.triu_indices(inputs)])
-    theta_KN = rng.standard_normal((experts, outputs * inputs)).astype(np.float32)
+    theta_EN = rng.standard_normal((experts, outputs * inputs)).astype(np.float32)
     empty = np.empty(outputs * inputs, np.float32)
-    weights_K = np.ones(experts, np.float32)
-    block = Block(theta_KN, weights_K, empty, empty, None, np.empty(0, np.uint64), 0, shape=(outputs, inputs), extras=triangles)
+    weights_E = np.ones(experts, np.float32)
+    block = Block(theta_EN, weights_E, empty, empty, None, np.empty(0, np.uint64), 0, shape=(outputs, inputs), extras=triangles)
     RegMean().merge(block)  # compiles
     tracemalloc.start()
     RegMean().merge(block)

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
 from moerge.learning.directions import Directions
 from moerge.methods import merge_method
@@ -24,6 +21,8 @@ from moerge.tensors.dtypes import F32
 from moerge.tensors.random import stream_key
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import ArrayTensor
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 SUMS = st.fixed_dictionaries({"elect": st.sampled_from(["none", "sign"]), "aggregate": st.sampled_from(["sum", "mean"])})
 ONE = {"scale": 1, "aggregate": "sum", "elect": "none"}
@@ -47,11 +46,11 @@ def test_pruning_is_the_formula_to_the_bit(
     weights, columns = data.draw(strategies.weights(3)), data.draw(strategies.columns(stack.shape[1]))
     density = max(density, 0.01) if rescale else density
     settings = {"density": density, "scale": scale, "rescale": rescale, "weights": weights, **sums}
-    tau_KN = reference.task_vectors(stack[0], stack[1:])
+    tau_EN = reference.task_vectors(stack[0], stack[1:])
     for scope, size in (("tensor", stack.shape[1]), ("row", columns)):
-        left_KN = np.stack([reference.by_rows(tau_N, size, lambda row_C: reference.pruned(row_C, density)) for tau_N in tau_KN])
-        left_KN = left_KN * np.float32(1 / density) if rescale else left_KN
-        expected_N = reference.add_scaled(stack[0], reference.merged_sum(left_KN, weights, **sums), scale)
+        left_EN = np.stack([reference.by_rows(tau_N, size, lambda row_C: reference.pruned(row_C, density)) for tau_N in tau_EN])
+        left_EN = left_EN * np.float32(1 / density) if rescale else left_EN
+        expected_N = reference.add_scaled(stack[0], reference.merged_sum(left_EN, weights, **sums), scale)
         shaped = stack.reshape(4, -1, columns)
         assert_same_bits(merge("magnitude_pruning", shaped[0], shaped[1:], scope=scope, **settings).reshape(-1), expected_N)
 
@@ -68,9 +67,9 @@ def test_breadcrumbs_is_the_formula_to_the_bit(
     data: st.DataObject, stack: np.ndarray, density: float, gamma: float, scale: float, sums: Mapping[str, Any]
 ) -> None:
     weights, columns = data.draw(strategies.weights(3)), data.draw(strategies.columns(stack.shape[1]))
-    tau_KN = reference.task_vectors(stack[0], stack[1:])
+    tau_EN = reference.task_vectors(stack[0], stack[1:])
     for scope, size in (("tensor", stack.shape[1]), ("row", columns)):
-        rows = [reference.by_rows(tau_N, size, lambda row_C: reference.breadcrumbs(row_C, density, gamma)) for tau_N in tau_KN]
+        rows = [reference.by_rows(tau_N, size, lambda row_C: reference.breadcrumbs(row_C, density, gamma)) for tau_N in tau_EN]
         expected_N = reference.add_scaled(stack[0], reference.merged_sum(np.stack(rows), weights, **sums), scale)
         shaped = stack.reshape(4, -1, columns)
         settings = {"density": density, "gamma": gamma, "scale": scale, "weights": weights, **sums}
@@ -84,8 +83,8 @@ def test_della_is_the_formula_to_the_bit(
     data: st.DataObject, stack: np.ndarray, window: tuple[float, float], sums: Mapping[str, Any], rescale: bool
 ) -> None:
     weights, columns = data.draw(strategies.weights(3)), data.draw(strategies.columns(stack.shape[1]))
-    tau_KN = reference.task_vectors(stack[0], stack[1:])
-    left = [reference.della(tau_N, columns, key, *window, rescale=rescale) for tau_N, key in zip(tau_KN, KEYS[:3], strict=True)]
+    tau_EN = reference.task_vectors(stack[0], stack[1:])
+    left = [reference.della(tau_N, columns, key, *window, rescale=rescale) for tau_N, key in zip(tau_EN, KEYS[:3], strict=True)]
     expected_N = reference.add_scaled(stack[0], reference.merged_sum(np.stack(left), weights, **sums), 0.5)
     shaped = stack.reshape(4, -1, columns)
     settings = {

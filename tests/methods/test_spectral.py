@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
 from moerge.methods import spectral
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 METHODS: dict[str, dict[str, Any]] = {"tsv_m": {}, "iso_c": {}, "iso_cts": {"common_space_fraction": 0.6}}
 SHAPES = [(12, 12), (9, 31), (31, 9), (1, 7), (7, 1), (4, 1)]
@@ -29,15 +28,15 @@ CASES = [
 RANDOM = np.random.default_rng(3)
 
 
-def expected(name: str, tau_KOI: np.ndarray) -> np.ndarray:
+def expected(name: str, tau_EOI: np.ndarray) -> np.ndarray:
     if name == "tsv_m":
-        return reference.tsv_m(tau_KOI)
-    return reference.iso_c(tau_KOI) if name == "iso_c" else reference.iso_cts(tau_KOI, 0.6)
+        return reference.tsv_m(tau_EOI)
+    return reference.iso_c(tau_EOI) if name == "iso_c" else reference.iso_cts(tau_EOI, 0.6)
 
 
-def combined(name: str, tau_KOI: np.ndarray, **settings: Any) -> np.ndarray:
+def combined(name: str, tau_EOI: np.ndarray, **settings: Any) -> np.ndarray:
     """The merged task vector."""
-    return merge_tensor(name, np.zeros_like(tau_KOI[0]), tau_KOI, **METHODS[name], **settings)
+    return merge_tensor(name, np.zeros_like(tau_EOI[0]), tau_EOI, **METHODS[name], **settings)
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -46,15 +45,15 @@ def normal(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "shape", "experts"), CASES)
 def test_matrices_of_full_rank_are_merged_by_the_formula(name: str, shape: tuple[int, int], experts: int) -> None:
-    tau_KOI = normal(experts, *shape)
-    np.testing.assert_allclose(combined(name, tau_KOI), expected(name, tau_KOI.astype(np.float64)), rtol=0, atol=2e-5)
+    tau_EOI = normal(experts, *shape)
+    np.testing.assert_allclose(combined(name, tau_EOI), expected(name, tau_EOI.astype(np.float64)), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_base_scale_and_weights(name: str) -> None:
-    base, tau_KOI = normal(6, 8), normal(2, 6, 8)
-    exact = (base + tau_KOI).astype(np.float64) - base
-    merged = merge_tensor(name, base, base + tau_KOI, scale=0.5, weights=[2, -0.5], **METHODS[name])
+    base, tau_EOI = normal(6, 8), normal(2, 6, 8)
+    exact = (base + tau_EOI).astype(np.float64) - base
+    merged = merge_tensor(name, base, base + tau_EOI, scale=0.5, weights=[2, -0.5], **METHODS[name])
     wanted = base + 0.5 * expected(name, exact * np.array([2, -0.5])[:, None, None])
     np.testing.assert_allclose(merged, wanted, rtol=0, atol=1e-5)
 
@@ -88,21 +87,21 @@ def test_a_single_expert_is_itself_under_tsv_m(rows: int, columns: int, kind: st
 
 
 def test_iso_c_makes_all_singular_values_their_mean() -> None:
-    tau_KOI = normal(3, 20, 30)
-    values = np.linalg.svd(combined("iso_c", tau_KOI), compute_uv=False)
-    np.testing.assert_allclose(values, np.linalg.svd(tau_KOI.sum(axis=0), compute_uv=False).mean(), rtol=1e-5)
+    tau_EOI = normal(3, 20, 30)
+    values = np.linalg.svd(combined("iso_c", tau_EOI), compute_uv=False)
+    np.testing.assert_allclose(values, np.linalg.svd(tau_EOI.sum(axis=0), compute_uv=False).mean(), rtol=1e-5)
 
 
 def test_a_common_space_that_is_everything_makes_iso_cts_iso_c() -> None:
-    tau_KOI = normal(3, 10, 14)
-    merged = merge_tensor("iso_cts", np.zeros_like(tau_KOI[0]), tau_KOI, common_space_fraction=1)
-    np.testing.assert_allclose(merged, combined("iso_c", tau_KOI), rtol=0, atol=1e-5)
+    tau_EOI = normal(3, 10, 14)
+    merged = merge_tensor("iso_cts", np.zeros_like(tau_EOI[0]), tau_EOI, common_space_fraction=1)
+    np.testing.assert_allclose(merged, combined("iso_c", tau_EOI), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_order_of_experts_hardly_matters(name: str) -> None:
-    tau_KOI = normal(3, 10, 14)
-    np.testing.assert_allclose(combined(name, tau_KOI[[2, 0, 1]]), combined(name, tau_KOI), rtol=0, atol=1e-5)
+    tau_EOI = normal(3, 10, 14)
+    np.testing.assert_allclose(combined(name, tau_EOI[[2, 0, 1]]), combined(name, tau_EOI), rtol=0, atol=1e-5)
 
 
 def test_tsv_m_of_low_rank_task_vectors_adds_up_what_does_not_overlap() -> None:
@@ -136,16 +135,16 @@ def test_opposite_experts_cancel_in_iso_c() -> None:
 def test_wide_spectra_are_decomposed_as_precisely_as_float32_allows(name: str) -> None:
     left, right = np.linalg.qr(normal(40, 40))[0], np.linalg.qr(normal(60, 60))[0]
     values = np.geomspace(1, 1e-4, 40)
-    tau_KOI = np.stack([left * values @ right[:40], np.roll(left, 1, axis=0) * values @ right[20:]]).astype(np.float32)
-    np.testing.assert_allclose(combined(name, tau_KOI), expected(name, tau_KOI.astype(np.float64)), rtol=0, atol=3e-5)
+    tau_EOI = np.stack([left * values @ right[:40], np.roll(left, 1, axis=0) * values @ right[20:]]).astype(np.float32)
+    np.testing.assert_allclose(combined(name, tau_EOI), expected(name, tau_EOI.astype(np.float64)), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_matrices_of_many_pieces_are_those_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tau_KOI = normal(2, 30, 50)
-    whole = combined(name, tau_KOI)
+    tau_EOI = normal(2, 30, 50)
+    whole = combined(name, tau_EOI)
     monkeypatch.setattr(spectral, "_CHUNK", 100)
-    np.testing.assert_allclose(combined(name, tau_KOI), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(combined(name, tau_EOI), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -157,9 +156,9 @@ def test_bfloat16_is_the_float32_result_rounded_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_allowed_nans_end_in_nans(name: str) -> None:
-    tau_KOI = normal(2, 3, 4)
-    tau_KOI[1, 1, 2] = np.nan
-    assert np.isnan(combined(name, tau_KOI, allow_nonfinite=True)[1, 2])
+    tau_EOI = normal(2, 3, 4)
+    tau_EOI[1, 1, 2] = np.nan
+    assert np.isnan(combined(name, tau_EOI, allow_nonfinite=True)[1, 2])
 
 
 def test_a_bad_fraction_is_named() -> None:

@@ -8,30 +8,29 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 POSITIVE = st.floats(0.0625, 4, width=32)
 METHODS = ("nuslerp", "multislerp", "karcher")
 
 
-def merge(method: str, theta_KN: np.ndarray, weights: object = None, **settings: object) -> np.ndarray:
-    return merge_tensor(method, None, theta_KN, weights=weights, origin="zero", **settings)
+def merge(method: str, theta_EN: np.ndarray, weights: object = None, **settings: object) -> np.ndarray:
+    return merge_tensor(method, None, theta_EN, weights=weights, origin="zero", **settings)
 
 
-def cosines(theta_KN: np.ndarray) -> np.ndarray:
-    exact_KN = theta_KN.astype(np.float64)
-    norms_K = np.linalg.norm(exact_KN, axis=1)
-    inverse_K = np.divide(1, norms_K, out=np.zeros_like(norms_K), where=norms_K > 0)
-    return (exact_KN @ exact_KN.T) * np.outer(inverse_K, inverse_K)
+def cosines(theta_EN: np.ndarray) -> np.ndarray:
+    exact_EN = theta_EN.astype(np.float64)
+    norms_E = np.linalg.norm(exact_EN, axis=1)
+    inverse_E = np.divide(1, norms_E, out=np.zeros_like(norms_E), where=norms_E > 0)
+    return (exact_EN @ exact_EN.T) * np.outer(inverse_E, inverse_E)
 
 
-def tolerance(theta_KN: np.ndarray, stretch: float = 1) -> float:
-    return 4e-6 * stretch * float(np.linalg.norm(theta_KN.astype(np.float64))) + 2**-140
+def tolerance(theta_EN: np.ndarray, stretch: float = 1) -> float:
+    return 4e-6 * stretch * float(np.linalg.norm(theta_EN.astype(np.float64))) + 2**-140
 
 
 def numbers(count: int) -> st.SearchStrategy[list[float]]:
@@ -100,8 +99,8 @@ def test_nuslerp_is_linear_where_there_is_no_angle(factor: float) -> None:
 @given(strategies.stacks(exact=True), st.data())
 def test_multislerp_is_mergekits_steps(stack: np.ndarray, data: st.DataObject) -> None:
     weights = data.draw(numbers(len(stack)))
-    share_K = np.array(weights) / sum(weights)
-    length = math.sqrt(max(0, share_K @ cosines(stack) @ share_K))
+    share_E = np.array(weights) / sum(weights)
+    length = math.sqrt(max(0, share_E @ cosines(stack) @ share_E))
     assume(length == 0 or length > 1e-3)
     wanted_N = reference.multislerp(stack.astype(np.float64), weights)
     np.testing.assert_allclose(
@@ -112,8 +111,8 @@ def test_multislerp_is_mergekits_steps(stack: np.ndarray, data: st.DataObject) -
 def test_multislerp_has_the_mean_length() -> None:
     stack = np.random.default_rng(3).standard_normal((3, 1000)).astype(np.float32) * np.float32([[1], [2], [5]])
     merged_N = merge("multislerp", stack, [1, 1, 2])
-    norms_K = np.linalg.norm(stack.astype(np.float64), axis=1)
-    assert np.linalg.norm(merged_N.astype(np.float64)) == pytest.approx(norms_K @ [0.25, 0.25, 0.5], rel=1e-6)
+    norms_E = np.linalg.norm(stack.astype(np.float64), axis=1)
+    assert np.linalg.norm(merged_N.astype(np.float64)) == pytest.approx(norms_E @ [0.25, 0.25, 0.5], rel=1e-6)
     doubled_N = merge("multislerp", stack, [2, 2, 4], normalize=False)
     np.testing.assert_allclose(doubled_N, 8 * merged_N, rtol=1e-6)
 
@@ -161,18 +160,18 @@ def test_equal_experts_give_that_expert(method: str, stack: np.ndarray) -> None:
 @given(stack=strategies.stacks(rows=3, exact=True))
 def test_the_base_is_an_origin(method: str, stack: np.ndarray) -> None:
     """Task vectors on the grid are exact, so they are merged as the weights of models on a base of zeros are."""
-    tau_KN = stack[1:] - stack[0]
+    tau_EN = stack[1:] - stack[0]
     merged_N = merge_tensor(method, stack[0], stack[1:], origin="base")
-    wanted_N = stack[0] + merge_tensor(method, np.zeros_like(stack[0]), tau_KN, origin="base")
+    wanted_N = stack[0] + merge_tensor(method, np.zeros_like(stack[0]), tau_EN, origin="base")
     assert_same_bits(merged_N, wanted_N)
-    np.testing.assert_array_equal(merge_tensor(method, np.zeros_like(stack[0]), tau_KN, origin="base"), merge(method, tau_KN))
+    np.testing.assert_array_equal(merge_tensor(method, np.zeros_like(stack[0]), tau_EN, origin="base"), merge(method, tau_EN))
 
 
 @pytest.mark.parametrize("method", ["multislerp", "karcher"])
 @given(stack=strategies.stacks(rows=3, exact=True), random=st.randoms())
 def test_the_order_of_experts_hardly_matters(method: str, stack: np.ndarray, random: Random) -> None:
-    cosines_KK = cosines(stack)
-    assume((cosines_KK > -0.2).all())
+    cosines_EE = cosines(stack)
+    assume((cosines_EE > -0.2).all())
     shuffled = np.stack(random.sample(list(stack), 3))
     np.testing.assert_allclose(merge(method, shuffled), merge(method, stack), rtol=0, atol=tolerance(stack, 10))
 

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import assert_same_bits, merge_tensor
 
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import assert_same_bits, merge_tensor
 
 TASK_VECTOR_METHODS = {
     "task_arithmetic": {},
@@ -37,10 +36,10 @@ def test_it_is_within_float32_rounding_of_the_truth(stack: np.ndarray, scale: fl
 
 @pytest.mark.parametrize("name", TASK_VECTOR_METHODS)
 @given(strategies.stacks(), strategies.scales())
-def test_experts_equal_to_the_base_give_the_base(name: str, theta_KN: np.ndarray, scale: float) -> None:
-    base_N = theta_KN[0]
-    same_KN = np.tile(base_N, (len(theta_KN), 1))
-    merged_N = merge_tensor(name.split()[0], base_N, same_KN, scale=scale, **TASK_VECTOR_METHODS[name])
+def test_experts_equal_to_the_base_give_the_base(name: str, theta_EN: np.ndarray, scale: float) -> None:
+    base_N = theta_EN[0]
+    same_EN = np.tile(base_N, (len(theta_EN), 1))
+    merged_N = merge_tensor(name.split()[0], base_N, same_EN, scale=scale, **TASK_VECTOR_METHODS[name])
     np.testing.assert_array_equal(merged_N, base_N)
 
 
@@ -83,10 +82,10 @@ def test_the_default_scale_is_mergemes_one_third() -> None:
 
 
 def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:
-    zeros_N, ones_KN = np.zeros(3, np.float32), np.ones((2, 3), np.float32)
+    zeros_N, ones_EN = np.zeros(3, np.float32), np.ones((2, 3), np.float32)
     with pytest.raises(InputError, match="the weights sum to zero"):
-        merge_tensor("task_arithmetic", zeros_N, ones_KN, weights=[1, -1], normalize=True)
+        merge_tensor("task_arithmetic", zeros_N, ones_EN, weights=[1, -1], normalize=True)
     with pytest.raises(InputError, match="the weights sum to zero"):
-        merge_tensor("dare", zeros_N, ones_KN, weights=[1, -1], aggregate="mean")
-    merged_N = merge_tensor("dare", zeros_N, ones_KN, weights=[1, -1], aggregate="mean", elect="sign", density=1, scale=1)
+        merge_tensor("dare", zeros_N, ones_EN, weights=[1, -1], aggregate="mean")
+    merged_N = merge_tensor("dare", zeros_N, ones_EN, weights=[1, -1], aggregate="mean", elect="sign", density=1, scale=1)
     np.testing.assert_array_equal(merged_N, np.ones(3))

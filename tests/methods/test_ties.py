@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_tensor import as_float64, assert_same_models, merge_tensor
 
 import moerge
-import reference
-import strategies
 from moerge import InputError
+from tests.helpers import reference, strategies
+from tests.methods.one_tensor import as_float64, assert_same_models, merge_tensor
 
 Model = dict[str, np.ndarray]
 Models = tuple[Model, list[Model]]
@@ -67,34 +66,34 @@ def test_the_kept_count_is_the_density_times_the_size_rounded_up(data: st.DataOb
 
 
 def test_entries_equal_to_the_threshold_are_all_kept() -> None:
-    tau_KN = np.array([[5, 1, -1, 1, 0, 0.5]], np.float32)
+    tau_EN = np.array([[5, 1, -1, 1, 0, 0.5]], np.float32)
     for density in (2 / 6, 3 / 6, 4 / 6):
-        merged_N = merge_tensor("ties", np.zeros(6, np.float32), tau_KN, density=density, scale=1)
+        merged_N = merge_tensor("ties", np.zeros(6, np.float32), tau_EN, density=density, scale=1)
         np.testing.assert_array_equal(merged_N, [5, 1, -1, 1, 0, 0])
 
 
 def test_the_sign_is_elected_by_total_magnitude_not_by_count() -> None:
-    tau_KN = np.array([[3, -3], [-1, 1], [-1, 1]], np.float32)
-    merged_N = merge_tensor("ties", np.zeros(2, np.float32), tau_KN, density=1, scale=1)
+    tau_EN = np.array([[3, -3], [-1, 1], [-1, 1]], np.float32)
+    merged_N = merge_tensor("ties", np.zeros(2, np.float32), tau_EN, density=1, scale=1)
     np.testing.assert_array_equal(merged_N, [3, -3])
 
 
 def test_signs_that_cancel_elect_plus() -> None:
-    tau_KN = np.array([[2, -1], [-2, 1]], np.float32)
-    for order in (tau_KN, tau_KN[::-1]):
+    tau_EN = np.array([[2, -1], [-2, 1]], np.float32)
+    for order in (tau_EN, tau_EN[::-1]):
         np.testing.assert_array_equal(merge_tensor("ties", np.zeros(2, np.float32), order, density=1, scale=1), [2, 1])
 
 
 def test_weights_count_before_the_election_and_in_the_mean() -> None:
-    zeros_N, tau_KN = np.zeros(1, np.float32), np.array([[1], [-3], [2]], np.float32)
+    zeros_N, tau_EN = np.zeros(1, np.float32), np.array([[1], [-3], [2]], np.float32)
     options = {"density": 1, "scale": 1, "weights": [4, 1, 1]}
-    np.testing.assert_array_equal(merge_tensor("ties", zeros_N, tau_KN, **options), [6])
-    np.testing.assert_array_equal(merge_tensor("ties", zeros_N, tau_KN, aggregate="mean", **options), np.float32([6 / 5]))
+    np.testing.assert_array_equal(merge_tensor("ties", zeros_N, tau_EN, **options), [6])
+    np.testing.assert_array_equal(merge_tensor("ties", zeros_N, tau_EN, aggregate="mean", **options), np.float32([6 / 5]))
 
 
 def test_the_mean_leaves_out_trimmed_entries() -> None:
-    zeros_N, tau_KN = np.zeros(2, np.float32), np.array([[4, 1], [1, 2]], np.float32)
-    merged_N = merge_tensor("ties", zeros_N, tau_KN, density=0.5, aggregate="mean", scale=1)
+    zeros_N, tau_EN = np.zeros(2, np.float32), np.array([[4, 1], [1, 2]], np.float32)
+    merged_N = merge_tensor("ties", zeros_N, tau_EN, density=0.5, aggregate="mean", scale=1)
     np.testing.assert_array_equal(merged_N, [4, 2])
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from moerge.modeling import ROLES, MoergeConfig, MoergeForCausalLM, dense_name, role_of, separate_name
 from moerge.modeling.versions_moerge import CACHE
-from tiny import EXPERTS, VOCABULARY, llama_config
+from tests.helpers.tiny import EXPERTS, VOCABULARY, llama_config
 
 NAMES = ["base", *EXPERTS[:2]]
 SIZES: dict[str, Any] = {

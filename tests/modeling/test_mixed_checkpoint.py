@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import FOUR, expert, is_table, mixed, write_by_hand
-from routed_models import check_without_moerge, padded, prompts
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -23,6 +21,8 @@ from moerge.modeling import (
     register,
 )
 from moerge.runtime.single_expert import load_one_expert
+from tests.modeling.mixed_models import FOUR, expert, is_table, mixed, write_by_hand
+from tests.modeling.routed_models import check_without_moerge, padded, prompts
 
 pytestmark = pytest.mark.slow
 

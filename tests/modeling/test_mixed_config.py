@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 import pytest
-from mixed_models import CONFIGS, config_of, expert, mixed
 from transformers import AutoConfig, GPTNeoXForCausalLM
 
 from moerge.modeling import MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM
+from tests.modeling.mixed_models import CONFIGS, config_of, expert, mixed
 
 PROJECTORS = {"linear": True, "width": 6}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixed_models import CONFIGS, FOUR, expert, mixed, positions
-from routed_models import padded, prompts
 from torch import Tensor
 
 from moerge.modeling import MoergeHeterogeneousForCausalLM
+from tests.modeling.mixed_models import CONFIGS, FOUR, expert, mixed, positions
+from tests.modeling.routed_models import padded, prompts
 
 pytestmark = pytest.mark.slow
 

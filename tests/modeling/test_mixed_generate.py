@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import FOUR, expert, mixed
-from routed_models import check_cache, padded, prompts
 from torch import Tensor
 from transformers import DynamicCache
 
 from moerge.modeling import MoergeHeterogeneousForCausalLM, Routing
 from moerge.modeling.experts_moerge import MoergeHeterogeneousCache
 from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.mixed_models import FOUR, expert, mixed
+from tests.modeling.routed_models import check_cache, padded, prompts
 
 pytestmark = pytest.mark.slow
 
@@ -211,3 +211,23 @@ def test_other_caches_are_refused() -> None:
         model(ids, **{CACHE: DynamicCache()})
     with pytest.raises(TypeError, match="only a moerge model can fill it"):
         MoergeHeterogeneousCache(model.model.experts).update(ids, ids, 0)
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2", "falcon_h1", "mistral", "llama4_text"])
+@torch.no_grad()
+def test_several_tokens_more_equal_the_whole_sequence(family: str) -> None:
+    """Experts with states start anew where their own forward gets several tokens at once."""
+    for embedding in ("shared", "separate"):
+        model = mixed(family, "llama", embedding=embedding, routing={"kind": "uniform"})
+        ids, mask = padded(prompts(12, 9), "left")
+        first = model(ids[:, :7], attention_mask=mask[:, :7])
+        second = model(ids[:, 7:], attention_mask=mask, **{CACHE: first[CACHE]}, logits_to_keep=4)
+        whole = model(ids, attention_mask=mask, use_cache=False)
+        torch.testing.assert_close(second.logits, whole.logits[:, -4:], atol=1e-5, rtol=1e-5)
+        assert second[CACHE].get_seq_length() == 12
+
+
+def test_states_cannot_be_taken_back() -> None:
+    model = mixed("mamba", "llama", routing={"kind": "uniform"})
+    with pytest.raises(ValueError, match=r"assist|Assist|cropped"):
+        generate(model, torch.stack(prompts(4)).repeat(1, 3), prompt_lookup_num_tokens=3)

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 peft = pytest.importorskip("peft", reason="needs peft")
 
-from mixed_models import FOUR, mixed  # noqa: E402
-from routed_models import prompts  # noqa: E402
+from tests.modeling.mixed_models import FOUR, mixed  # noqa: E402
+from tests.modeling.routed_models import prompts  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import FOUR, expert, mixed
-from routed_models import padded, prompts
 from torch import Tensor
 
 from moerge.modeling import MoergeHeterogeneousForCausalLM
 from moerge.modeling.routing_moerge import weigh
+from tests.modeling.mixed_models import FOUR, expert, mixed
+from tests.modeling.routed_models import padded, prompts
 
 pytestmark = pytest.mark.slow
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import FOUR, config_of, expert, mixed
-from routed_models import batch, gradients, prompts
 from torch import nn
 from torch.nn import functional
 
 from moerge.modeling import MoergeHeterogeneousConfig, MoergeHeterogeneousForCausalLM, Routing
 from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.mixed_models import FOUR, config_of, expert, mixed
+from tests.modeling.routed_models import batch, gradients, prompts
 
 pytestmark = pytest.mark.slow
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from routed_models import CONFIGS, NAMES, check_without_moerge, dense_experts, padded, prompts, routed
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moerge.modeling import AUTO_MAP, MoergeConfig, MoergeForCausalLM, MoergeModel, code_files, register, separate_name
 from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.routed_models import CONFIGS, NAMES, check_without_moerge, dense_experts, padded, prompts, routed
 
 pytestmark = pytest.mark.slow
 

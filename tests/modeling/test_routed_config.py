@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 import pytest
-from routed_models import CONFIGS, NAMES, SIZES, dense_experts, routed
 from transformers import GPT2Config
 
 from moerge.modeling import MoergeConfig
+from tests.modeling.routed_models import CONFIGS, NAMES, SIZES, dense_experts, routed
 
 
 def config(**changes: Any) -> MoergeConfig:

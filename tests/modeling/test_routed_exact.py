@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from routed_models import LAYOUTS, NAMES, dense_experts, dense_path, padded, prompts, routed
 from torch import Tensor
 
 from moerge.modeling import MoergeForCausalLM
+from tests.modeling.routed_models import LAYOUTS, NAMES, dense_experts, dense_path, padded, prompts, routed
 
 pytestmark = pytest.mark.slow
 

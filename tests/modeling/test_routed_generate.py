@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from routed_models import check_cache, counting, dense_experts, dense_path, padded, prompts, routed
 from torch import Tensor
 from transformers import DynamicCache
 
 from moerge.modeling import MoergeCache, MoergeForCausalLM
 from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.routed_models import check_cache, counting, dense_experts, dense_path, padded, prompts, routed
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 peft = pytest.importorskip("peft", reason="needs peft")
 
-from routed_models import prompts, routed  # noqa: E402
+from tests.modeling.routed_models import prompts, routed  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")]
 KINDS = ["perplexity", "task_vector", "learned", "random"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routed_models import NAMES, dense_experts, dense_path, padded, prompts, routed
 from torch import Tensor
 
 from moerge.modeling import MoergeForCausalLM, Routing, dense_name, layer_of, role_of, separate_name
 from moerge.modeling.routing_moerge import weigh
+from tests.modeling.routed_models import NAMES, dense_experts, dense_path, padded, prompts, routed
 
 pytestmark = pytest.mark.slow
 

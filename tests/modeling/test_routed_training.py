@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from routed_models import batch, counting, dense_experts, gradients, prompts, routed
 from torch import nn
 from torch.nn import functional
 
 from moerge.modeling import Routing, dense_name
 from moerge.modeling.versions_moerge import CACHE
+from tests.modeling.routed_models import batch, counting, dense_experts, gradients, prompts, routed
 
 pytestmark = pytest.mark.slow
 

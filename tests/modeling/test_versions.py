@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from mixed_models import mixed
-from routed_models import prompts, routed
 
 from moerge import modeling
 from moerge.modeling import MoergeCache, code_files, versions_moerge
 from moerge.modeling.generation_moerge import MoergeGenerationMixin
 from moerge.modeling.versions_moerge import CACHE, CACHES, Cache, GenerationMixin, check_overrides, check_takes
+from tests.modeling.mixed_models import mixed
+from tests.modeling.routed_models import prompts, routed
 
 pytestmark = pytest.mark.slow
 

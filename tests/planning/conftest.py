@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from whole_models import make_mixed
+from tests.helpers.whole_models import make_mixed
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 
 import moerge as api
-from command import refuses
 from moerge.planning.plan import Plan
-from tiny import VOCABULARY, edit_config, llama_tensors, make_models, write_checkpoint, write_json, write_recipe, write_tokenizer
+from tests.helpers.command import refuses
+from tests.helpers.tiny import (
+    VOCABULARY,
+    edit_config,
+    llama_tensors,
+    make_models,
+    write_checkpoint,
+    write_json,
+    write_recipe,
+    write_tokenizer,
+)
 
 A, B = "{{ messages }}w5", "w6{{ messages }}"
 

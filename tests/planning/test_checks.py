@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import moerge, refuses
 from moerge import plan
-from tiny import (
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import (
     edit_config,
     llama_config,
     llama_tensors,

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import moerge as package
-from command import moerge, refuses
 from moerge import InputError
 from moerge.architecture import family_of
-from moerge.architecture.config import portable
+from moerge.architecture.config import portable_config
 from moerge.clients import Finding, Result, check_folder, check_result, clients
 from moerge.clients.limits import LIMITS, RUNS, VERSIONS, Limit
-from tiny import edit_config, make_models, write_json, write_recipe
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import edit_config, make_models, write_json, write_recipe
 
 BYTE_LEVEL = json.dumps({"model": {"type": "BPE"}}).encode()
 FALLBACK = json.dumps({"model": {"type": "BPE", "byte_fallback": True}}).encode()
@@ -251,7 +251,7 @@ def test_formats_that_a_client_does_not_run(client: str, model_type: str, said: 
 
 
 def test_gpt2_has_the_key_that_the_converter_reads() -> None:
-    written = portable(
+    written = portable_config(
         {"model_type": "gpt2", "n_embd": 8, "n_positions": 64}, family=family_of({"model_type": "gpt2"}), dtype="float32"
     )
     assert (written["n_ctx"], written["n_positions"]) == (64, 64)

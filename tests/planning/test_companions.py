@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import moerge as api
-from command import moerge, refuses
 from moerge.checkpoint.companions import is_inside
 from moerge.checkpoint.reader import open_folder
 from moerge.hub import own_files
-from tiny import edit_config, make_models, write_json, write_recipe
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import edit_config, make_models, write_json, write_recipe
 
 AUTO_MAP = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
 

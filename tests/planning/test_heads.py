@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import hf_models
 import moerge
-import tiny
 from moerge.extraction import extract
+from tests.helpers import hf_models, tiny
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _EXPERTS = ("a", "b")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge
-from hf_models import load, torch
 from moerge.modeling import register
-from tiny import read_tensors
-from whole_models import TEXT, ids_of, make_mixed, write_whole
+from tests.helpers.command import moerge
+from tests.helpers.hf_models import load, torch
+from tests.helpers.tiny import read_tensors
+from tests.helpers.whole_models import TEXT, atomic_write, ids_of, make_mixed
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_mixed(folder, *NAMES)
     (folder / "text.txt").write_text("\n\n".join([TEXT, TEXT[::-1]]), encoding="utf-8")
     moe = {"prefix_tokens": 4, "top_k": 1, "router": {"kind": "random"}}
-    result = moerge("merge", write_whole(folder, NAMES, moe=moe), folder / "learned")
+    result = moerge("merge", atomic_write(folder, NAMES, moe=moe), folder / "learned")
     assert result.code == 0, result.err
     return folder
 
@@ -45,7 +45,7 @@ def test_route_compares_with_the_experts_alone(kind: str, folder: Path, tmp_path
     out = folder / "learned"
     if kind != "learned":
         out = tmp_path / "out"
-        recipe = write_whole(folder, NAMES, name="other.yaml", moe={"prefix_tokens": 4, "router": {"kind": kind}})
+        recipe = atomic_write(folder, NAMES, name="other.yaml", moe={"prefix_tokens": 4, "router": {"kind": kind}})
         assert moerge("merge", recipe, out).code == 0
     (tmp_path / "one.txt").write_text(TEXT, encoding="utf-8")
     found = moerge("route", out, "--text", f"llama={tmp_path / 'one.txt'}", "--json")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from command import moerge
-from hf_models import FAMILIES, load, logits, torch, transformers
 from moerge.modeling import register
-from tiny import read_tensors
-from whole_models import MIXED, ids_of, make_model, write_whole
+from tests.helpers.command import moerge
+from tests.helpers.hf_models import FAMILIES, load, logits, torch, transformers
+from tests.helpers.tiny import read_tensors
+from tests.helpers.whole_models import MIXED, atomic_write, ids_of, make_model
 
 pytestmark = pytest.mark.slow
 
@@ -39,14 +39,14 @@ FIXED = {"kind": "fixed", "expert": "one"}
 @pytest.fixture(scope="module")
 def out(mixed: Path) -> Path:
     """The four of them, fitted, routed by perplexity."""
-    recipe = write_whole(mixed, moe={"router": {"kind": "perplexity"}}, name="out.yaml")
+    recipe = atomic_write(mixed, moe={"router": {"kind": "perplexity"}}, name="out.yaml")
     result = moerge("merge", recipe, mixed / "out")
     assert result.code == 0, result.err
     return mixed / "out"
 
 
 def merged(folder: Path, experts: Any, moe: Any, **sections: Any) -> Any:
-    result = moerge("merge", write_whole(folder, experts, moe=moe, **sections), folder / "out", "--force")
+    result = moerge("merge", atomic_write(folder, experts, moe=moe, **sections), folder / "out", "--force")
     assert result.code == 0, result.err
     return load(folder / "out")
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import moerge, refuses
 from moerge.checkpoint.reader import INDEX
-from tiny import edit_config, make_models, read_values, write_checkpoint, write_json, write_recipe
-from whole_models import make_mixed, write_whole
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import edit_config, make_models, read_values, write_checkpoint, write_json, write_recipe
+from tests.helpers.whole_models import atomic_write, make_mixed
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def two(tmp_path: Path, mixed: Path) -> Path:
 
 
 def refused(folder: Path, *parts: str, moe: Any = None, experts: Any = ("llama", "gpt_neox"), **sections: Any) -> str:
-    return refuses(write_whole(folder, experts, moe=moe, **sections), folder / "out", *parts)
+    return refuses(atomic_write(folder, experts, moe=moe, **sections), folder / "out", *parts)
 
 
 RECIPES: dict[str, tuple[dict[str, Any], str]] = {
@@ -82,7 +82,7 @@ def test_a_key_that_does_not_go_with_whole_models_is_refused(case: str, tmp_path
 def test_models_of_different_types_have_no_token_routed_format(mixed: Path) -> None:
     recipe = write_recipe(mixed, "native.yaml", experts=["llama", "gpt_neox"], base=None, moe={"format": "auto"})
     refuses(recipe, mixed / "out", "gpt_neox is of type 'gpt_neox', llama of type 'llama'", "with 'format: moerge'")
-    result = moerge("compare", write_whole(mixed, ["llama", "gpt_neox"]))
+    result = moerge("compare", atomic_write(mixed, ["llama", "gpt_neox"]))
     assert (result.code, result.out) == (2, "")
     assert "these experts differ in type or shape and stay whole models" in result.err and "format" not in result.err
 
@@ -177,7 +177,7 @@ def test_a_shard_that_is_missing_is_named(two: Path) -> None:
 
 def test_learning_coefficients_of_whole_models_is_refused(mixed: Path) -> None:
     sections = {"merge": {"method": "task_arithmetic"}, "learn": {}, "base": "llama"}
-    recipe = write_whole(mixed, {"neox": "gpt_neox"}, name="learn.yaml", **sections)
+    recipe = atomic_write(mixed, {"neox": "gpt_neox"}, name="learn.yaml", **sections)
     result = moerge("learn", recipe, mixed / "learned")
     assert (result.code, result.out) == (2, "") and len(result.err.splitlines()) == 1, result.err
     assert "experts that stay whole models have no coefficients to learn: merge them with `moerge merge`" in result.err

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from command import moerge
-from tiny import read_values, write_safetensors
-from whole_models import MIXED, built, write_whole
+from tests.helpers.command import moerge
+from tests.helpers.tiny import read_values, write_safetensors
+from tests.helpers.whole_models import MIXED, atomic_write, built
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +27,18 @@ def test_the_card_and_the_manifest_say_how_it_was_made(mixed: Path, tmp_path: Pa
     assert manifest["vocabulary"]["models"]["olmo2"]["left"] == 0
     assert manifest["experts"] == list(MIXED)
     assert set(json.loads((out / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_the_plan_says_whose_chat_template_is_not_used(mixed: Path, tmp_path: Path) -> None:
+    models = shutil.copytree(mixed, tmp_path / "models")
+    (models / "olmo2" / "chat_template.jinja").write_text("{{ messages }}")
+    said = (
+        "no chat template: llama has none, and olmo2 may have other tokens ('tokenizer: olmo2' takes both, 'chat_template: FILE'"
+    )
+    notes = moerge("plan", atomic_write(models, moe=RANDOM), "--json").json["notes"]
+    assert sum(said in note for note in notes) == 1
+    named = moerge("plan", atomic_write(models, moe=RANDOM, tokenizer="olmo2"), "--json").json["notes"]
+    assert not any("no chat template" in note for note in named)
 
 
 def test_inspect_shows_every_expert(mixed: Path, tmp_path: Path) -> None:
@@ -58,9 +71,9 @@ def test_verify_misses_what_is_missing(name: str, mixed: Path, tmp_path: Path) -
 
 
 def test_other_programs_cannot_run_it(mixed: Path) -> None:
-    result = moerge("plan", write_whole(mixed, moe=RANDOM), "--for", "llama.cpp")
+    result = moerge("plan", atomic_write(mixed, moe=RANDOM), "--for", "llama.cpp")
     assert result.code == 2
     assert (
         "llama.cpp does not run moerge's own architecture, only transformers 5.5 and newer do: experts of different" in result.err
     )
-    assert moerge("plan", write_whole(mixed, moe=RANDOM), "--for", "transformers").code == 0
+    assert moerge("plan", atomic_write(mixed, moe=RANDOM), "--for", "transformers").code == 0

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moerge
-from adapters import low_rank, write_adapter
-from command import moerge as run
 from moerge.errors import InputError
 from moerge.modeling import register
-from tiny import make_models, read_tensors, read_values, write_recipe
+from tests.helpers.adapters import low_rank, write_adapter
+from tests.helpers.command import moerge as run
+from tests.helpers.tiny import make_models, read_tensors, read_values, write_recipe
 
 pytestmark = pytest.mark.slow
 

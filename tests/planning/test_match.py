@@ -8,7 +8,7 @@ import pytest
 
 from moerge import plan
 from moerge.recipe.rules import matches
-from tiny import make_models, write_recipe
+from tests.helpers.tiny import make_models, write_recipe
 
 LAYER = "model.layers.{}.{}.weight"
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 import transformers
 
-import hf_models
 import moerge
-import tiny
 from moerge.inspection import inspect
+from tests.helpers import hf_models, tiny
 
 _KINDS = {
     "embedding": ("qwen3", "Qwen3Model"),

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-import adapters
 import moerge as api
-import tiny
-from command import moerge
 from moerge import InputError
+from tests.helpers import adapters, tiny
+from tests.helpers.command import moerge
 
 PAIR = {"math": "math", "code": "code"}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge
 from moerge import InputError, merge, plan, verify
 from moerge.checkpoint.header import StoredTensor, read_header
-from tiny import make_models, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import make_models, write_recipe
 
 
 def _drop_data(models: dict[str, Path]) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import moerge
-import tiny
 from moerge.errors import InputError
+from tests.helpers import tiny
 
 _BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 _EXPERTS = ("a", "b")

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moerge as api
-import reference
-from command import moerge, refuses
 from moerge.methods.method import merge_methods
 from moerge.tensors.dtypes import DTYPES
 from moerge.tokenizer import read_vocabulary
-from tiny import decode, edit_config, encode, read_tensors, read_values, write_json, write_recipe
-from vocabularies import EMBEDDING, HEAD, SPECIAL, differing, padded, row, value, write_model
+from tests.helpers import reference
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import decode, edit_config, encode, read_tensors, read_values, write_json, write_recipe
+from tests.helpers.vocabularies import EMBEDDING, HEAD, SPECIAL, differing, padded, row, value, write_model
 
 POOL = [f"w{number}" for number in range(3, 12)]
 
@@ -239,7 +239,7 @@ def test_plan_manifest_and_card_count_tokens(tmp_path: Path) -> None:
         'tokens: b has 5 of them, lacks "<|im_start|>", "<|im_end|>"',
     ]
     card = (out / "README.md").read_text()
-    assert '- tokens: base has 5 of them, lacks "<|im_start|>", "<|im_end|>"' in card
+    assert '- tokens: base has 5 of them, lacks "&lt;|im_start|&gt;", "&lt;|im_end|&gt;"' in card
     assert "tokenizer      7 tokens, 7 rows" in moerge("inspect", out).out
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import moerge as api
-from command import moerge
-from tiny import read_values, write_recipe
-from vocabularies import EMBEDDING, HEAD, row, value, write_model
+from tests.helpers.command import moerge
+from tests.helpers.tiny import read_values, write_recipe
+from tests.helpers.vocabularies import EMBEDDING, HEAD, row, value, write_model
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 import moerge as api
-from command import refuses
 from moerge.checkpoint.reader import open_folder
 from moerge.methods.method import merge_method
 from moerge.operations.operations import Merge
 from moerge.planning.vocab.alignment import Alignment
 from moerge.tensors.source import Source
-from tiny import edit_config, read_values, write_json, write_recipe, write_tokenizer
-from vocabularies import EMBEDDING, HEAD, SPECIAL, differing, padded, row, value, write_model
+from tests.helpers.command import refuses
+from tests.helpers.tiny import edit_config, read_values, write_json, write_recipe, write_tokenizer
+from tests.helpers.vocabularies import EMBEDDING, HEAD, SPECIAL, differing, padded, row, value, write_model
 
 
 def test_other_splitting_is_warned_about(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_families_that_moerge_does_not_know(tmp_path: Path) -> None:
 
 
 def _rename(folder: Path, name: str, other: str | None) -> None:
-    from tiny import write_safetensors
+    from tests.helpers.tiny import write_safetensors
 
     tensors = {other if key == name else key: array for key, array in read_values(folder).items()}
     write_safetensors(folder / "model.safetensors", {key: array for key, array in tensors.items() if key is not None})

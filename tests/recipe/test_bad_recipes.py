@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from command import moerge, refuses
-from tiny import make_models
+from tests.helpers.command import moerge, refuses
+from tests.helpers.tiny import make_models
 
 MODELS = "base: base\nexperts: {math: math, code: code}\n"
 BAD = {
@@ -28,7 +28,7 @@ BAD = {
     "merge: {<<: {method: ties}, densty: 1}\n" + MODELS: ["line 1: merge.densty: unknown key for ties"],
     # unknown names
     MODELS + "merge: {method: tiess}\n": ["line 3: merge.method: unknown merge method 'tiess': did you mean 'ties'?"],
-    MODELS + "merge: {method: quux}\n": ["unknown merge method 'quux': known: average, breadcrumbs, "],
+    MODELS + "merge: {method: quux}\n": ["unknown merge method 'quux': known: arcee_fusion, average, "],
     MODELS + "merge: {method: [ties]}\n": ["line 3: merge.method: unknown merge method"],
     MODELS + "moe: {router: {kind: randm}}\n": ["line 3: moe.router.kind: unknown router kind 'randm': did you mean 'random'?"],
     MODELS + "moe: {format: mixtrl}\n": ["line 3: moe.format: unknown MoE format 'mixtrl': did you mean 'mixtral'?"],
@@ -69,7 +69,7 @@ BAD = {
     "base: base\nexperts: {math: {model: math, weight: 1.0e+39}}\n": ["experts.math.weight should be less than or equal to"],
     MODELS + "merge: {method: ties, scale: -1.0e+300}\n": ["line 3: merge.scale should be greater than or equal to -1"],
     "base: base\nexperts: {a: {model: math, weight: 0.1}, b: {model: code, weight: 0.2}, c: {model: math, weight: -0.3}}\n"
-    "merge: {method: linear}\n": ["line 2: experts: the weights sum to zero, so they cannot be normalised"],
+    "merge: {method: linear}\n": ["line 2: experts: the weights sum to zero, so they cannot be normalized"],
     "base: base\nexperts: {math: {model: math, weight: 1.0e-46}}\nmerge: {method: linear}\n": ["the weights sum to zero"],
     MODELS + "merge: {overrides: ''}\n": ["line 3: merge.overrides should be a list of mappings"],
     MODELS + "merge: {overrides: [{match: ffn, weights: 0}]}\n": [
@@ -116,7 +116,7 @@ BAD = {
         "line 2: experts.math has a weight, which average ignores: use 'linear', or remove it"
     ],
     "base: base\nexperts:\n  math: {model: math, weight: 1}\n  code: {model: code, weight: -1}\nmerge: {method: linear}\n": [
-        "line 2: experts: the weights sum to zero, so they cannot be normalised"
+        "line 2: experts: the weights sum to zero, so they cannot be normalized"
     ],
     "experts: {math: math, code: code}\nmerge: {method: ties}\n": [
         "line 2: merge: ties works on task vectors (expert minus base), so the recipe needs a 'base'"

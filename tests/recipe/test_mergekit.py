@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import yaml
 
-import adapters
-import mergekit_reference
 import moerge
-import tiny
-from command import moerge as command
 from moerge.planning.equivalent import equivalent_recipe
 from moerge.recipe import load_recipe
 from moerge.recipe.document import Document
 from moerge.recipe.mergekit.parameters import read_setting
+from tests.helpers import adapters, mergekit_reference, tiny
+from tests.helpers.command import moerge as command
 
 LAYERS = 4
 SLERP = """
@@ -467,9 +465,18 @@ def test_warnings_say_where_results_differ(here: Path) -> None:
     assert len(warnings("ties", 0.5)) == len(warnings("dare_linear", 0.5)) == len(warnings("della", [0.5, 1])) == 1
     assert warnings("breadcrumbs", 0.5)[0].startswith("differs from mergekit: breadcrumbs keeps ceil(density * n) entries")
     assert warnings("ties", 1, parameters={"t": 0.5}) == ["'t' has no effect on ties here, as in mergekit"]
-    assert warnings("ties", 1, chat_template="auto") == [
-        "'chat_template' is not applied: the plan says whose the result has; write your own into the result"
-    ]
+    (told,) = warnings("ties", 1, chat_template="auto")
+    assert told.startswith("differs from mergekit: 'chat_template: auto'")
+
+
+@pytest.mark.parametrize("written", ["chatml", "{{ messages[0].content }}"])
+def test_chat_templates(written: str, here: Path, tmp_path: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "math", "parameters": {"weight": 1}}], "chat_template": written}
+    out = moerge.merge(recipe, tmp_path / "out").folder
+    template = (out / "chat_template.jinja").read_text()
+    assert template == written if "{" in written else "<|im_start|>assistant\\n" in template
+    with pytest.raises(moerge.InputError, match="chat_template should be auto, chatml or a Jinja template itself, not 'llama3'"):
+        load_recipe({**recipe, "chat_template": "llama3"})
 
 
 def test_what_a_person_sees(here: Path, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mergekit_files import MOE
 
 import moerge
-import tiny
-from command import refuses
 from moerge.recipe.mergekit.methods import METHODS
+from tests.helpers import tiny
+from tests.helpers.command import refuses
+from tests.recipe.mergekit_files import MOE
 
 TIES = """\
 merge_method: ties

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mergekit_files import MOE
 
 import moerge
-import tiny
-from command import moerge as command
 from moerge.recipe import load_recipe
+from tests.helpers import tiny
+from tests.helpers.command import moerge as command
+from tests.recipe.mergekit_files import MOE
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 transformers = pytest.importorskip("transformers", reason="needs moerge[models]")
@@ -106,6 +106,16 @@ def test_hidden_gates_are_router_inputs_of_the_prompts(mode: str, here: Path) ->
             means = [[pool(router_inputs(index, text)[layer]) for text in texts] for texts in (positive, negative) if texts]
             rows.append(np.mean(means[0], axis=0) - (np.mean(means[1], axis=0) if negative else 0))
         np.testing.assert_allclose(found[layer], unit(np.stack(rows)), atol=1e-5)
+
+
+def test_residual_scale_multiplies_what_an_expert_adds(here: Path) -> None:
+    plain = yaml.safe_load(MOE.replace("{mode}", "uniform_random"))
+    scaled = yaml.safe_load(MOE.replace("{mode}", "uniform_random"))
+    scaled["experts"][1]["residual_scale"] = 0.3
+    one, other = (tiny.read_values(moerge.merge(file, out).folder) for file, out in ((plain, "plain"), (scaled, "scaled")))
+    for name, values in one.items():
+        factor = np.float32(0.3) if ".experts.1.w2." in name else np.float32(1)
+        np.testing.assert_array_equal(other[name], values * factor, err_msg=name)
 
 
 def test_threads_do_not_matter(here: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import moerge
 from moerge import InputError, load_recipe, merge, plan
 from moerge.methods.average import Average, Linear
 from moerge.methods.dare import Dare
 from moerge.methods.ties import Ties
-from tiny import make_models, read_tensors, write_recipe
+from tests.helpers.command import moerge
+from tests.helpers.tiny import make_models, read_tensors, write_recipe
 
 MODELS = {"base": "base", "experts": {"math": "math", "code": "code"}}
 

@@ -1,4 +1,4 @@
-"""config.json in one canonical form for comparing, and in one that old and new transformers read alike."""
+"""config.json in one normal form for comparing, and in one that old and new transformers read alike."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HARMLESS = frozenset(
 """Keys that do not change what a causal forward pass computes."""
 
 
-def canonical(config: Mapping[str, Any], family: Family | None) -> dict[str, Any]:
+def normalized_config(config: Mapping[str, Any], family: Family | None) -> dict[str, Any]:
     """The config in one form, whoever wrote it: other families' names for keys, the family's defaults and what its code
     derives filled in, rope as `rope_theta` and `rope_scaling`, a nested language model's config among its own keys.
     """
@@ -80,10 +80,10 @@ def _has(config: Any, name: str) -> bool:
     return isinstance(config, Mapping) and (name in config or _has(config.get(nested_key(config, None)), name))
 
 
-def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
+def portable_config(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
     """config.json that transformers 4.5x and 5.x both read right, for tensors of element type `dtype`."""
     written = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
-    known, nested = canonical(config, family), written.get(nested_key(config, family))
+    known, nested = normalized_config(config, family), written.get(nested_key(config, family))
     if family is None and isinstance(nested, Mapping):  # which of its parts reads what is not known
         return {**written, "torch_dtype": dtype, "dtype": dtype}
     language = dict(nested) if isinstance(nested, Mapping) else written
@@ -99,7 +99,7 @@ def portable(config: Mapping[str, Any], *, family: Family | None, dtype: str) ->
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Keys on which canonical configs disagree, those that do not matter left out: {key: {model: value}}."""
+    """Keys on which normalized configs disagree, those that do not matter left out: {key: {model: value}}."""
     configs = {name: _spread({**config, "rope_scaling": comparable_scaling(config)}) for name, config in configs.items()}
     keys = sorted({key for config in configs.values() for key in config} - _HARMLESS)
     values = {key: {name: config.get(key) for name, config in configs.items()} for key in keys}

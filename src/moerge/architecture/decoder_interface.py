@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moerge.architecture.config import canonical
-from moerge.architecture.decoder import Whole, not_decoder
+from moerge.architecture.decoder import DecoderInterface, not_decoder
 from moerge.architecture.family import Family, expected_tensors
-from moerge.architecture.registry import family_of
+from moerge.architecture.registry import read_config
 from moerge.architecture.stored import body_prefix
 from moerge.errors import InputError
 
@@ -24,19 +23,19 @@ _OTHER_KINDS = {
 """What a class name ends with that is no language model, and what to call it."""
 
 
-def whole_of(config: Mapping[str, Any], where: str) -> Whole:
+def decoder_interface(config: Mapping[str, Any], where: str) -> DecoderInterface:
     """The outside of the model with this config.json, whose owner messages call `where`.
 
     Raises InputError for what is no decoder-only language model, for one that needs code of its own, and where transformers
     is needed to say more and is not installed.
     """
     check_kind(config, where)
-    family = family_of(config)
+    family, known = read_config(config)
     if family is None:
-        from moerge.architecture.decoder_transformers import ask_transformers
+        from moerge.architecture.decoder_transformers import decoder_from_transformers
 
-        return ask_transformers(config, where)
-    return _by_table(family, config, where)
+        return decoder_from_transformers(config, where)
+    return _by_table(family, config, known, where)
 
 
 def check_kind(config: Mapping[str, Any], where: str) -> None:
@@ -53,14 +52,13 @@ def check_kind(config: Mapping[str, Any], where: str) -> None:
             raise not_decoder(where, kind, f"{other} ({name})")
 
 
-def _by_table(family: Family, config: Mapping[str, Any], where: str) -> Whole:
+def _by_table(family: Family, config: Mapping[str, Any], known: Mapping[str, Any], where: str) -> DecoderInterface:
     kind = family.model_type
     if family.nested:
         raise InputError(
             f"{where}: {kind!r} is a language model with others beside it, for images or sound: "
             "save its language model as a checkpoint of its own and name that"
         )
-    known = canonical(config, family)
     try:
         tensors = tuple(expected_tensors(family, known))
         embedding_scale, logit_scale = family.embedding_scale(known), family.logit_scale(known)
@@ -71,7 +69,7 @@ def _by_table(family: Family, config: Mapping[str, Any], where: str) -> Whole:
     if embedding is None:
         raise InputError(f"{where}: models of type {kind!r} have no input embedding, so they cannot be experts: leave it out")
     rows, width = embedding.shape
-    return Whole(
+    return DecoderInterface(
         kind,
         rows,
         width,

@@ -8,31 +8,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moerge.architecture.decoder import Whole, not_decoder
-from moerge.architecture.family import Expected
+from moerge.architecture.decoder import DecoderInterface, not_decoder
+from moerge.architecture.family import ExpectedTensor
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.quiet import without_warnings
 
 _SAMPLE = 3
 """Logits that are looked at to see what a model does to them."""
 
 
-def ask_transformers(config: Mapping[str, Any], where: str) -> Whole:
-    """See `whole_of`."""
+def decoder_from_transformers(config: Mapping[str, Any], where: str) -> DecoderInterface:
+    """See `decoder_interface`."""
     kind = str(config["model_type"])
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            f"{where}: moerge does not know models of type {kind!r}, and asking transformers needs {error.name}: "
-            "pip install 'moerge[models]'"
-        ) from None
+    require("models", f"{where}: moerge does not know models of type {kind!r}, and asking transformers")
+    import torch
+    import transformers
+
     with without_warnings():
         return _ask(transformers, torch, config, kind, where)
 
 
-def _ask(transformers: Any, torch: Any, config: Mapping[str, Any], kind: str, where: str) -> Whole:
+def _ask(transformers: Any, torch: Any, config: Mapping[str, Any], kind: str, where: str) -> DecoderInterface:
     settings = _settings(config, where, kind, transformers)
     mapping = transformers.models.auto.modeling_auto
     if getattr(settings, "is_encoder_decoder", False):
@@ -69,7 +66,7 @@ def _settings(config: Mapping[str, Any], where: str, kind: str, transformers: An
         raise InputError(f"{where}: config.json: transformers cannot read it: {_short(error)}") from None
 
 
-def _look(model: Any, kind: str, where: str) -> Whole:
+def _look(model: Any, kind: str, where: str) -> DecoderInterface:
     embedding, head = _modules(model)
     if getattr(embedding, "weight", None) is None or embedding.weight.ndim != 2:
         raise InputError(f"{where}: models of type {kind!r} have no input embedding, so they cannot be experts: leave it out")
@@ -85,21 +82,21 @@ def _look(model: Any, kind: str, where: str) -> Whole:
     _check_between(model, {first, last, bias}, kind, where)
     kept = {name: value for name, value in model.state_dict(keep_vars=True).items() if names.get(id(value), name) == name}
     rows, width = embedding.weight.shape
-    whole = Whole(
+    decoder = DecoderInterface(
         kind,
         rows,
         width,
         _stored_name(model, first),
         _stored_name(model, last) if last != first else None,
-        tuple(Expected("", name, tuple(value.shape)) for name, value in _as_stored(model, kept).items()),
+        tuple(ExpectedTensor("", name, tuple(value.shape)) for name, value in _as_stored(model, kept).items()),
         _stored_name(model, bias) if bias else None,
         _embedding_scale(embedding, kind, where),
         prefix=model.base_model_prefix,
     )
-    measured = _around_head(model, whole.width)  # which takes the model apart
+    measured = _around_head(model, decoder.width)  # which takes the model apart
     if measured is None:
-        return replace(whole, head_measured=False)
-    return replace(whole, logit_scale=measured[0], soft_capping=measured[1])
+        return replace(decoder, head_measured=False)
+    return replace(decoder, logit_scale=measured[0], soft_capping=measured[1])
 
 
 def _modules(model: Any) -> tuple[Any, Any]:

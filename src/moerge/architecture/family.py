@@ -28,7 +28,7 @@ class TensorRule:
     parts: tuple[str, ...] = ()
 
     def applies(self, config: Mapping[str, Any], layer: int | None = None) -> bool:
-        """Return whether a model with this canonical config has the tensor (in this layer). ValueError for a list that is too
+        """Return whether a model with this normalized config has the tensor (in this layer). ValueError for a list that is too
         short.
         """
         value = config.get(self.when.removeprefix("!"))
@@ -40,7 +40,7 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedTensor:
     """A tensor that a model of a given config must have. `role` is its path, such as `layers.3.attention.q`.
 
     `dense_role` is the role of the dense tensor that it comes from, `parts` the roles of several.
@@ -75,11 +75,11 @@ class Family:
     - `derive` completes a config, in place, as the model's own code does;
     - `rope_scaling_keys`: the only keys that transformers 4 allows in `rope_scaling`, and its names for them;
     - `nested`: the key that holds the language model's config in a config of several models;
-    - `spellings`: regular expressions for the beginning of names as other programs write them, and what to put there;
-    - `untabled` match tensors that belong to the model but have no role, and are merged by name;
+    - `aliases`: regular expressions for the beginning of names as other programs write them, and what to put there;
+    - `unmodeled` match tensors that belong to the model but have no role, and are merged by name;
     - `fused` match tensors of transformers' layout in memory, which is not the one on disk;
     - `embedding_scale(config)` is what the embedding module multiplies rows by (not what happens to them afterwards), and
-      `logit_scale(config)` what the head's outputs are multiplied by, both of a canonical config.
+      `logit_scale(config)` what the head's outputs are multiplied by, both of a normalized config.
     """
 
     model_type: str
@@ -92,8 +92,8 @@ class Family:
     derive: Callable[[dict[str, Any]], None] = _nothing
     rope_scaling_keys: Mapping[str, str] = field(default_factory=dict)
     nested: str = ""
-    spellings: tuple[tuple[str, str], ...] = ()
-    untabled: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    unmodeled: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     embedding_scale: Callable[[Mapping[str, Any]], float] = _one
     logit_scale: Callable[[Mapping[str, Any]], float] = _one
@@ -104,7 +104,7 @@ class Family:
 
     def role_of(self, name: str) -> str | None:
         """The role path of a tensor by its name, however that is spelled, or None if the family has no such tensor."""
-        name = self.spelled(name)
+        name = self.canonical_name(name)
         found = ((pattern.fullmatch(name), rule) for pattern, _, rule in self._patterns)
         return next((rule.role.format(**match.groupdict()) for match, rule in found if match), None)
 
@@ -113,9 +113,9 @@ class Family:
         found = ((pattern.fullmatch(role), rule) for _, pattern, rule in self._patterns)
         return next((rule.name.format(**match.groupdict()) for match, rule in found if match), None)
 
-    def spelled(self, name: str) -> str:
+    def canonical_name(self, name: str) -> str:
         """A tensor's name as the table has it."""
-        for pattern, start in self.spellings:
+        for pattern, start in self.aliases:
             match = re.match(pattern, name)
             if match:
                 return start + name[match.end() :]
@@ -125,17 +125,17 @@ class Family:
         """Return whether a stored tensor can be ignored."""
         return _any_matches(self.buffers, name)
 
-    def is_untabled(self, name: str) -> bool:
+    def is_unmodeled(self, name: str) -> bool:
         """Return whether a tensor without a role is none that is out of place."""
-        return _any_matches(self.untabled, name)
+        return _any_matches(self.unmodeled, name)
 
     def is_fused(self, name: str) -> bool:
         """Return whether a tensor is of transformers' layout in memory."""
         return _any_matches(self.fused, name)
 
 
-def expected_tensors(family: Family, config: Mapping[str, Any]) -> list[Expected]:
-    """Every tensor of a model with this canonical config: what comes first in the model first.
+def expected_tensors(family: Family, config: Mapping[str, Any]) -> list[ExpectedTensor]:
+    """Every tensor of a model with this normalized config: what comes first in the model first.
 
     Raises ValueError if the config lacks a size or garbles it.
     """
@@ -153,17 +153,17 @@ def expected_tensors(family: Family, config: Mapping[str, Any]) -> list[Expected
     return found + [next(_instances(rule, {}, sizes)) for rule in outside if rule not in before]
 
 
-def _instances(rule: TensorRule, numbers: dict[str, int], sizes: Sizes) -> Iterator[Expected]:
+def _instances(rule: TensorRule, numbers: dict[str, int], sizes: Sizes) -> Iterator[ExpectedTensor]:
     shape = tuple(sizes[dimension] for dimension in rule.shape)
     parts = tuple(part.format(**numbers) for part in rule.parts)
     if "{expert}" not in rule.role:
         role = rule.role.format(**numbers)
-        yield Expected(role, rule.name.format(**numbers), shape, None, role, parts)
+        yield ExpectedTensor(role, rule.name.format(**numbers), shape, None, role, parts)
         return
     dense = rule.role.replace(".{expert}", "").format(**numbers)
     for expert in range(sizes["experts"]):
         values = {**numbers, "expert": expert}
-        yield Expected(rule.role.format(**values), rule.name.format(**values), shape, expert, dense, parts)
+        yield ExpectedTensor(rule.role.format(**values), rule.name.format(**values), shape, expert, dense, parts)
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moerge.architecture.decoder import Whole
-from moerge.architecture.decoder_interface import whole_of
-from moerge.architecture.family import Expected
+from moerge.architecture.decoder import DecoderInterface
+from moerge.architecture.decoder_interface import decoder_interface
+from moerge.architecture.family import ExpectedTensor
 from moerge.architecture.registry import family_of
 from moerge.architecture.sequence import GATE
 from moerge.errors import InputError
@@ -29,51 +29,54 @@ def expert_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def expert_tensors(whole: Whole, number: int, *, rows: int | None = None) -> Iterator[tuple[Expected, Expected]]:
+def expert_tensors(
+    decoder: DecoderInterface, number: int, *, rows: int | None = None
+) -> Iterator[tuple[ExpectedTensor, ExpectedTensor]]:
     """An expert's tensors in the model, each with its own: without embedding and head, or with `rows` of each."""
-    outside = {whole.embedding, whole.head, whole.head_bias}
-    for tensor in whole.tensors:
+    outside = {decoder.embedding, decoder.head, decoder.head_bias}
+    for tensor in decoder.tensors:
         shape = tensor.shape
         if tensor.name in outside:
             if rows is None:
                 continue
             shape = (rows, *shape[1:])
         role = f"experts.{number}.{tensor.role or tensor.name}"
-        yield Expected(role, expert_prefix(number) + tensor.name, shape, number, tensor.role), tensor
+        yield ExpectedTensor(role, expert_prefix(number) + tensor.name, shape, number, tensor.role), tensor
 
 
-def shared_tensors(rows: int, width: int, *, head_bias: bool) -> tuple[Expected, list[Expected]]:
+def shared_tensors(rows: int, width: int, *, head_bias: bool) -> tuple[ExpectedTensor, list[ExpectedTensor]]:
     """The shared embedding, and the head."""
-    head = [Expected("head", HEAD, (rows, width))]
-    return Expected("embedding", EMBEDDING, (rows, width)), head + [Expected("head.bias", HEAD_BIAS, (rows,))] * head_bias
+    head, bias = ExpectedTensor("head", HEAD, (rows, width)), ExpectedTensor("head.bias", HEAD_BIAS, (rows,))
+    return ExpectedTensor("embedding", EMBEDDING, (rows, width)), [head, bias] if head_bias else [head]
 
 
-def whole_gate(experts: int, width: int) -> Expected:
+def heterogeneous_gate(experts: int, width: int) -> ExpectedTensor:
     """The gate of learned routing, on mean embeddings this wide."""
-    return Expected("router", GATE, (experts, width), None, "router")
+    return ExpectedTensor("router", GATE, (experts, width), None, "router")
 
 
-def expected_heterogeneous(config: Mapping[str, Any]) -> list[Expected]:
+def expected_heterogeneous(config: Mapping[str, Any]) -> list[ExpectedTensor]:
     """Every tensor that a model with this config.json has; of experts whose type nothing here knows, none.
 
     Raises ValueError if the config lacks something or garbles it.
     """
-    wholes, rows, width = _experts(config), config.get("vocab_size"), config.get("hidden_size")
+    decoders, rows, width = _experts(config), config.get("vocab_size"), config.get("hidden_size")
     routing = config.get("routing") or {}
     if type(rows) is not int or type(width) is not int or not isinstance(routing, Mapping):
         raise ValueError("vocab_size and hidden_size should be whole numbers, and routing a mapping")
-    separate, known = config.get("embedding") == "separate", {n: whole for n, whole in enumerate(wholes) if whole is not None}
-    found = [t for n, whole in known.items() for t, _ in expert_tensors(whole, n, rows=rows if separate else None)]
+    separate = config.get("embedding") == "separate"
+    known = {n: decoder for n, decoder in enumerate(decoders) if decoder is not None}
+    found = [t for n, decoder in known.items() for t, _ in expert_tensors(decoder, n, rows=rows if separate else None)]
     if not separate:
         embedding, head = shared_tensors(rows, width, head_bias=bool(config.get("head_bias")))
-        widths = {number: whole.width for number, whole in known.items()}
-        found = [embedding, *found, *_projectors(config, widths, len(wholes)), *head]
-    if routing.get("kind") == "learned" and len(known) == len(wholes):
-        found.append(whole_gate(len(wholes), sum(whole.width for whole in known.values()) if separate else width))
+        widths = {number: decoder.width for number, decoder in known.items()}
+        found = [embedding, *found, *_projectors(config, widths, len(decoders)), *head]
+    if routing.get("kind") == "learned" and len(known) == len(decoders):
+        found.append(heterogeneous_gate(len(decoders), sum(decoder.width for decoder in known.values()) if separate else width))
     return found
 
 
-def _projectors(config: Mapping[str, Any], widths: Mapping[int, int], experts: int) -> list[Expected]:
+def _projectors(config: Mapping[str, Any], widths: Mapping[int, int], experts: int) -> list[ExpectedTensor]:
     from moerge.architecture.heterogeneous import expected_projectors
 
     settings = config.get("projectors")
@@ -84,16 +87,16 @@ def _projectors(config: Mapping[str, Any], widths: Mapping[int, int], experts: i
     return [tensor for tensor in every if tensor.expert in widths]
 
 
-def _experts(config: Mapping[str, Any]) -> Sequence[Whole | None]:
+def _experts(config: Mapping[str, Any]) -> Sequence[DecoderInterface | None]:
     configs = config.get("expert_configs")
     if not isinstance(configs, list) or not all(isinstance(own, Mapping) for own in configs):
         raise ValueError("expert_configs should be a list of the experts' config.json")
     return [_known(own, f"expert {number}") for number, own in enumerate(configs)]
 
 
-def _known(config: Mapping[str, Any], where: str) -> Whole | None:
+def _known(config: Mapping[str, Any], where: str) -> DecoderInterface | None:
     try:
-        return whole_of(config, where)
+        return decoder_interface(config, where)
     except InputError as error:
         if family_of(config) is None:  # only transformers knows it, and perhaps a newer one
             return None
@@ -111,7 +114,7 @@ FACTOR = 4
 class _Part:
     """A tensor of a projector; `inputs` is how many inputs its layer has."""
 
-    tensor: Expected
+    tensor: ExpectedTensor
     side: Literal["in", "out"]
     layer: Literal["linear", "up", "down"]
     inputs: int
@@ -127,7 +130,7 @@ def projector_config(kind: Kind, width: int) -> dict[str, Any]:
     return {"linear": kind == "fitted", "width": FACTOR * width}
 
 
-def expected_projectors(projectors: Mapping[str, Any], widths: Sequence[tuple[int, int]], width: int) -> list[Expected]:
+def expected_projectors(projectors: Mapping[str, Any], widths: Sequence[tuple[int, int]], width: int) -> list[ExpectedTensor]:
     """Every tensor of the projectors, given `projectors` of config.json and the widths of each expert's embedding and head."""
     return [part.tensor for part in _parts(projectors, widths, width)]
 
@@ -148,5 +151,5 @@ def _projector(
     for layer, shape in layers.items():
         role, dense = f"projector_{side}.{expert}.{layer}", f"projector_{side}.{layer}"
         name = f"model.projectors_{side}.{expert}.{layer}"
-        yield _Part(Expected(role, f"{name}.weight", shape, expert, dense), side, layer, shape[1])
-        yield _Part(Expected(f"{role}.bias", f"{name}.bias", shape[:1], expert, f"{dense}.bias"), side, layer, shape[1])
+        yield _Part(ExpectedTensor(role, f"{name}.weight", shape, expert, dense), side, layer, shape[1])
+        yield _Part(ExpectedTensor(f"{role}.bias", f"{name}.bias", shape[:1], expert, f"{dense}.bias"), side, layer, shape[1])

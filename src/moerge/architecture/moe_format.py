@@ -24,26 +24,26 @@ class MoEFormat:
     """A native token-routed MoE that dense experts can be assembled into.
 
     `sources` are the model types that map exactly. `convert(config, experts, top_k)` makes the MoE's config from a dense
-    canonical one; `obstacle(config)` says what of a dense config the format cannot express, or None. `zeros` are the
-    beginnings of roles, without their layer, that no dense model has and that are zero, `drawn` those whose values do not matter
-    but must not be zero. `last_resort` are those of the sources
-    that map to another format as well, which is preferred where it can be. `caution(config)` says which readers of the result
-    get something else than the dense config says, or None.
+    normalized one; `unsupported_reason(config)` says what of a dense config the format cannot express, or None. `zero_roles`
+    are the beginnings of roles, without their layer, that no dense model has and that are zero, `random_roles` those whose
+    values do not matter but must not be zero. `fallback_for` are those of the sources that map to another format as well,
+    which is preferred where it can be. `warning(config)` says which readers of the result get something else than the dense
+    config says, or None.
     """
 
     name: str
     family: Family
     sources: frozenset[str]
     convert: Callable[[Mapping[str, Any], int, int], dict[str, Any]]
-    obstacle: Callable[[Mapping[str, Any]], str | None]
-    zeros: tuple[str, ...] = ()
-    drawn: tuple[str, ...] = ()
-    last_resort: frozenset[str] = frozenset()
-    caution: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    unsupported_reason: Callable[[Mapping[str, Any]], str | None]
+    zero_roles: tuple[str, ...] = ()
+    random_roles: tuple[str, ...] = ()
+    fallback_for: frozenset[str] = frozenset()
+    warning: Callable[[Mapping[str, Any]], str | None] = lambda config: None
 
 
 def native_config(family: Family, config: Mapping[str, Any], **own: Any) -> dict[str, Any]:
-    """config.json of a MoE of this family: what a dense canonical config has in common with it, and its `own` keys.
+    """config.json of a MoE of this family: what a dense normalized config has in common with it, and its `own` keys.
 
     Token ids are written even where there are none, since families assume different ones when they are missing.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moerge.architecture.config import normalized_config
 from moerge.architecture.family import Family
 from moerge.architecture.moe_format import MoEFormat
 from moerge.errors import InputError
@@ -19,6 +20,12 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return FAMILIES.find(str(config.get("model_type", "")))
 
 
+def read_config(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:
+    """The family of a config.json, and the config in its normal form."""
+    family = family_of(config)
+    return family, normalized_config(config, family)
+
+
 def known_families() -> list[str]:
     """Model types that moerge knows the roles of."""
     return FAMILIES.names()
@@ -30,7 +37,7 @@ def moe_formats() -> list[str]:
 
 
 def moe_format(name: str, config: Mapping[str, Any]) -> MoEFormat:
-    """The MoE format called `name`, or with "auto" the one that experts with this canonical config map to exactly.
+    """The MoE format called `name`, or with "auto" the one that experts with this normalized config map to exactly.
 
     Raises InputError if there is none, or if it has no place for something that the config calls for.
     """
@@ -45,10 +52,10 @@ def moe_format(name: str, config: Mapping[str, Any]) -> MoEFormat:
         candidates = [chosen]
     else:
         candidates = _candidates(model_type)
-    obstacles = [candidate.obstacle(config) for candidate in candidates]
-    free = [candidate for candidate, obstacle in zip(candidates, obstacles, strict=True) if not obstacle]
+    reasons = [candidate.unsupported_reason(config) for candidate in candidates]
+    free = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if not reason]
     if not free:
-        raise InputError(f"cannot build a {candidates[0].name} model: {obstacles[0]}")
+        raise InputError(f"cannot build a {candidates[0].name} model: {reasons[0]}")
     return free[0]
 
 
@@ -59,4 +66,4 @@ def _candidates(model_type: str) -> list[MoEFormat]:
     if not found:
         takes = sorted({source for candidate in formats for source in candidate.sources})
         raise InputError(f"no token-routed MoE format is known for experts of type {model_type!r} (known: {', '.join(takes)})")
-    return sorted(found, key=lambda candidate: model_type in candidate.last_resort)
+    return sorted(found, key=lambda candidate: model_type in candidate.fallback_for)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in config.json: one canonical form, and one that old and new transformers read alike.
+"""Rotary position embeddings in config.json: one normal form, and one that old and new transformers read alike.
 
 Canonical: `rope_theta`, `rope_scaling` (None, or a mapping with `rope_type`), `partial_rotary_factor` where there is one. Where
 sliding layers have an embedding of their own (Gemma 3), `rope_local_base_freq` is its base and the others are for full layers.
@@ -14,7 +14,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def flatten_rope(found: dict[str, Any]) -> None:
-    """Bring a config's rope into canonical form, in place.
+    """Bring a config's rope into its normal form, in place.
 
     transformers 5 nests everything in `rope_parameters`, 4.x keeps it at the top level; "type" is an old name of "rope_type".
     """
@@ -46,7 +46,7 @@ def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_rope(written: dict[str, Any], known: Mapping[str, Any], scaling_keys: Mapping[str, str]) -> None:
-    """Add a canonical config's rope to a config.json, in place, in every form that some transformers reads.
+    """Add a normalized config's rope to a config.json, in place, in every form that some transformers reads.
 
     `scaling_keys` are the only keys that the family's code in 4.x allows in `rope_scaling`, and its names for them; where that is
     too little to say what is meant, transformers 5 alone is served, which reads `rope_scaling` first.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moerge.architecture.config import canonical
-from moerge.architecture.family import Expected, Family, expected_tensors
-from moerge.architecture.registry import family_of
+from moerge.architecture.family import ExpectedTensor, Family, expected_tensors
+from moerge.architecture.registry import read_config
 from moerge.modeling.adapters_moerge import FACTORS, Adapted, adapted, check_adapters, factor_name, plain_name
 from moerge.modeling.naming_moerge import dense_name, role_of, separate_name
 
@@ -18,7 +17,7 @@ BY_SEQUENCE = (MODEL_TYPE, HETEROGENEOUS)
 GATE = "router.weight"
 
 
-def expand(dense: Sequence[Expected], experts: int, separate: Sequence[str]) -> Iterator[Expected]:
+def expand(dense: Sequence[ExpectedTensor], experts: int, separate: Sequence[str]) -> Iterator[ExpectedTensor]:
     """For each dense tensor, the model's own: one for each expert, with `expert` set, or a shared one.
 
     Raises ValueError for a tensor that the model has no place for.
@@ -28,26 +27,26 @@ def expand(dense: Sequence[Expected], experts: int, separate: Sequence[str]) -> 
         numbers = range(experts) if role in separate else (None,)
         for number in numbers:
             name = separate_name(tensor.name, number or 0)
-            yield Expected(_role(tensor.role, role, number), name, tensor.shape, number, tensor.role)
+            yield ExpectedTensor(_role(tensor.role, role, number), name, tensor.shape, number, tensor.role)
 
 
-def adapter_factors(dense: Expected, one: Adapted) -> tuple[Expected, Expected]:
+def adapter_factors(dense: ExpectedTensor, one: Adapted) -> tuple[ExpectedTensor, ExpectedTensor]:
     """The factors A [rank, in] and B [out, rank] of an expert's adapter on a dense tensor [out, in]."""
     (outputs, inputs), role = dense.shape, role_of(dense.name)
     a, b = (factor_name(dense.name, one.expert, factor) for factor in FACTORS)
     path = _role(dense.role or dense.name, role, one.expert)
     return (
-        Expected(f"{path}.{FACTORS[0]}", a, (one.rank, inputs), one.expert, dense.role),
-        Expected(f"{path}.{FACTORS[1]}", b, (outputs, one.rank), one.expert, dense.role),
+        ExpectedTensor(f"{path}.{FACTORS[0]}", a, (one.rank, inputs), one.expert, dense.role),
+        ExpectedTensor(f"{path}.{FACTORS[1]}", b, (outputs, one.rank), one.expert, dense.role),
     )
 
 
-def gate(experts: int, hidden: int) -> Expected:
+def gate(experts: int, hidden: int) -> ExpectedTensor:
     """The gate of learned routing."""
-    return Expected("router", GATE, (experts, hidden), None, "router")
+    return ExpectedTensor("router", GATE, (experts, hidden), None, "router")
 
 
-def expected_routed(config: Mapping[str, Any]) -> list[Expected]:
+def expected_routed(config: Mapping[str, Any]) -> list[ExpectedTensor]:
     """Every tensor that a sequence-routed model with this config.json has; empty if the experts' family is unknown.
 
     Raises ValueError if the config lacks something or garbles it.
@@ -92,7 +91,7 @@ def expert_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return _experts(config)[1] if config.get("model_type") == MODEL_TYPE else config
 
 
-def _factors(by_name: Mapping[str, Expected], one: Adapted) -> tuple[Expected, Expected]:
+def _factors(by_name: Mapping[str, ExpectedTensor], one: Adapted) -> tuple[ExpectedTensor, ExpectedTensor]:
     if one.weight not in by_name:
         raise ValueError(f"adapters name {one.module!r}, which the experts do not have")
     return adapter_factors(by_name[one.weight], one)
@@ -102,8 +101,7 @@ def _experts(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:
     dense = config.get("expert_config")
     if not isinstance(dense, Mapping):
         raise ValueError("expert_config should be the experts' config.json")
-    family = family_of(dense)
-    return family, canonical(dense, family)
+    return read_config(dense)
 
 
 def _role(path: str, role: str, expert: int | None) -> str:

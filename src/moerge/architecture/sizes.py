@@ -1,4 +1,4 @@
-"""The sizes in tensors' shapes, by name, from a canonical config."""
+"""The sizes in tensors' shapes, by name, from a normalized config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPTIONAL = {"experts": "num_local_experts", "shared": "shared_expert_intermedia
 
 
 class Sizes:
-    """`sizes["hidden"]`, and sums such as `sizes["q+2*kv"]`, of a canonical config.
+    """`sizes["hidden"]`, and sums such as `sizes["q+2*kv"]`, of a normalized config.
 
     Dimensions: layers, vocab, positions, hidden, intermediate, heads, kv_heads, head, q (heads * head), kv (kv_heads * head),
     experts, shared; whole numbers; and those that `more` gives a config key for.

@@ -28,9 +28,9 @@ def stored_family(config: Mapping[str, Any], names: Collection[str]) -> Family |
         family = replace(family, tensors=tuple(replace(rule, name=_moved(rule, own, stored)) for rule in family.tensors))
     if is_causal(config, family):
         return family
-    spelled = {family.spelled(name) for name in names}
-    kept = tuple(rule for rule in family.tensors if not rule.role.startswith("head") or rule.name in spelled)
-    return replace(family, tensors=kept, untabled=(*family.untabled, r"(?!.*\.\d+\.).*"))
+    canonical = {family.canonical_name(name) for name in names}
+    kept = tuple(rule for rule in family.tensors if not rule.role.startswith("head") or rule.name in canonical)
+    return replace(family, tensors=kept, unmodeled=(*family.unmodeled, r"(?!.*\.\d+\.).*"))
 
 
 def is_causal(config: Mapping[str, Any], family: Family) -> bool:
@@ -61,11 +61,11 @@ def body_prefix(family: Family) -> str:
 def _stored_prefix(family: Family, names: Collection[str]) -> str:
     own = body_prefix(family)
     embedding = next(rule.name for rule in family.tensors if rule.role == "embedding")
-    spelled = {family.spelled(name) for name in names}
-    if embedding in spelled:
+    canonical = {family.canonical_name(name) for name in names}
+    if embedding in canonical:
         return own
     suffix = embedding.removeprefix(own)
-    found = sorted((name for name in spelled if name == suffix or name.endswith(f".{suffix}")), key=len)
+    found = sorted((name for name in canonical if name == suffix or name.endswith(f".{suffix}")), key=len)
     return found[0].removesuffix(suffix) if found else own
 
 

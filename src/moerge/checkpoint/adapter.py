@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from moerge.architecture import family_of
-from moerge.architecture.config import canonical, changed
+from moerge.architecture.config import changed
+from moerge.architecture.registry import read_config
 from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from moerge.checkpoint.locate import VOCABULARY_FILES
 from moerge.checkpoint.module_names import Names
@@ -147,7 +148,7 @@ def _resized(base: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, An
 
 def ties_head(base: Checkpoint) -> bool:
     """Return whether the base's head is its embedding; a config that does not say so has a head exactly if one is stored."""
-    tied = canonical(base.config, family_of(base.config)).get("tie_word_embeddings")
+    tied = read_config(base.config)[1].get("tie_word_embeddings")
     return bool(tied) if tied is not None else not any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", n) for n in base.tensors)
 
 
@@ -206,7 +207,7 @@ class _Application:
 
     def _stored_name(self, name: str) -> str | None:
         """Return the base's name for a tensor that modules in memory may call otherwise."""
-        return self.names.find(name) or (self.names.find(self.family.spelled(name)) if self.family else None)
+        return self.names.find(name) or (self.names.find(self.family.canonical_name(name)) if self.family else None)
 
     def _with_rows(self, module: str, trained: Tensor, found: Mapping[str, Tensor]) -> RowsTensor:
         """A tensor of which single rows were trained (trainable_token_indices): those instead of the base's."""

@@ -87,14 +87,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             file_size = state.size
             start = file.read(8)
             if len(start) < 8:
-                raise InputError(f"{path} is truncated ({file_size} bytes, not even a header): fetch or copy it again")
+                raise InputError(
+                    f"{path} is truncated ({file_size} bytes, not even a header): fetch or copy it again", code="damaged-file"
+                )
             length = struct.unpack("<Q", start)[0]
             if length > MAX_HEADER_BYTES:
                 raise InputError(
                     f"{path} is not a safetensors file: its header would be {length:,} bytes (limit {MAX_HEADER_BYTES:,})"
                 )
             if 8 + length > file_size:
-                raise InputError(f"{path} is truncated inside its header ({file_size:,} bytes): fetch or copy it again")
+                raise InputError(
+                    f"{path} is truncated inside its header ({file_size:,} bytes): fetch or copy it again", code="damaged-file"
+                )
             raw = file.read(length)
     except OSError as error:
         raise unreadable(path, error) from None
@@ -128,7 +132,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         if not isinstance(header, dict):
             raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the header of {path} is damaged ({error}): fetch or copy the file again") from None
+        raise InputError(
+            f"the header of {path} is damaged ({error}): fetch or copy the file again", code="damaged-file"
+        ) from None
     header.pop("__metadata__", None)
     return header
 
@@ -139,20 +145,21 @@ def stored_tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> S
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise InputError(f"{where} has a damaged header entry: fetch or copy the file again") from None
+        raise InputError(f"{where} has a damaged header entry: fetch or copy the file again", code="damaged-file") from None
     if (
         not isinstance(shape, list)
         or len(shape) > _MOST_DIMENSIONS
         or not all(type(n) is int and 0 <= n < _TOO_LARGE for n in [*shape, begin, end])
     ):
-        raise InputError(f"{where} has a damaged header entry: fetch or copy the file again")
+        raise InputError(f"{where} has a damaged header entry: fetch or copy the file again", code="damaged-file")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise UnknownElements(f"{where} has the element type {dtype_name!r}, which moerge does not read")
     tensor = StoredTensor(name, DTYPES[dtype_name], tuple(shape), file, data_start + begin)
     if tensor.nbytes != end - begin:
         raise InputError(
             f"{where} lies about its size: shape {shape} of {dtype_name} needs {tensor.nbytes:,} bytes, "
-            f"the header gives it {end - begin:,}; the file is damaged"
+            f"the header gives it {end - begin:,}; the file is damaged",
+            code="damaged-file",
         )
     return tensor
 
@@ -161,16 +168,19 @@ def _check_layout(path: Path, tensors: Sequence[StoredTensor], data_start: int, 
     position = data_start
     for tensor in tensors:
         if tensor.offset < position:
-            raise InputError(f"tensor {tensor.name!r} in {path} overlaps another one; the file is damaged")
+            raise InputError(f"tensor {tensor.name!r} in {path} overlaps another one; the file is damaged", code="damaged-file")
         if tensor.offset > position:
-            raise InputError(f"there is a hole before tensor {tensor.name!r} in {path}; the file is damaged")
+            raise InputError(f"there is a hole before tensor {tensor.name!r} in {path}; the file is damaged", code="damaged-file")
         position = tensor.offset + tensor.nbytes
     if position > file_size:
         raise InputError(
-            f"{path} is truncated: its header promises {position:,} bytes, the file has {file_size:,}; fetch or copy it again"
+            f"{path} is truncated: its header promises {position:,} bytes, the file has {file_size:,}; fetch or copy it again",
+            code="damaged-file",
         )
     if position < file_size:
-        raise InputError(f"{path} has {file_size - position:,} bytes that no tensor claims; the file is damaged")
+        raise InputError(
+            f"{path} has {file_size - position:,} bytes that no tensor claims; the file is damaged", code="damaged-file"
+        )
 
 
 def build_header(

@@ -60,12 +60,14 @@ def locate(
         exists = folder.exists()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{label}there is no model {location[:80]!r}: {reason}") from None
+        raise InputError(f"{label}there is no model {location[:80]!r}: {reason}", code="not-found") from None
     if exists:
         return open_folder(folder, name=name, location=location)
     hub = None if location.startswith((".", "/", "~")) else _HUB_ID.fullmatch(location)
     near = _nearby(folder)
-    missing = InputError(f"{label}there is no folder {folder}: {f'did you mean {near!r}?' if near else 'check the path'}")
+    missing = InputError(
+        f"{label}there is no folder {folder}: {f'did you mean {near!r}?' if near else 'check the path'}", code="not-found"
+    )
     if hub is None:
         raise missing
     try:
@@ -155,20 +157,27 @@ def _explained(model: str, folder: Path) -> Iterator[None]:
     except errors.GatedRepoError:
         raise InputError(f"{model} is gated on the Hub: accept its terms there, then run `hf auth login`") from None
     except errors.RevisionNotFoundError:
-        raise InputError(f"{neither} a revision on the Hub: check what stands after the '@'") from None
+        raise InputError(f"{neither} a revision on the Hub: check what stands after the '@'", code="not-found") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"{neither} a model on the Hub: check the path or the id (private ones need `hf auth login`)") from None
+        raise InputError(
+            f"{neither} a model on the Hub: check the path or the id (private ones need `hf auth login`)", code="not-found"
+        ) from None
     except errors.NotASafetensorsRepoError:
         raise InputError(f"{model} has no safetensors weights on the Hub: convert it and name the local folder") from None
     except errors.SafetensorsParsingError:
-        raise InputError(f"{model} has a damaged safetensors file on the Hub: use another revision") from None
+        raise InputError(
+            f"{model} has a damaged safetensors file on the Hub: use another revision", code="damaged-file"
+        ) from None
     except errors.LocalEntryNotFoundError:
         raise MachineError(
             f"{model} is not a folder ({folder}), not in the Hub's cache, and the Hub cannot be reached: "
-            "check the connection and HF_HUB_OFFLINE"
+            "check the connection and HF_HUB_OFFLINE",
+            code="no-network",
         ) from None
     except errors.EntryNotFoundError:
         raise InputError(f"{model} has no {ADAPTER_WEIGHTS} on the Hub: convert it and name the local folder") from None
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise MachineError(f"{model} is not a folder ({folder}) and could not be fetched from the Hub: {reason}") from None
+        raise MachineError(
+            f"{model} is not a folder ({folder}) and could not be fetched from the Hub: {reason}", code="no-network"
+        ) from None

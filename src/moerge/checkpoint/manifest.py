@@ -27,7 +27,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(path)
     parts = {"versions": dict, "recipe": dict, "models": dict, "experts": list, "tensors": dict, "files": dict}
     if manifest.get("format") != FORMAT or not all(isinstance(manifest.get(key), kind) for key, kind in parts.items()):
-        raise InputError(f"{path} is damaged, or was written by a newer moerge: merge again or update moerge")
+        raise InputError(
+            f"{path} is damaged, or was written by a newer moerge: merge again or update moerge", code="damaged-file"
+        )
     return manifest
 
 

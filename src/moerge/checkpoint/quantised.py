@@ -24,7 +24,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     if evidence:
         label = f"{checkpoint.name}: " if checkpoint.name else ""
         raise InputError(
-            f"{label}{checkpoint.folder} is quantised: merge the unquantised checkpoint it was made from ({evidence})"
+            f"{label}{checkpoint.folder} is quantised: merge the unquantised checkpoint it was made from ({evidence})",
+            code="quantised-model",
         )
 
 

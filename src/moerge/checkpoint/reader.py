@@ -87,7 +87,7 @@ class Checkpoint:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Return a key for everything that its tensors depend on, as far as that is known without reading them."""
-        return (self.name, self.location, self.revision, self.stamps)
+        return (self.name, self.location, self.revision, tuple(file.identity for file in self.files if file.state))
 
     @property
     def origins(self) -> tuple[Checkpoint, ...]:
@@ -113,7 +113,7 @@ def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoi
     if folder.is_file():
         raise InputError(f"{_label(name)}{folder} is a file: name the checkpoint's folder instead")
     if not folder.is_dir():
-        raise InputError(f"{_label(name)}there is no folder {folder}: check the path")
+        raise InputError(f"{_label(name)}there is no folder {folder}: check the path", code="not-found")
     if (folder / ADAPTER_CONFIG).is_file() and not _has_model(folder, name):
         tensors = _read_adapter(folder, name)
         return Checkpoint(name, location or str(folder), folder, read_json(folder / ADAPTER_CONFIG), tensors)
@@ -166,11 +166,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path).decode("utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: a checkpoint folder needs it") from None
+        raise InputError(f"{path} is missing: a checkpoint folder needs it", code="not-found") from None
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path} as JSON: {error}") from None
+        raise InputError(f"cannot read {path} as JSON: {error}", code="damaged-file") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
     return value

@@ -134,7 +134,8 @@ class Staging(Workspace):
         if entries[0]["fingerprint"] != self._fingerprint:
             raise InputError(
                 f"the interrupted run in {self.root} had another recipe, other inputs or options: "
-                "run it as it was, or start over with --force"
+                "run it as it was, or start over with --force",
+                code="resume-differs",
             )
         self._entries = {entry["tensor"]: entry for entry in entries[1:]}
 
@@ -222,4 +223,6 @@ def _entry(line: bytes, *, first: bool) -> dict[str, Any]:
     kinds = {"fingerprint": str} if first else {"tensor": str, "digest": str, "inputs": dict, "nonfinite": list}
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
         raise ValueError("no line of a journal")
+    if not all(isinstance(text, str) for text in (*entry.get("inputs", {}).values(), *entry.get("nonfinite", ()))):
+        raise ValueError("no labels and digests")
     return entry

@@ -41,7 +41,9 @@ class Workspace:
 
     def busy(self) -> InputError:
         """The error for the second of two processes that write the same target."""
-        return InputError(f"another moerge is writing {self.target} right now: wait for it, or choose another folder")
+        return InputError(
+            f"another moerge is writing {self.target} right now: wait for it, or choose another folder", code="busy"
+        )
 
     def acquire(self) -> FileIO:
         """Make the folder and take its lock; the locked file. InputError if another process has it."""
@@ -109,7 +111,7 @@ class machine_errors:
             return
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise MachineError(
-                f"no space left for {self.folder.parent}: free some and run the same command again with --resume"
+                f"no space left for {self.folder.parent}: free some and run the same command again with --resume", code="no-space"
             ) from None
         raise MachineError(f"cannot write {error.filename or self.folder}: {error.strerror or error}") from None
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
 from io import TextIOWrapper
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from typer import Abort
 
 from moerge.cli.app import app
-from moerge.errors import Interrupted, MoergeError, one_line
+from moerge.errors import InputError, Interrupted, MachineError, MoergeError, one_line
 
 
 def main() -> NoReturn:
@@ -26,9 +28,9 @@ def main() -> NoReturn:
         if code == Interrupted.exit_code:  # some versions of typer turn KeyboardInterrupt into this, others into Abort
             raise KeyboardInterrupt
     except MoergeError as error:
-        _fail(str(error), error.exit_code)
+        _fail(error)
     except (KeyboardInterrupt, Abort):
-        _fail("interrupted", Interrupted.exit_code)
+        _fail(Interrupted("interrupted"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -41,10 +43,13 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    if message:
-        print(f"moerge: {one_line(message)}", file=sys.stderr)
-    sys.exit(code)
+def _fail(error: MoergeError) -> NoReturn:
+    """Exit with the error's sentence on standard error and, after `--json`, an object on standard output."""
+    if str(error):
+        print(f"moerge: {error}", file=sys.stderr)
+    if "--json" in takewhile("--".__ne__, sys.argv[1:]):
+        print(json.dumps({"error": {"code": error.code, "message": str(error), "exit_code": error.exit_code}}, indent=2))
+    sys.exit(error.exit_code)
 
 
 def _usage_or_raise(error: Exception) -> NoReturn:
@@ -52,7 +57,8 @@ def _usage_or_raise(error: Exception) -> NoReturn:
 
     message = usage_message(error)
     if message is not None:
-        _fail(message, 2)
+        _fail(InputError(message, code="usage"))
     if isinstance(error, MemoryError) or re.search("[Cc]an('t|not) (allocate memory|start new thread)", str(error)):
-        _fail(f"out of memory: {one_line(str(error)) or 'free some'}; use fewer --threads, or another machine", 1)
+        said = one_line(str(error)) or "free some"
+        _fail(MachineError(f"out of memory: {said}; use fewer --threads, or another machine"))
     raise error

@@ -34,7 +34,7 @@ def check_result(result: Result, client: str) -> list[Finding]:
     Raises InputError for a client that moerge does not know.
     """
     if client not in RUNS:
-        raise InputError(f"unknown client {client!r}: {suggest(client, RUNS)}")
+        raise InputError(f"unknown client {client!r}: {suggest(client, RUNS)}", code="unknown-name")
     if result.model_type not in RUNS[client]:
         return [_not_run(result, client)]
     return [
@@ -77,7 +77,7 @@ def check_plan(plan: Plan, wanted: Iterable[str]) -> Plan:
     findings = [finding for client in dict.fromkeys(wanted) for finding in check_result(result, client)]
     fatal = next((finding for finding in findings if finding.effect == "cannot"), None)
     if fatal:
-        raise InputError(fatal.sentence)
+        raise InputError(fatal.sentence, code="client-cannot-run")
     warnings = (finding.sentence for finding in findings if finding.effect in ("differs", "unknown"))
     notes = (finding.sentence for finding in findings if finding.effect == "note")
     return replace(

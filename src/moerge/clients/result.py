@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moerge.architecture import family_of
-from moerge.architecture.config import canonical
+from moerge.architecture.registry import read_config
 from moerge.checkpoint.reader import read_json
 from moerge.tokenizer import companion_files
 
@@ -21,7 +20,7 @@ _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 @dataclass(frozen=True)
 class Result:
-    """A checkpoint's canonical config, its tokenizer's files by name, and whether the recipe joins vocabularies."""
+    """A checkpoint's normalized config, its tokenizer's files by name, and whether the recipe joins vocabularies."""
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
@@ -30,7 +29,7 @@ class Result:
     @classmethod
     def of(cls, config: Mapping[str, Any], files: Mapping[str, bytes], *, joined: bool = False) -> Result:
         """From config.json as it is or will be written."""
-        return cls(canonical(config, family_of(config)), files, joined)
+        return cls(read_config(config)[1], files, joined)
 
     @classmethod
     def in_folder(cls, folder: Path) -> Result:

@@ -15,11 +15,11 @@ from moerge.methods.method import MergeMethod
 from moerge.methods.ties import Ties
 from moerge.methods.values import Values, numbers
 from moerge.operations.operations import Merge, Output
-from moerge.planning.assemble.heterogeneous import unlike
 from moerge.planning.build import build_plan, located
-from moerge.planning.match import MethodChooser
+from moerge.planning.kinds import differ_in_architecture
 from moerge.planning.plan import Plan
-from moerge.recipe.rules import Choice, Place, Rule
+from moerge.planning.resolver import MethodResolver
+from moerge.recipe.rules import MethodChoice, MethodRule, TensorContext
 from moerge.recipe.schema import Recipe
 
 _LAYER = re.compile(r"(?:^|.*?\.)(\d+)\.(.+)")
@@ -60,16 +60,16 @@ def compared_plan(
     the statistics or texts that it would need. `weights` and `commits` are as in `build_plan`. Raises InputError for models that
     cannot be merged tensor by tensor, and for what is wrong with the recipe's overrides.
     """
-    if recipe.moe is not None and recipe.moe.by_sequence and unlike(located(recipe)):
+    if recipe.moe is not None and recipe.moe.by_sequence and differ_in_architecture(located(recipe)):
         raise InputError(
             f"{recipe.source}: these experts differ in type or shape and stay whole models, so there are no tensors of theirs to "
             "compare: name those that are alike in a recipe of their own"
         )
-    chooser = MethodChooser(recipe)
-    rule = _AsTies(recipe, chooser, density)
+    resolver = MethodResolver(recipe)
+    rule = _AsTies(recipe, resolver, density)
     changes: dict[str, Any] = {"moe": None, "calibration": {}, "learn": None, "learned": None, "settings": rule}
     plan = build_plan(recipe.model_copy(update=changes), weights=weights, commits=commits, bind=False)
-    chooser.check_all_used()
+    resolver.check_all_used()
     outputs = tuple(output for output in plan.outputs if _is_merge(output))
     if not any(len(operation.experts) > 1 for operation in map(operation_of, outputs)):
         raise InputError(f"{recipe.source}: there is nothing to compare: it needs two experts that share a tensor")
@@ -89,11 +89,11 @@ def _is_merge(output: Output) -> bool:
 
 
 @dataclass(frozen=True)
-class _AsTies(Rule):
+class _AsTies(MethodRule):
     """The recipe's own choice, as TIES with its density, scope and weights."""
 
     recipe: Recipe
-    chooser: MethodChooser
+    resolver: MethodResolver
     density: float | None
 
     @property
@@ -101,18 +101,18 @@ class _AsTies(Rule):
         """TIES, as far as that is known without a model."""
         return (Ties(),)
 
-    def choose(self, place: Place) -> Choice:
+    def choose(self, context: TensorContext) -> MethodChoice:
         """TIES where there is a base, the average where there is none."""
-        choice = self.chooser.choose(place)
-        if not self._has_base(place):
-            return Choice(Average(), choice.weights)
+        choice = self.resolver.choose(context)
+        if not self._has_base(context):
+            return MethodChoice(Average(), choice.weights)
         density: Values = getattr(choice.method, "density", 1.0) if self.density is None else self.density
         spans_model = getattr(choice.method, "scope", "tensor") == "model"
-        return Choice(Ties(density=density, scope="model" if spans_model else "tensor"), choice.weights)
+        return MethodChoice(Ties(density=density, scope="model" if spans_model else "tensor"), choice.weights)
 
-    def _has_base(self, place: Place) -> bool:
+    def _has_base(self, context: TensorContext) -> bool:
         slices = self.recipe.slices
-        return slices[place.slice_index].base is not None if slices else self.recipe.base is not None
+        return slices[context.slice_index].base is not None if slices else self.recipe.base is not None
 
 
 def densities(plan: Plan) -> tuple[float, ...]:

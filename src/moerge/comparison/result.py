@@ -13,7 +13,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.comparison.advice import MergeAdvice, assess, recommend
 from moerge.comparison.charts import charts
 from moerge.comparison.similarity import Expert, Pair, Similarity
-from moerge.files import write_whole
+from moerge.files import atomic_write
 from moerge.results import Result
 
 
@@ -75,7 +75,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> tuple[Path, ...]:
     for name, key in (("verdict", "verdicts"), ("pairs", "pairs"), ("experts", "rows")):
         files[folder / f"{name}.csv"] = figures.as_csv(data[key]).encode()
     for path, content in files.items():
-        write_whole(path, content)
+        atomic_write(path, content)
     written = list(files)
     if figures.available():
         for name, chart in charts(comparison.similarity).items():

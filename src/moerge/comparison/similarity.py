@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from moerge.comparison.compared import Part, densities, operation_of, part_of
 from moerge.comparison.sums import ExpertSums, PairSums, TensorSums, names_of, read, statistic
-from moerge.execution.executor import Execution
+from moerge.execution.executor import Executor
 from moerge.execution.schedule import Job, run_jobs
 from moerge.methods.method import Measurement
 from moerge.operations.operations import Merge
@@ -107,16 +107,16 @@ class Similarity:
 
 def measure(plan: Plan, threads: int, advance: Callable[[int], None] = lambda nbytes: None) -> list[TensorSums]:
     """The sums of every output of a compared plan; `advance` is told the bytes read, `work_bytes` of them in all."""
-    execution = Execution(advance=advance)
+    executor = Executor(advance=advance)
     operations = [operation_of(output) for output in plan.outputs]
     found: list[TensorSums | None] = [None] * len(operations)
 
     def of_tensor(index: int, operation: Merge) -> Job:
-        lowest_K = yield from execution.statistic(operation)
-        total = yield from execution.measure(_once(operation, lowest_K), 1, [operation])
+        lowest_K = yield from executor.statistic(operation)
+        total = yield from executor.measure(_once(operation, lowest_K), 1, [operation])
         found[index] = read(operation, total)
 
-    execution.measure_model(operations, threads)
+    executor.measure_model(operations, threads)
     run_jobs((of_tensor(index, operation) for index, operation in enumerate(operations)), threads)
     return [sums for sums in found if sums is not None]
 

@@ -3,7 +3,7 @@
 Every sum is of float64 products of float32 values, which are exact, added in a fixed order. Sums of parts add up to those of
 the whole, so any set of tensors can be looked at as one long vector.
 
-Shapes: K experts, P pairs of them in the order (0, 1), (0, 2), ..., (1, 2), ..., N elements.
+Shapes: E experts, P pairs of them in the order (0, 1), (0, 2), ..., (1, 2), ..., N elements.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class TensorSums:
     pairs: dict[tuple[str, str], PairSums]
 
 
-def statistic(operation: Merge, lowest_K: np.ndarray | None) -> Statistic:
-    """The pass over an operation's tensors. TIES trims what is smaller than `lowest_K`; None: nothing is trimmed."""
+def statistic(operation: Merge, lowest_E: np.ndarray | None) -> Statistic:
+    """The pass over an operation's tensors. TIES trims what is smaller than `lowest_E`; None: nothing is trimmed."""
     experts = len(operation.experts)
     size = 1 + _OF_EXPERT * experts + _OF_PAIR * (experts * (experts - 1) // 2)
-    lowest_K = np.zeros(experts, np.float32) if lowest_K is None else lowest_K
-    add = partial(_add, lowest_K, operation.weights_K)
+    lowest_E = np.zeros(experts, np.float32) if lowest_E is None else lowest_E
+    add = partial(_add, lowest_E, operation.weights_E)
     return Statistic(partial(np.zeros, size), add, uses_base=operation.base is not None)
 
 
@@ -87,15 +87,15 @@ def read(operation: Merge, total: np.ndarray) -> TensorSums:
     """Turn a pass's total into figures."""
     names, size = [source.model for source in operation.experts], operation.experts[0].tensor.size
     base_square, count = float(total[0]), len(names)
-    experts_KF = total[1 : 1 + _OF_EXPERT * count].reshape(count, _OF_EXPERT).tolist()
+    experts_EF = total[1 : 1 + _OF_EXPERT * count].reshape(count, _OF_EXPERT).tolist()
     pairs_PF = total[1 + _OF_EXPERT * count :].reshape(-1, _OF_PAIR).tolist()
     places = list(itertools.combinations(range(count), 2))
-    dots_KK = np.diag([square for _, square, *_ in experts_KF])
+    dots_EE = np.diag([square for _, square, *_ in experts_EF])
     for (i, j), (dot, *_) in zip(places, pairs_PF, strict=True):
-        dots_KK[i, j] = dots_KK[j, i] = dot
+        dots_EE[i, j] = dots_EE[j, i] = dot
     experts = {
         name: ExpertSums._make((size, base_square, *sums, averaged))
-        for name, sums, averaged in zip(names, experts_KF, dots_KK.mean(axis=1).tolist(), strict=True)
+        for name, sums, averaged in zip(names, experts_EF, dots_EE.mean(axis=1).tolist(), strict=True)
     }
     pairs = {}
     for (i, j), sums in zip(places, pairs_PF, strict=True):
@@ -110,20 +110,20 @@ def _theta_square(sums: ExpertSums) -> float:
     return sums.base_square + 2 * sums.base_dot + sums.square
 
 
-def _add(lowest_K: np.ndarray, weights_K: np.ndarray, tau_KN: np.ndarray, total: np.ndarray, *base: np.ndarray) -> None:
-    _add_block(tau_KN, base[0] if base else tau_KN[0], bool(base), lowest_K, weights_K, total)
+def _add(lowest_E: np.ndarray, weights_E: np.ndarray, tau_EN: np.ndarray, total: np.ndarray, *base: np.ndarray) -> None:
+    _add_block(tau_EN, base[0] if base else tau_EN[0], bool(base), lowest_E, weights_E, total)
 
 
 @kernel
 def _add_block(
-    tau_KN: np.ndarray, base_N: np.ndarray, has_base: bool, lowest_K: np.ndarray, weights_K: np.ndarray, total: np.ndarray
+    tau_EN: np.ndarray, base_N: np.ndarray, has_base: bool, lowest_E: np.ndarray, weights_E: np.ndarray, total: np.ndarray
 ) -> None:
-    experts, size = tau_KN.shape
+    experts, size = tau_EN.shape
     sums, counts = np.zeros((total.size, _LANES)), np.zeros((total.size, _LANES), np.uint32)
     elected = np.empty(STRIP, np.bool_)
     for start in range(0, size, STRIP):
         stop = min(start + STRIP, size)
-        _elect(tau_KN[:, start:stop], lowest_K, weights_K, elected)
+        _elect(tau_EN[:, start:stop], lowest_E, weights_E, elected)
         for first in range(start, stop, _LANES):
             last = min(first + _LANES, stop)
             if has_base:
@@ -133,16 +133,16 @@ def _add_block(
             for first in range(start, stop, _LANES):
                 last = min(first + _LANES, stop)
                 if has_base:
-                    _add_dot(tau_KN[k, first:last], base_N[first:last], sums[row])
-                _add_expert(tau_KN[k, first:last], lowest_K[k], weights_K[k], elected[first - start :], sums[row + 1 :])
-                _count_changed(tau_KN[k, first:last], counts[row + 3])
+                    _add_dot(tau_EN[k, first:last], base_N[first:last], sums[row])
+                _add_expert(tau_EN[k, first:last], lowest_E[k], weights_E[k], elected[first - start :], sums[row + 1 :])
+                _count_changed(tau_EN[k, first:last], counts[row + 3])
             row += _OF_EXPERT
         for i in range(experts):
             for j in range(i + 1, experts):
                 for first in range(start, stop, _LANES):
                     last = min(first + _LANES, stop)
-                    _add_pair(tau_KN[i, first:last], tau_KN[j, first:last], sums[row:])
-                    _count_pair(tau_KN[i, first:last], tau_KN[j, first:last], counts[row + 2 :])
+                    _add_pair(tau_EN[i, first:last], tau_EN[j, first:last], sums[row:])
+                    _count_pair(tau_EN[i, first:last], tau_EN[j, first:last], counts[row + 2 :])
                 row += _OF_PAIR
     for row in range(total.size):
         for lane in range(_LANES):
@@ -150,14 +150,14 @@ def _add_block(
 
 
 @kernel
-def _elect(tau_KS: np.ndarray, lowest_K: np.ndarray, weights_K: np.ndarray, elected: np.ndarray) -> None:
+def _elect(tau_ES: np.ndarray, lowest_E: np.ndarray, weights_E: np.ndarray, elected: np.ndarray) -> None:
     """The sign of the weighted sum of what is not trimmed, as in `formulas.elected_sum`: True for plus, and for zero."""
     mass = np.zeros(STRIP, np.float32)
-    for k in range(len(lowest_K)):
-        tau_S, lowest, weight = tau_KS[k], lowest_K[k], weights_K[k]
+    for k in range(len(lowest_E)):
+        tau_S, lowest, weight = tau_ES[k], lowest_E[k], weights_E[k]
         for i in range(tau_S.size):
             mass[i] += weight * tau_S[i] if abs(tau_S[i]) >= lowest else np.float32(0)
-    for i in range(tau_KS.shape[1]):
+    for i in range(tau_ES.shape[1]):
         elected[i] = mass[i] >= np.float32(0)
 
 

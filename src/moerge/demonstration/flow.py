@@ -17,7 +17,7 @@ from rich.console import Console
 from moerge.demonstration.progress import counting
 from moerge.demonstration.recipes import NAMES, write_recipes
 from moerge.demonstration.result import DemoModel, DemoResult, demo_model
-from moerge.demonstration.runtime import import_models_extra
+from moerge.demonstration.runtime import import_torch
 from moerge.demonstration.text import Corpus, make_corpora, write_corpora
 from moerge.demonstration.train import TRAININGS, total_steps, train_models
 from moerge.errors import InputError, MachineError
@@ -39,7 +39,7 @@ def demo(
     seconds: dict[str, float] = {}
     _check(out, force)
     with _phase("imports", seconds, console):
-        import_models_extra()
+        import_torch()
     with _machine_errors(out):
         _clear(out)
         with _phase("texts", seconds, console):
@@ -67,9 +67,11 @@ def _check(out: Path, force: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / _MARK).exists():
-        raise InputError(f"{out} is not empty and not from a demo; choose another folder with --out")
+        raise InputError(f"{out} is not empty and not from a demo; choose another folder with --out", code="target-exists")
     if not force:
-        raise InputError(f"{out} already holds a demo; replace it with --force or choose another folder with --out")
+        raise InputError(
+            f"{out} already holds a demo; replace it with --force or choose another folder with --out", code="target-exists"
+        )
 
 
 def _clear(out: Path) -> None:

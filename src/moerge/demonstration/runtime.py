@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from moerge.errors import InputError
+from moerge.extras import require
 from moerge.quiet import without_progress_bars
 
 _SPINS = "3000"
@@ -17,16 +16,13 @@ _MOST_THREADS = 4
 """More only wait for each other on matrices this small."""
 
 
-def import_models_extra() -> None:
-    """Import what models run on; InputError where it is not installed."""
+def import_torch() -> None:
+    """Import torch and transformers without busy waiting. Raises InputError if they are not installed."""
     # By default a thread that waits for another spins; as soon as anything else wants a core it spins on the core that
     # the other one needs, and training takes several times as long. The variable is read when torch is imported.
     unset = os.environ.setdefault("GOMP_SPINCOUNT", _SPINS) is _SPINS
     try:
-        for name in ("tokenizers", "torch", "transformers"):
-            import_module(name)
-    except ImportError as error:
-        raise InputError(f"moerge demo needs {error.name}: pip install 'moerge[models]'") from error
+        require("models", "moerge demo", "tokenizers", "torch", "transformers")
     finally:
         if unset:
             del os.environ["GOMP_SPINCOUNT"]

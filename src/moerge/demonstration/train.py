@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moerge.demonstration.runtime import import_models_extra, load, settled
+from moerge.demonstration.runtime import import_torch, load, settled
 from moerge.demonstration.text import Corpus, make_corpora, write_corpora
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def train_models(
 
     The same arguments, machine and number of threads give the same bytes.
     """
-    import_models_extra()
+    import_torch()
     import torch
 
     tokenizer = train_tokenizer(corpora)

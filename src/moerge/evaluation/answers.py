@@ -91,7 +91,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”´`")
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """SQuAD's and TriviaQA's normal form: lower case, no punctuation, no articles, single spaces.
 
     Of a text that holds nothing else ("The The", "!!!") only case and spaces are changed: an empty answer must equal nothing.
@@ -104,8 +104,8 @@ def question(document: Document, response: str) -> Verdict:
     """The response's first line is one of the accepted answers, both in normal form."""
     lines = response.strip().splitlines()
     answer = lines[0].strip() if lines else ""
-    accepted = {normalised(alias) for alias in document["answers"]} - {""}
-    return Verdict(normalised(answer) in accepted, answer)
+    accepted = {normalized(alias) for alias in document["answers"]} - {""}
+    return Verdict(normalized(answer) in accepted, answer)
 
 
 def humaneval(document: Document, response: str) -> Verdict:

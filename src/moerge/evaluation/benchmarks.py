@@ -140,7 +140,7 @@ def parse_tasks(tasks: str) -> tuple[Benchmark, ...]:
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     for index, name in enumerate(names):
         if name not in BENCHMARKS:
-            raise InputError(f"--tasks: there is no benchmark {name!r}: {suggest(name, BENCHMARKS)}")
+            raise InputError(f"--tasks: there is no benchmark {name!r}: {suggest(name, BENCHMARKS)}", code="unknown-name")
         if name in names[:index]:
             raise InputError(f"--tasks: {name!r} is there twice: name each benchmark once")
     if not names:

@@ -112,7 +112,7 @@ def _opened(path: Path) -> Iterator[io.TextIOBase]:
     try:
         import zstandard
     except ImportError:
-        raise InputError(f"reading {path} needs zstandard: pip install zstandard, or unpack it") from None
+        raise InputError(f"reading {path} needs zstandard: pip install zstandard, or unpack it", code="missing-extra") from None
     with open_file(path) as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
         try:
             yield io.TextIOWrapper(stream, encoding="utf-8")

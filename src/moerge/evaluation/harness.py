@@ -20,6 +20,7 @@ from moerge.errors import InputError
 from moerge.evaluation.answers import Document, Verdict
 from moerge.evaluation.benchmarks import Benchmark
 from moerge.evaluation.data import Questions
+from moerge.extras import require
 
 _OWN = Path(__file__).parent / "tasks"
 _PROMPT = ("doc_to_text", "doc_to_target", "description", "target_delimiter", "fewshot_delimiter", "fewshot_config")
@@ -38,12 +39,8 @@ class Sample:
 
 def require_harness() -> None:
     """Import the harness; InputError where it is not installed."""
-    try:
-        with quiet():
-            import lm_eval.api.task
-            import lm_eval.evaluator  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"benchmarks need {error.name}: pip install 'moerge[models,eval]'") from None
+    with quiet():
+        require("models,eval", "a benchmark", "lm_eval.api.task", "lm_eval.evaluator")
 
 
 def prompt_settings(benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
@@ -67,7 +64,9 @@ def _task_file(benchmark: Benchmark) -> dict[str, Any]:
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError:
-        raise InputError(f"the installed lm_eval has no task {benchmark.task}: pip install 'moerge[eval]'") from None
+        raise InputError(
+            f"the installed lm_eval has no task {benchmark.task}: pip install 'moerge[eval]'", code="missing-extra"
+        ) from None
     return dict(loaded)
 
 

@@ -10,6 +10,7 @@ from moerge.checkpoint.manifest import read_manifest, weights_digest
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
+from moerge.extras import require
 from moerge.files import read_file
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -43,14 +44,13 @@ def tensors_digest(checkpoint: str) -> str | None:
 
 def routes_sequences(checkpoint: str) -> bool:
     """Return whether a checkpoint routes whole sequences, from its config.json. InputError where there is none."""
-    try:
-        from transformers import PretrainedConfig
-    except ImportError as error:
-        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
+    require("models", "running a model", "transformers")
+    from transformers import PretrainedConfig
+
     folder, place, revision = Path(checkpoint).expanduser(), checkpoint, ""
     if not folder.is_dir():
         if folder.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
-            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
+            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path", code="not-found")
         place, _, revision = checkpoint.partition("@")
     options = {"revision": revision} if revision else {}
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import MachineError
-from moerge.files import read_file, write_whole
+from moerge.files import atomic_write, read_file
 from moerge.tensors.digest import file_digest
 
 
@@ -23,7 +23,7 @@ class Records:
         self._path, self._values = path, dict[str, Any]()
         if path is not None and not self._read(path, fingerprint):
             self._values.clear()
-            write_whole(path, _line({"fingerprint": fingerprint}))
+            atomic_write(path, _line({"fingerprint": fingerprint}))
 
     @staticmethod
     def key(*parts: Any) -> str:
@@ -44,7 +44,7 @@ class Records:
         except (ValueError, KeyError, TypeError):
             return False
         if len(complete) < len(content):
-            write_whole(path, complete)
+            atomic_write(path, complete)
         return True
 
     def __contains__(self, key: str) -> bool:

@@ -14,7 +14,7 @@ from moerge.checkpoint.manifest import to_json
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Evaluation, Kind, Measure, Score, to_csv
-from moerge.files import read_file, write_whole
+from moerge.files import atomic_write, read_file
 
 RESULTS = "results.json"
 Row = Mapping[str, Any]
@@ -44,7 +44,10 @@ class Store:
             raise InputError(f"{folder} is a file: name another folder with --out")
         if holds_results(folder):
             if not resume:
-                raise InputError(f"{folder} holds results already: go on with --resume, or name another folder with --out")
+                raise InputError(
+                    f"{folder} holds results already: go on with --resume, or name another folder with --out",
+                    code="target-exists",
+                )
             self._earlier = {measure.fingerprint: measure for measure in _read(folder / RESULTS)}
 
     def earlier(self, fingerprint: str) -> tuple[Measure, list[Row]] | None:
@@ -69,16 +72,16 @@ class Store:
             return None
         file = Path("documents") / _file(checkpoint, kind, name)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(self._folder / file, "".join(lines).encode("utf-8", "backslashreplace"))
+        atomic_write(self._folder / file, "".join(lines).encode("utf-8", "backslashreplace"))
         return str(file)
 
     def write(self, evaluation: Evaluation) -> None:
         """Replace the results, and drop what is kept of measures that they hold."""
         if self._folder is None:
             return
-        write_whole(self._folder / RESULTS, to_json(evaluation.to_json()))
-        write_whole(self._folder / "results.csv", to_csv(evaluation.scores, Score).encode())
-        write_whole(self._folder / "differences.csv", to_csv(evaluation.differences, Difference).encode())
+        atomic_write(self._folder / RESULTS, to_json(evaluation.to_json()))
+        atomic_write(self._folder / "results.csv", to_csv(evaluation.scores, Score).encode())
+        atomic_write(self._folder / "differences.csv", to_csv(evaluation.differences, Difference).encode())
         for measure in evaluation.measures:
             path = self._folder / "partial" / _file(measure.checkpoint, measure.kind, measure.on)
             path.unlink(missing_ok=True)
@@ -93,7 +96,9 @@ def _read(path: Path) -> Sequence[Measure]:
     try:
         return Evaluation.model_validate_json(read_file(path)).measures
     except (OSError, ValueError):
-        raise InputError(f"{path} is damaged, or another moerge wrote it: name another folder with --out") from None
+        raise InputError(
+            f"{path} is damaged, or another moerge wrote it: name another folder with --out", code="damaged-file"
+        ) from None
 
 
 def _file(checkpoint: str, kind: Kind, name: str) -> Path:

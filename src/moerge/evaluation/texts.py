@@ -52,7 +52,7 @@ def _read(domain: str, location: str, limit: int | None, given: int) -> HeldOut:
     try:
         documents = list(islice(read_documents(location), limit))
     except InputError as error:
-        raise InputError(f"--perplexity {domain}: {error}") from None
+        raise InputError(f"--perplexity {domain}: {error}", code=error.code) from None
     if not documents:
         raise InputError(f"--perplexity {domain}: {location} holds no text: name a file with some")
     long = tuple(document for document in documents if document[beginning(document, given) :].strip())

@@ -17,7 +17,7 @@ import numpy as np
 
 from moerge.errors import InputError
 from moerge.execution.measuring import OrderedSum, Piece, chunked, sampled
-from moerge.execution.regions import Budget, merge_whole
+from moerge.execution.regions import MemoryBudget, merge_regions
 from moerge.execution.schedule import Job, Task, run_jobs
 from moerge.execution.store import NullStore, Store
 from moerge.methods.method import Block, Measurement, MergeMethod
@@ -29,15 +29,15 @@ from moerge.tensors.dtypes import DType
 from moerge.tensors.random import stream_key, uniform
 from moerge.tensors.source import Source
 from moerge.tensors.streams import BLOCK, WINDOW, Reader
-from moerge.tensors.threads import one_thread_each
-from moerge.tensors.views.joined import culprit
+from moerge.tensors.threads import single_threaded_blas
+from moerge.tensors.views.joined import nonfinite_source
 
-Steps = Generator[Sequence[Task], list[Any], Any]
+JobSteps = Generator[Sequence[Task], list[Any], Any]
 """A part of a job that returns something."""
 
 
 @dataclass
-class Execution:
+class Executor:
     """One run over outputs. `advance(bytes)` is called as work proceeds, from any thread."""
 
     store: Store = field(default_factory=NullStore)
@@ -52,7 +52,7 @@ class Execution:
     def run(self, outputs: Sequence[Output], threads: int) -> None:
         """Compute and store all outputs but those that are fitted to the others."""
         outputs = [output for output in outputs if not isinstance(output.operation, Fit)]
-        self._budget = Budget(largest(outputs))
+        self._budget = MemoryBudget(largest(outputs))
         finished: set[str] = set()
         run_jobs((self._check(output, finished) for output in outputs), threads)
         pending = [output for output in outputs if output.name not in finished]
@@ -60,7 +60,7 @@ class Execution:
         merges = [output.operation for output in outputs if isinstance(output.operation, Merge)]
         self.measure_model(merges if pending else [], threads)
         # What decomposes whole tensors adds up in an order that depends on the threads BLAS may use.
-        with one_thread_each() if largest(pending) else nullcontext():
+        with single_threaded_blas() if largest(pending) else nullcontext():
             run_jobs((self._produce(output) for output in pending), threads)
 
     def _check(self, output: Output, finished: set[str]) -> Job:
@@ -82,7 +82,7 @@ class Execution:
         steps = method.measure(len(operations[0].experts), size)
         self._measured[method] = yield from self.measure(steps, method.measures, operations)
 
-    def statistic(self, operation: Merge) -> Steps:
+    def statistic(self, operation: Merge) -> JobSteps:
         """Measure the statistic that the operation's method needs before it merges, None for none; part of a job, after
         `measure_model`.
         """
@@ -98,7 +98,7 @@ class Execution:
         operation = output.operation
         statistic = (yield from self.statistic(operation)) if isinstance(operation, Merge) else None
         if isinstance(operation, Merge) and operation.method.unit != "block":
-            yield [partial(merge_whole, self, self._budget, output, statistic)]
+            yield [partial(merge_regions, self, self._budget, output, statistic)]
             return
         results = yield [partial(self._produce_chunk, output, statistic, start) for start in range(0, output.size, CHUNK)]
         digest = tensor_digest(result[0] for result in results)
@@ -141,7 +141,7 @@ class Execution:
         assert isinstance(operation, Draw)
         return self._drawn(output, operation, start, stop)
 
-    def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> Steps:
+    def measure(self, steps: Measurement, passes: int, operations: Sequence[Merge]) -> JobSteps:
         """Drive a measurement, which makes at most so many `passes`, over some operations; part of a job."""
         unread = passes * sum(source.tensor.nbytes for operation in operations for source in operation.values)
         total: Any = None
@@ -165,7 +165,7 @@ class Execution:
             work = self._load(piece.operation, readers, begin, min(begin + BLOCK, piece.stop))
             base = (work.base_N,) if sums.statistic.uses_base else ()
             start = (begin,) if sums.statistic.uses_start else ()
-            sums.statistic.add(work.theta_KN, share, *base, *start)
+            sums.statistic.add(work.theta_EN, share, *base, *start)
         sums.add(index, share)
         nbytes = sum(reader.bytes_of(piece.stop - piece.start) for reader in readers)
         self.advance(nbytes)
@@ -187,15 +187,15 @@ class Execution:
     def _merged(
         self, output: Output, operation: Merge, readers: list[Reader], statistic: Any, start: int, stop: int
     ) -> np.ndarray:
-        weights_K, keys_K = operation.weights_K, operation.keys_K
+        weights_E, keys_E = operation.weights_E, operation.keys_E
         encoded = self.buffer(-1, stop - start, output.dtype)
         for begin in range(start, stop, BLOCK):
             end = min(begin + BLOCK, stop)
             work = self._load(operation, readers, begin, end)
-            extras_KN = self._extras(operation, readers, begin, end)
+            extras_EN = self._extras(operation, readers, begin, end)
             shape = (end - begin,)
             operation.method.merge(
-                Block(work.theta_KN, weights_K, work.base_N, work.out_N, statistic, keys_K, begin, shape=shape, extras=extras_KN)
+                Block(work.theta_EN, weights_E, work.base_N, work.out_N, statistic, keys_E, begin, shape=shape, extras=extras_EN)
             )
             encode(work.out_N, output.dtype, encoded[begin - start : end - start])
         self.finish(output, start, encoded)
@@ -216,11 +216,11 @@ class Execution:
         if not operation.extras:
             return None
         remaining = iter(readers[len(operation.values) :])
-        extras_KN = np.zeros((len(operation.extras), stop - start), np.float32)
-        for extra, extra_N in zip(operation.extras, extras_KN, strict=True):
+        extras_EN = np.zeros((len(operation.extras), stop - start), np.float32)
+        for extra, extra_N in zip(operation.extras, extras_EN, strict=True):
             if extra is not None:
                 self._decode(next(remaining), start, stop, extra_N)
-        return extras_KN
+        return extras_EN
 
     def _load(self, operation: Merge, readers: list[Reader], start: int, stop: int) -> _Workspace:
         """Elements start .. stop of all experts as float32: their values, or their differences to the base."""
@@ -229,7 +229,7 @@ class Execution:
         if operation.base is not None:
             base, *experts = experts
             self._decode(base, start, stop, work.base_N)
-        for expert, theta_N in zip(experts, work.theta_KN, strict=True):
+        for expert, theta_N in zip(experts, work.theta_EN, strict=True):
             self._decode(expert, start, stop, theta_N, work.base_N if operation.base is not None else None)
         return work
 
@@ -241,7 +241,7 @@ class Execution:
         """Note that a source holds NaN or infinity; InputError unless that is allowed."""
         self.nonfinite.add(source.label)
         if not self.allow_nonfinite:
-            source = culprit(source)
+            source = nonfinite_source(source)
             raise InputError(
                 f"{source.model}: tensor {source.tensor.name!r} holds NaN or infinity: "
                 "repair or drop this expert, or merge anyway with --allow-nonfinite"
@@ -271,7 +271,7 @@ class _Workspace:
 
     def __init__(self, flat: np.ndarray, experts: int, count: int) -> None:
         self._flat, self._experts = flat, experts
-        self.theta_KN = flat[: experts * count].reshape(experts, count)
+        self.theta_EN = flat[: experts * count].reshape(experts, count)
         self.base_N, self.out_N = flat[experts * count :][: 2 * count].reshape(2, count)
 
     def first(self, count: int) -> _Workspace:

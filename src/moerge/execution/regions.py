@@ -15,7 +15,7 @@ import numpy as np
 
 from moerge.execution.store import Store
 from moerge.methods.method import Block
-from moerge.operations.estimate import _region, _unit, columns_of, region_bytes
+from moerge.operations.estimate import columns_of, granularity, region_bytes, region_size
 from moerge.operations.operations import Merge, Output
 from moerge.tensors.codec import encode
 from moerge.tensors.digest import TensorDigest
@@ -48,7 +48,7 @@ class Run(Protocol):
         """Record a complete output and its digests."""
 
 
-class Budget:
+class MemoryBudget:
     """Bytes that tasks may hold together. Whoever waits for them is the next to get them."""
 
     def __init__(self, capacity: int) -> None:
@@ -70,50 +70,50 @@ class Budget:
                 self._freed.notify_all()
 
 
-def merge_whole(execution: Run, budget: Budget, output: Output, statistic: Any) -> None:
+def merge_regions(executor: Run, budget: MemoryBudget, output: Output, statistic: Any) -> None:
     """Merge and store one output of a method whose unit is rows or the whole tensor."""
-    if _unit(output) == "rows":
-        _Whole(execution, output, statistic).run()
+    if granularity(output) == "rows":
+        RegionMerge(executor, output, statistic).run()
         return
     with budget.hold(region_bytes(output)):
-        _Whole(execution, output, statistic).run()
+        RegionMerge(executor, output, statistic).run()
 
 
-class _Whole:
+class RegionMerge:
     """One output on its way: streams of its sources, and memory for one region of each."""
 
-    def __init__(self, execution: Run, output: Output, statistic: Any) -> None:
+    def __init__(self, executor: Run, output: Output, statistic: Any) -> None:
         assert isinstance(output.operation, Merge)
-        self.execution, self.output, self.operation, self.statistic = execution, output, output.operation, statistic
-        self.encoded_N = execution.buffer(-1, WINDOW, output.dtype)
+        self.executor, self.output, self.operation, self.statistic = executor, output, output.operation, statistic
+        self.encoded_N = executor.buffer(-1, WINDOW, output.dtype)
         # sources take turns, so one buffer does for all; what is in memory already is read in place
-        self.streams = [Stream(s, execution.buffer(0, WINDOW, s.tensor.dtype)) for s in self.operation.sources]
+        self.streams = [Stream(s, executor.buffer(0, WINDOW, s.tensor.dtype)) for s in self.operation.sources]
         self.digest = TensorDigest()
 
     def run(self) -> None:
         """Region after region, then the digests."""
-        region = max(1, _region(self.output))
+        region = max(1, region_size(self.output))
         memory_RN = np.empty((len(self.operation.experts) + 2) * region, np.float32)
         for start in range(0, self.output.size, region):
             self._merge(memory_RN, start, min(region, self.output.size - start))
         inputs = {stream.source.label: stream.digest() for stream in self.streams}
-        self.execution.done(self.output, self.digest.digest(), inputs)
+        self.executor.done(self.output, self.digest.digest(), inputs)
 
     def _merge(self, memory_N: np.ndarray, start: int, count: int) -> None:
         operation = self.operation
         flat = memory_N[: (len(operation.experts) + 2) * count].reshape(-1, count)
-        theta_KN, base_N, out_N = flat[:-2], flat[-2], flat[-1]
+        theta_EN, base_N, out_N = flat[:-2], flat[-2], flat[-1]
         streams = iter(self.streams)
         if operation.base is not None:
             self._fill(next(streams), base_N)
-        for theta_N in theta_KN:
+        for theta_N in theta_EN:
             self._fill(next(streams), theta_N, base_N if operation.base is not None else None)
         extras = self._extras(streams, count)
         whole = operation.method.unit == "tensor"
         columns = columns_of(self.output.shape)
         shape = self.output.shape if whole else (count // columns, columns)
         block = Block(
-            theta_KN, operation.weights_K, base_N, out_N, self.statistic, operation.keys_K, start, shape=shape, extras=extras
+            theta_EN, operation.weights_E, base_N, out_N, self.statistic, operation.keys_E, start, shape=shape, extras=extras
         )
         operation.method.merge(block)
         self._store(out_N, start)
@@ -125,11 +125,11 @@ class _Whole:
             return None
         if self.operation.method.unit == "tensor":
             return [None if extra is None else self._whole(next(streams)) for extra in extras]
-        extras_KN = np.zeros((len(extras), count), np.float32)
-        for extra, extra_N in zip(extras, extras_KN, strict=True):
+        extras_EN = np.zeros((len(extras), count), np.float32)
+        for extra, extra_N in zip(extras, extras_EN, strict=True):
             if extra is not None:
                 self._fill(next(streams), extra_N)
-        return extras_KN
+        return extras_EN
 
     def _whole(self, stream: Stream) -> np.ndarray:
         tensor = stream.source.tensor
@@ -139,8 +139,8 @@ class _Whole:
 
     def _fill(self, stream: Stream, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
         if not stream.fill(out_N, base_N):
-            self.execution.report_nonfinite(stream.source)
-        self.execution.advance(out_N.size * stream.source.tensor.dtype.itemsize)
+            self.executor.report_nonfinite(stream.source)
+        self.executor.advance(out_N.size * stream.source.tensor.dtype.itemsize)
 
     def _store(self, out_N: np.ndarray, start: int) -> None:
         output = self.output
@@ -148,7 +148,7 @@ class _Whole:
             part_N = out_N[begin : begin + WINDOW]
             encoded_N = self.encoded_N[: part_N.size]
             encode(part_N, output.dtype, encoded_N)
-            self.execution.finish(output, start + begin, encoded_N)
-            self.execution.store.write(output, start + begin, encoded_N)
+            self.executor.finish(output, start + begin, encoded_N)
+            self.executor.store.write(output, start + begin, encoded_N)
             self.digest.update(encoded_N)
-            self.execution.advance(encoded_N.nbytes)
+            self.executor.advance(encoded_N.nbytes)

@@ -30,7 +30,7 @@ from moerge.tensors.dtypes import FLOATS
 from moerge.tensors.linalg import Map, leading_svd
 from moerge.tensors.source import Source
 from moerge.tensors.streams import WINDOW, Stream, read_values
-from moerge.tensors.threads import default_threads, one_thread_each
+from moerge.tensors.threads import default_threads, single_threaded_blas
 from moerge.tensors.views.low_rank import add_product
 from moerge.tokenizer import has_tokenizer
 
@@ -68,7 +68,7 @@ def extract(
         raise InputError(f"energy is {energy}: it is a share, above 0 and at most 1")
     folder = target_of(out)
     if folder.exists():
-        raise InputError(f"{folder} already exists: choose another folder")
+        raise InputError(f"{folder} already exists: choose another folder", code="target-exists")
     begun = time.perf_counter()
     recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
     if has_tokenizer(locate(base, name="base", weights=False).folder):
@@ -79,7 +79,7 @@ def extract(
     most = rank if rank is not None else DEFAULT_RANK if energy is None else None
     with reporter(progress) as report, AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
         advance = report.phase("extracting", 2 * sum(t.output.nbytes for t in targets))
-        with one_thread_each(), ThreadPoolExecutor(threads or default_threads()) as pool:
+        with single_threaded_blas(), ThreadPoolExecutor(threads or default_threads()) as pool:
             work = _Extraction(plan, names, writer, most, energy, pool.map)
             for target in targets:
                 work.add(target)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from moerge.architecture.needed import names_in_memory
 from moerge.checkpoint.module_names import Names
 from moerge.checkpoint.reader import Checkpoint
-from moerge.errors import InputError
+from moerge.extras import require
 from moerge.planning.plan import Plan
 
 
@@ -24,13 +24,8 @@ def names_for_peft(plan: Plan) -> dict[str, str]:
     base, stored = plan.models[0], [output.name for output in plan.outputs]
     if not is_multimodal(base):
         return {name: name for name in stored}
-    try:
-        known = names_in_memory(base.folders[-1], base.config)
-    except ImportError as error:
-        raise InputError(
-            f"{base.folder}: what peft calls the modules of a model of several modalities is only known to transformers, which "
-            f"needs {error.name}: pip install 'moerge[models]'"
-        ) from None
+    require("models", f"{base.folder}: naming the modules of a model of several modalities as peft does")
+    known = names_in_memory(base.folders[-1], base.config)
     if known is None:  # code of its own, which loads its files as they are
         return {name: name for name in stored}
     names = Names(known)

@@ -89,7 +89,7 @@ def _matched(outputs: Sequence[Output], patterns: Sequence[str], option: str) ->
             names = [name for name in names if name.endswith(".weight")]
         if not names:
             known = {re.sub(r"^layers\.\d+\.", "", output.role) or output.name for output in outputs}
-            raise InputError(f"{option}: {pattern!r} matches no tensor, {suggest(pattern, known)}")
+            raise InputError(f"{option}: {pattern!r} matches no tensor, {suggest(pattern, known)}", code="unknown-name")
         found |= dict.fromkeys(names, pattern)
     return found
 

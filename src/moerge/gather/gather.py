@@ -26,7 +26,7 @@ from moerge.gather.running import (
     fisher_sums,
     gram_sums,
     layout_of,
-    tokenised,
+    tokenized,
 )
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Merge
@@ -161,61 +161,70 @@ def add_folders(recipe: Recipe, out: Path, folders: Sequence[Path], options: Opt
     if options != Options(experts=experts, force=force):
         raise InputError("--add only adds up what was gathered: of the other options it takes --expert and --force alone")
     names = _checked(recipe, experts) or (*(("base",) if recipe.base else ()), *recipe.experts)
-    found = {name: [path for folder in folders if is_file(path := statistics_file(folder, name))] for name in names}
-    missing = next((name for name in experts if not found[name]), None)
-    if missing or not any(found.values()):
+    files = {name: [path for folder in folders if is_file(path := statistics_file(folder, name))] for name in names}
+    missing = next((name for name in experts if not files[name]), None)
+    if missing or not any(files.values()):
         where = ", ".join(map(str, folders))
         raise InputError(f"there are no statistics of {missing or 'any expert of this recipe'} in {where}: check the folders")
-    for name, paths in found.items():
-        if not paths:
-            continue
-        begun, target = time.monotonic(), statistics_file(out, name)
-        if target.is_file() and force:
-            check_replaceable(target)
-        parts = [open_statistics(path) for path in paths]
-        texts = [text for part in parts for text in part.facts.texts]
-        if target.is_file() and not force:
-            known = open_statistics(target)
-            if sorted(known.facts.texts, key=repr) != sorted(texts, key=repr):
-                raise InputError(f"{target} holds another sum: choose another folder, or replace it with --force")
-            yield Outcome(target, known.facts, target.stat().st_size, gathered=False)
-            continue
-        facts = add_up(parts, target)
-        yield Outcome(target, facts, target.stat().st_size, gathered=True, seconds=time.monotonic() - begun)
+    for name, paths in files.items():
+        if paths:
+            yield _sum_of_one(paths, statistics_file(out, name), force=force)
+
+
+def _sum_of_one(paths: Sequence[Path], target: Path, *, force: bool) -> Outcome:
+    """Write the sum of one expert's files, unless `target` holds it already."""
+    begun = time.monotonic()
+    if target.is_file() and force:
+        check_replaceable(target)
+    parts = [open_statistics(path) for path in paths]
+    if target.is_file() and not force:
+        existing = open_statistics(target).facts
+        if sorted(existing.texts, key=repr) != sorted((text for part in parts for text in part.facts.texts), key=repr):
+            raise InputError(
+                f"{target} holds another sum: choose another folder, or replace it with --force", code="target-exists"
+            )
+        return Outcome(target, existing, target.stat().st_size, gathered=False)
+    facts = add_up(parts, target)
+    return Outcome(target, facts, target.stat().st_size, gathered=True, seconds=time.monotonic() - begun)
 
 
 def wanted_of(plan: Plan, options: Options) -> dict[str, Wanted]:
-    """The tensors whose statistics are wanted, by model and kind."""
-    recipe = plan.recipe
-    named = _checked(recipe, options.experts)
-    models = {model.name: model for model in plan.models}
-    if options.kind is not None:
-        kinds = [kind for kind, method in KINDS.items() if options.kind in (method, "all")]
-        chosen = named or tuple(dict.fromkeys((*(("base",) if recipe.includes_base else ()), *recipe.experts)))
-        return {
-            name: {kind: frozenset(t.name for t in models[name].tensors.values() if t.dtype.is_float) for kind in kinds}
-            for name in chosen
-        }
+    """The tensors whose statistics are wanted, by model and kind: those that the methods need, or all of `options.kind`."""
+    experts = _checked(plan.recipe, options.experts)
+    return _needed_by_methods(plan, experts) if options.kind is None else _all_of_kind(plan, experts, options.kind)
+
+
+def _all_of_kind(plan: Plan, experts: Sequence[str], method: str) -> dict[str, Wanted]:
+    recipe, models = plan.recipe, {model.name: model for model in plan.models}
+    kinds = [kind for kind, name in KINDS.items() if method in (name, "all")]
+    everyone = dict.fromkeys((*(("base",) if recipe.includes_base else ()), *recipe.experts))
+    return {
+        name: {kind: frozenset(t.name for t in models[name].tensors.values() if t.dtype.is_float) for kind in kinds}
+        for name in experts or everyone
+    }
+
+
+def _needed_by_methods(plan: Plan, experts: Sequence[str]) -> dict[str, Wanted]:
     needed: dict[str, dict[Kind, set[str]]] = {}
     for output in plan.outputs:
         operation = output.operation
         if isinstance(operation, Merge) and isinstance(operation.method, StatisticsMethod):
             for source in operation.experts:
                 needed.setdefault(source.model, {}).setdefault(operation.method.kind, set()).add(source.tensor.name)
-    unused = next((name for name in named if name not in needed), None)
+    unused = next((name for name in experts if name not in needed), None)
     if unused or not needed:
         raise InputError(
-            f"{recipe.source} uses no statistics{f' of {unused}' if unused else ''}: "
+            f"{plan.recipe.source} uses no statistics{f' of {unused}' if unused else ''}: "
             "choose 'method: fisher' or 'method: regmean', or say which to gather with --kind"
         )
-    return {name: {kind: frozenset(names) for kind, names in needed[name].items()} for name in named or needed}
+    return {name: {kind: frozenset(names) for kind, names in needed[name].items()} for name in experts or needed}
 
 
 def _checked(recipe: Recipe, experts: Sequence[str]) -> tuple[str, ...]:
     known = (*(("base",) if recipe.base else ()), *recipe.experts)
     for name in experts:
         if name not in known:
-            raise InputError(f"--expert {name!r} is not a model of {recipe.source}, {suggest(name, known)}")
+            raise InputError(f"--expert {name!r} is not a model of {recipe.source}, {suggest(name, known)}", code="unknown-name")
     return tuple(experts)
 
 
@@ -248,7 +257,7 @@ class _Gathering:
             check_replaceable(self.path)
         begun = time.monotonic()
         loaded = self._loaded(model)
-        sequences = tokenised(loaded.tokenizer, self.documents, self.options.tokens)
+        sequences = tokenized(loaded.tokenizer, self.documents, self.options.tokens)
         for ids in sequences.ids:
             loaded.check_ids(ids)
         if not sequences.ids:
@@ -281,7 +290,8 @@ class _Gathering:
             return found
         experts = {name: expert for name, expert in recipe.experts.items() if name == self.expert}
         alone = recipe.model_copy(update={"experts": experts, "base": recipe.base if self.expert == "base" or base else None})
-        return next(model for model in located(alone, weights=True, commits=self.plan.commits) if model.name == self.expert)
+        models = located(alone, weights=True, commits=self.plan.commits)
+        return next(model.checkpoint for model in models if model.name == self.expert)
 
     def _loaded(self, model: Checkpoint) -> Loaded:
         """The model in memory; where it is an adapter, its base with the tensors that the adapter changes."""
@@ -321,7 +331,10 @@ class _Gathering:
         if other is None and any(not names <= _covered(known, kind) for kind, names in self.wanted.items()):
             other = "tensors"
         if other:
-            raise InputError(f"{self.path} holds statistics of other {other}: choose another folder, or replace it with --force")
+            raise InputError(
+                f"{self.path} holds statistics of other {other}: choose another folder, or replace it with --force",
+                code="target-exists",
+            )
         return Outcome(self.path, facts, self.path.stat().st_size, gathered=False)
 
     def _facts(self, model: Checkpoint, layout: Layout, sequences: Sequences) -> Facts:

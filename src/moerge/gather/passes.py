@@ -8,7 +8,7 @@ from typing import Any
 from moerge import system
 
 _SHARE = 0.8
-"""Of the free memory for sums; the rest is for activations."""
+"""The share of free memory for sums; the rest is for activations."""
 
 
 def passes_within(sizes: Mapping[str, int], passes: int | None, free: int) -> list[list[str]]:

@@ -51,7 +51,7 @@ class Sequences:
         return sum(len(ids) - 1 for ids in self.ids)
 
 
-def tokenised(tokenizer: Any, documents: Sequence[str], tokens: int) -> Sequences:
+def tokenized(tokenizer: Any, documents: Sequence[str], tokens: int) -> Sequences:
     """The first `tokens` tokens of each document, as the tokenizer starts a text; documents of a single token are left out."""
     encoded = [tokenizer(document, truncation=True, max_length=tokens)["input_ids"] for document in documents]
     kept = [(ids, xxhash.xxh3_64_intdigest(text.encode())) for ids, text in zip(encoded, documents, strict=True) if len(ids) > 1]
@@ -107,7 +107,7 @@ class Layout:
 def adapt(model: Any, tensors: Mapping[str, Tensor], vocabulary: int | None) -> None:
     """Put other values into a model's parameters, by the checkpoint's names, after resizing its vocabulary.
 
-    Raises InputError for a tensor that is no parameter in transformers.
+    Raises InputError for a tensor that is not a parameter in transformers.
     """
     import torch
 
@@ -226,7 +226,7 @@ def fisher_sums(
     """sum over sequences of the squared gradient of log p(sequence), by the parameters' names in memory, in float32.
 
     log p is the sum of the log-probabilities of all tokens but the first given those before them: the text's own, or with
-    `labels: sampled` tokens drawn from the model. One sequence at a time, since squares of a batch's mean gradient are none.
+    `labels: sampled` tokens drawn from the model. One sequence at a time: the square of a mean gradient is no mean of squares.
     """
     import torch
 

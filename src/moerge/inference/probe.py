@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moerge.errors import InputError
-from moerge.runtime.forced_routing import RunningMoE
+from moerge.runtime.forced_routing import ForcedRoutingModel
 from moerge.runtime.loading import Loaded
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class ByToken:
 
     def __init__(self, loaded: Loaded) -> None:
         self.experts = _experts(loaded)
-        self._moe = RunningMoE(Path(loaded.name), experts=len(self.experts), model=loaded.model)
+        self._moe = ForcedRoutingModel(Path(loaded.name), experts=len(self.experts), model=loaded.model)
 
     def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
         """From the softmax over all experts of every layer's gate."""

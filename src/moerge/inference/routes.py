@@ -102,7 +102,7 @@ def _documents(name: str, location: str, limit: int) -> list[str]:
     try:
         found = list(islice(read_documents(location), limit))
     except InputError as error:
-        raise InputError(f"text {name!r}: {error}") from None
+        raise InputError(f"text {name!r}: {error}", code=error.code) from None
     if not found:
         raise InputError(f"text {name!r}: {location} holds no text: name a file with some")
     return found

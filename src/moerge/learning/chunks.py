@@ -18,13 +18,13 @@ def importances(
     coefficients: Mapping[str, Sequence[float]], norms: Mapping[str, Sequence[float]], sizes: Mapping[str, int]
 ) -> dict[str, float]:
     """I_p in [0, 1] by name, from each expert's coefficient and its task vector's Frobenius norm."""
-    raw = {
+    unscaled = {
         name: sum(abs(c) * norm for c, norm in zip(coefficients[name], norms[name], strict=True))
         / (len(norms[name]) * math.sqrt(sizes[name]))
         for name in norms
     }
-    largest = max(raw.values(), default=0.0)
-    return {name: value / largest if largest else 0.0 for name, value in raw.items()}
+    largest = max(unscaled.values(), default=0.0)
+    return {name: value / largest if largest else 0.0 for name, value in unscaled.items()}
 
 
 def allocate(importance: Mapping[str, float], sizes: Mapping[str, int], extra: int) -> dict[str, int]:

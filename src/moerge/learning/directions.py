@@ -42,15 +42,15 @@ class Directions:
         return self.base.tensor.size
 
     def read(self) -> np.ndarray:
-        """tau [K, N] as float32."""
+        """tau [E, N] as float32."""
         merge, method = self.merge, self.merge.method
         assert isinstance(method, TaskVectorMethod)
         base_N, columns = read_values(self.base), columns_of(self.base.tensor.shape)
-        tau_KN = np.empty((len(merge.experts), self.size), np.float32)
-        list(self.pool.map(lambda expert, tau_N: read_values(expert, base_N, tau_N), merge.experts, tau_KN))
+        tau_EN = np.empty((len(merge.experts), self.size), np.float32)
+        list(self.pool.map(lambda expert, tau_N: read_values(expert, base_N, tau_N), merge.experts, tau_EN))
         shape = (self.size // max(1, columns), columns)
-        method.direct(Block(tau_KN, merge.weights_K, base_N, base_N, self.statistic, merge.keys_K, 0, shape))
-        return tau_KN
+        method.direct(Block(tau_EN, merge.weights_E, base_N, base_N, self.statistic, merge.keys_E, 0, shape))
+        return tau_EN
 
     def norms(self) -> list[float]:
         """||tau_k||, the Frobenius norm for each expert."""
@@ -58,20 +58,20 @@ class Directions:
         return [float(np.sqrt(np.square(tau_N, dtype=np.float64).sum())) for tau_N in self.read()]
 
 
-def merged(base: torch.Tensor, directions: Directions, coefficients_KC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def merged(base: torch.Tensor, directions: Directions, coefficients_EC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """theta_base + sum_k c_k tau_k as `dtype`, computed in float32, or in float64 for float64; on the coefficients' device."""
     import torch
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    theta_N = base.detach().to(coefficients_KC.device, wide, copy=True).reshape(-1)
-    for tau_N, row_C in zip(_tensors(directions, theta_N), coefficients_KC.to(wide), strict=True):
+    theta_N = base.detach().to(coefficients_EC.device, wide, copy=True).reshape(-1)
+    for tau_N, row_C in zip(_tensors(directions, theta_N), coefficients_EC.to(wide), strict=True):
         for part_M, tau_M, c in zip(theta_N.chunk(len(row_C)), tau_N.chunk(len(row_C)), row_C, strict=True):
             part_M.add_(tau_M, alpha=float(c))
     return theta_N.view(base.shape).to(dtype)
 
 
 def inner_products(gradient: torch.Tensor, directions: Directions, chunks: int) -> torch.Tensor:
-    """<dL/dtheta, tau_k> over each chunk, [K, C]: the gradient of the coefficients, which is all that learning needs."""
+    """<dL/dtheta, tau_k> over each chunk, [E, C]: the gradient of the coefficients, which is all that learning needs."""
     import torch
 
     gradient_N = gradient.detach().reshape(-1)

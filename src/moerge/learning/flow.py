@@ -22,9 +22,9 @@ from moerge.files import scratch_folder
 from moerge.formatting import as_size
 from moerge.learning.chunks import allocate, importances
 from moerge.learning.directions import Directions
-from moerge.learning.model import BASE, MergingModel, Slot, known_config
-from moerge.learning.slots import make_slots
-from moerge.learning.targets import Sample, Targets
+from moerge.learning.expert_targets import ExpertTargets, Sample
+from moerge.learning.merged_parameters import merged_parameters
+from moerge.learning.model import BASE, MergedParameter, MergingModel, known_config
 from moerge.learning.training import History, Trainer, evaluations, interleave
 from moerge.methods.method import TaskVectorMethod
 from moerge.planning.plan import Plan
@@ -66,15 +66,15 @@ def learn_coefficients(recipe: Recipe, plan: Plan, settings: Learning, progress:
         ThreadPoolExecutor() as pool,
         scratch_folder("moerge-learn-") as folder,
     ):
-        slots = make_slots(recipe, plan, settings, pool)
+        slots = merged_parameters(recipe, plan, settings, pool)
         samples = _samples(plan, texts, settings, folder)
         train, heldout = _split(samples, settings)
         job = _Job(recipe, plan, settings, slots, method.scale, folder, progress)
         job.announce(train, heldout)
         stages = [job.stage(_ones(slots), {}, train, heldout)]
         if settings.extra:
-            counts = job.more_chunks(slots)
-            stages.append(job.stage(counts, job.raw, train, heldout))
+            counts = job.more_chunks()
+            stages.append(job.stage(counts, job.coef_logits, train, heldout))
         found = job.coefficients(stages)
     return Learned(found, tuple(stages), tuple(texts.values()), tuple(_warnings(found)))
 
@@ -142,7 +142,7 @@ def _split(samples: Mapping[int, list[Sample]], settings: Learning) -> tuple[lis
     return interleave(train), [sample for found in heldout.values() for sample in found]
 
 
-def _ones(slots: Sequence[Slot]) -> dict[str, int]:
+def _ones(slots: Sequence[MergedParameter]) -> dict[str, int]:
     return {slot.key: 1 for slot in slots if slot.key}
 
 
@@ -151,14 +151,14 @@ class _Job:
     recipe: Recipe
     plan: Plan
     settings: Learning
-    slots: Sequence[Slot]
+    slots: Sequence[MergedParameter]
     initial: float
     folder: Path
     progress: Progress
     advance: Advance = lambda count: None
-    raw: dict[str, torch.Tensor] = field(default_factory=dict)
+    coef_logits: dict[str, torch.Tensor] = field(default_factory=dict)
     importance: dict[str, float] = field(default_factory=dict)
-    targets: Targets | None = None
+    targets: ExpertTargets | None = None
 
     def announce(self, train: Sequence[Sample], heldout: Sequence[Sample]) -> None:
         """Say how much is to be done, and what disk it takes."""
@@ -181,7 +181,8 @@ class _Job:
         if nbytes > free:
             raise MachineError(
                 f"no space for the experts' targets in {self.folder.parent}: {as_size(nbytes)} are needed, "
-                f"{as_size(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere"
+                f"{as_size(free)} free; set learn.targets to a number such as 64, or TMPDIR elsewhere",
+                code="no-space",
             )
         self.advance = self.progress.phase("learning", steps + len(distinct), "texts")
 
@@ -192,52 +193,47 @@ class _Job:
         settings, experts = self.settings, len(self.recipe.experts)
         wide = torch.float64 if settings.dtype == "float64" else torch.float32
         first = math.log(self.initial / (1 - self.initial))
-        self.raw = {
+        self.coef_logits = {
             key: start[key].detach().repeat(1, count) if key in start else torch.full((experts, count), first, dtype=wide)
             for key, count in counts.items()
         }
-        self.raw = {key: a_KC.to(settings.device).requires_grad_() for key, a_KC in self.raw.items()}
+        self.coef_logits = {key: a_EC.to(settings.device).requires_grad_() for key, a_EC in self.coef_logits.items()}
         source, element, device = self.recipe.source, settings.dtype, settings.device
-        model = MergingModel(self.plan.config, self.slots, self.raw, self.initial, dtype=element, device=device, source=source)
+        model = MergingModel(
+            self.plan.config, self.slots, self.coef_logits, self.initial, dtype=element, device=device, source=source
+        )
         targets = self._targets(model, (*train, *heldout))
         weights = {task: settings.task_weights[name] for task, name in self._tasks() if name in settings.task_weights}
-        trainer = Trainer(model, self.raw, settings, self.initial, targets, weights, source, partial(self.advance, 1))
+        trainer = Trainer(model, self.coef_logits, settings, self.initial, targets, weights, source, partial(self.advance, 1))
         return trainer.fit(train, heldout)
 
     def _tasks(self) -> Iterator[tuple[int, str]]:
         yield BASE, "base"
         yield from enumerate(self.recipe.experts)
 
-    def _targets(self, model: MergingModel, samples: Sequence[Sample]) -> Targets:
+    def _targets(self, model: MergingModel, samples: Sequence[Sample]) -> ExpertTargets:
         if self.targets is None:
             largest = None if self.settings.targets == "full" else self.settings.targets
-            self.targets = Targets(self.folder, _hidden_layers(self.settings, self.plan), largest)
+            self.targets = ExpertTargets(self.folder, _hidden_layers(self.settings, self.plan), largest)
             if self.settings.objective == "alignment":
                 distinct = {(sample.task, sample.index): sample for sample in samples}
                 self.targets.compute(model, list(distinct.values()), partial(self.advance, 1))
         return self.targets
 
-    def more_chunks(self, slots: Sequence[Slot]) -> dict[str, int]:
+    def more_chunks(self) -> dict[str, int]:
         """Chunk counts for the second stage, by importance."""
-        groups: dict[str, list[Directions]] = {}
-        for slot in slots:
-            if slot.key and slot.directions is not None:
-                groups.setdefault(slot.key, []).append(slot.directions)
-        sizes = {key: sum(d.size for d in group) for key, group in groups.items()}
-        norms = {}
-        for key, group in groups.items():
-            by_expert = zip(*(directions.norms() for directions in group), strict=True)
-            norms[key] = [math.hypot(*norms_of_tensors) for norms_of_tensors in by_expert]
-        c = {key: torch.sigmoid(a_KC).mean(dim=1).tolist() for key, a_KC in self.raw.items()}
-        self.importance = importances(c, norms, sizes)
+        groups = _groups(self.slots)
+        means = {key: torch.sigmoid(a_EC).mean(dim=1).tolist() for key, a_EC in self.coef_logits.items()}
+        norms = {key: group.norms() for key, group in groups.items()}
+        self.importance = importances(means, norms, {key: group.size for key, group in groups.items()})
         extra = round(self.settings.extra * len(groups))
-        wanted = allocate(self.importance, {key: min(d.size for d in group) for key, group in groups.items()}, extra)
-        return {key: _cuttable(count, groups[key]) for key, count in wanted.items()}
+        counts = allocate(self.importance, {key: group.smallest for key, group in groups.items()}, extra)
+        return {key: groups[key].cuttable(count) for key, count in counts.items()}
 
     def coefficients(self, stages: Sequence[History]) -> Coefficients:
         """The artefact."""
         rows = {
-            slot.name: tuple(tuple(row) for row in torch.sigmoid(self.raw[slot.key].detach()).tolist())
+            slot.name: tuple(tuple(row) for row in torch.sigmoid(self.coef_logits[slot.key].detach()).tolist())
             for slot in self.slots
             if slot.key
         }
@@ -255,9 +251,37 @@ class _Job:
         return Coefficients(tuple(self.recipe.experts), rows, chunks, self.initial, directions, learning)
 
 
-def _cuttable(count: int, group: Sequence[Directions]) -> int:
-    """The most chunks up to `count` that torch.chunk really cuts all tensors of a group into."""
-    return next(c for c in range(count, 0, -1) if all(chunk_count(d.size, c) == c for d in group))
+@dataclass(frozen=True)
+class _Group:
+    """Tensors that share coefficients."""
+
+    members: tuple[Directions, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(directions.size for directions in self.members)
+
+    @property
+    def smallest(self) -> int:
+        return min(directions.size for directions in self.members)
+
+    def norms(self) -> list[float]:
+        """The norm of each expert's task vector over all members."""
+        by_expert = zip(*(directions.norms() for directions in self.members), strict=True)
+        return [math.hypot(*norms) for norms in by_expert]
+
+    def cuttable(self, count: int) -> int:
+        """The largest number up to `count` of chunks that torch.chunk really cuts all members into."""
+        return next(c for c in range(count, 0, -1) if all(chunk_count(d.size, c) == c for d in self.members))
+
+
+def _groups(slots: Sequence[MergedParameter]) -> dict[str, _Group]:
+    """Learning tensors by the key of their coefficients."""
+    members: dict[str, list[Directions]] = {}
+    for slot in slots:
+        if slot.key and slot.directions is not None:
+            members.setdefault(slot.key, []).append(slot.directions)
+    return {key: _Group(tuple(directions)) for key, directions in members.items()}
 
 
 def _hidden_layers(settings: Learning, plan: Plan) -> tuple[int, ...]:

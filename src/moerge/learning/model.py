@@ -32,11 +32,11 @@ BASE = -1
 
 
 @dataclass(frozen=True)
-class Slot:
+class MergedParameter:
     """A tensor of the model, by its name in the checkpoint: the base's, and the experts' `directions`.
 
     Without `directions` there is nothing to merge: the result has the base's tensor. `key` names the coefficients that it
-    learns; "" for a tensor that does not learn. `own` marks what stays separate in a MoE: each text runs through its own
+    learns; "" for a tensor that does not learn. `routed` marks what stays separate in a MoE: each text runs through its own
     expert's tensor.
     """
 
@@ -44,7 +44,7 @@ class Slot:
     base: Source
     directions: Directions | None = None
     key: str = ""
-    own: bool = False
+    routed: bool = False
 
     def of(self, model: int) -> Source:
         """The tensor of the base or of an expert."""
@@ -62,27 +62,27 @@ class Running:
 class MergedWeight(nn.Module):
     """A parametrization: the weight that a layer sees instead of the base's."""
 
-    def __init__(self, slot: Slot, raw_KC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
+    def __init__(self, slot: MergedParameter, logit_EC: torch.Tensor | None, running: Running, dtype: torch.dtype) -> None:
         super().__init__()
-        self._slot, self._raw_KC, self._running, self._dtype = slot, [raw_KC], running, dtype
+        self._slot, self._logit_EC, self._running, self._dtype = slot, [logit_EC], running, dtype
 
     def forward(self, base: torch.Tensor) -> torch.Tensor:
         """The weight in the element type that the model computes in."""
-        wanted = self._running.task if self._slot.own and self._running.model is None else self._running.model
+        wanted = self._running.task if self._slot.routed and self._running.model is None else self._running.model
         if wanted is not None:
             return _values(self._slot.of(wanted), base, self._dtype)
-        raw_KC, directions = self._raw_KC[0], self._slot.directions
-        assert raw_KC is not None and directions is not None
+        logit_EC, directions = self._logit_EC[0], self._slot.directions
+        assert logit_EC is not None and directions is not None
         merge: Any = _Merge.apply
-        weight: torch.Tensor = merge(torch.sigmoid(raw_KC), base, directions, self._dtype)
+        weight: torch.Tensor = merge(torch.sigmoid(logit_EC), base, directions, self._dtype)
         return weight
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, c_KC: torch.Tensor, base: torch.Tensor, directions: Directions, dtype: torch.dtype) -> torch.Tensor:
-        ctx.directions, ctx.chunks, ctx.like = directions, c_KC.shape[1], c_KC
-        return merged(base, directions, c_KC.detach(), dtype)
+    def forward(ctx: Any, c_EC: torch.Tensor, base: torch.Tensor, directions: Directions, dtype: torch.dtype) -> torch.Tensor:
+        ctx.directions, ctx.chunks, ctx.like = directions, c_EC.shape[1], c_EC
+        return merged(base, directions, c_EC.detach(), dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -92,16 +92,16 @@ class _Merge(torch.autograd.Function):
 class MergingModel:
     """A causal language model of this config whose weights are merged from `slots`.
 
-    `raw` holds the parameters a [K, C] by key, the coefficients being sigmoid(a). Tensors without a key have the coefficient
-    `fixed` once and for all. Raises InputError, naming the recipe `source`, for a config that transformers can make no model
+    `coef_logits` holds the parameters a [E, C] by key; the coefficients are sigmoid(a). Tensors without a key always have the
+    coefficient `fixed`. Raises InputError, naming the recipe `source`, for a config that transformers can make no model
     of, and where it calls tensors by names that cannot be matched.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any],
-        slots: Sequence[Slot],
-        raw: Mapping[str, torch.Tensor],
+        slots: Sequence[MergedParameter],
+        coef_logits: Mapping[str, torch.Tensor],
         fixed: float,
         *,
         dtype: str,
@@ -110,24 +110,24 @@ class MergingModel:
     ) -> None:
         self.running, self._dtype, self._fixed = Running(), getattr(torch, dtype), fixed
         self.module = _skeleton(config, device, source)
-        self._rest: list[tuple[nn.Parameter, Slot]] = []
+        self._rest: list[tuple[nn.Parameter, MergedParameter]] = []
         parameters = dict(self.module.named_parameters())
         for name, slot in match_names(parameters, {slot.name: slot for slot in slots}).items():
             parameters[name].requires_grad_(False)
-            if slot.key or slot.own:
-                self._parametrize(parameters[name], slot, raw.get(slot.key))
+            if slot.key or slot.routed:
+                self._parametrize(parameters[name], slot, coef_logits.get(slot.key))
             else:
                 self._rest.append((parameters[name], slot))
         self._prepare()
-        self.use(None)
+        self.set_mode(None)
 
-    def use(self, model: int | None) -> None:
-        """Play one of the models, or with None the merge."""
+    def set_mode(self, model: int | None) -> None:
+        """Run one of the models, or the merge if `model` is None."""
         self.running.model = model
         for parameter, slot in self._rest:
             if model is None and slot.directions is not None:
-                c_K1 = torch.full((len(slot.directions.merge.experts), 1), self._fixed, device=parameter.device)
-                parameter.data = merged(_values(slot.base, parameter, torch.float32), slot.directions, c_K1, self._dtype)
+                c_E1 = torch.full((len(slot.directions.merge.experts), 1), self._fixed, device=parameter.device)
+                parameter.data = merged(_values(slot.base, parameter, torch.float32), slot.directions, c_E1, self._dtype)
             else:
                 parameter.data = _values(slot.of(BASE if model is None else model), parameter, self._dtype)
 
@@ -136,13 +136,13 @@ class MergingModel:
         self.running.task = task
         return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
 
-    def _parametrize(self, parameter: nn.Parameter, slot: Slot, raw_KC: torch.Tensor | None) -> None:
+    def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, logit_EC: torch.Tensor | None) -> None:
         """Wherever the parameter stands: a tied one is the embedding's and the head's."""
         stored = slot.base.tensor.dtype.torch_name
         parameter.data = _values(slot.base, parameter, getattr(torch, str(stored)))
-        weight = MergedWeight(slot, raw_KC, self.running, self._dtype)
+        weight = MergedWeight(slot, logit_EC, self.running, self._dtype)
         for module in list(self.module.modules()):
-            for attribute in [name for name, own in module.named_parameters(recurse=False) if own is parameter]:
+            for attribute in [name for name, value in module.named_parameters(recurse=False) if value is parameter]:
                 parametrize.register_parametrization(module, attribute, weight, unsafe=True)
 
     def _prepare(self) -> None:
@@ -186,7 +186,7 @@ def _values(source: Source, like: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(read_values(source)).to(like.device, dtype).view(source.tensor.shape)
 
 
-def match_names(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, Slot]) -> dict[str, Slot]:
+def match_names(parameters: Mapping[str, torch.Tensor], slots: Mapping[str, MergedParameter]) -> dict[str, MergedParameter]:
     """The slot of each parameter: the tensor with the longest common ending, since transformers renames beginnings.
 
     Raises InputError where none has the parameter's shape, or two fit equally well.

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from moerge import figures
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import check_unchanged, target_of
 from moerge.formatting import Displayed
-from moerge.learning import figure
+from moerge.learning import coefficient_figure
 from moerge.merging.pipeline import MergeResult, check_start, merge
 from moerge.methods.coefficients import Coefficients as CoefficientsMethod
-from moerge.planning.assemble.heterogeneous import stay_whole
 from moerge.planning.build import build_plan, located
+from moerge.planning.kinds import is_heterogeneous
 from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
 from moerge.recipe.coefficients import FILE, Coefficients
 from moerge.recipe.learned import Learnt
 from moerge.recipe.learning import Learning
 from moerge.recipe.schema import Recipe
-from moerge.runtime.extras import require_models_extra
 
 if TYPE_CHECKING:
     from moerge.learning.flow import Learned
@@ -67,14 +67,14 @@ def learn(
     fail, the coefficients stay beside it, and only `force` replaces them. Raises InputError for bad input, MachineError for a
     full or failing disk.
     """
-    require_models_extra("learning")
+    require("models", "learning")
     from moerge.learning.flow import learn_coefficients
-    from moerge.learning.slots import check_recipe
+    from moerge.learning.merged_parameters import check_recipe
     from moerge.runtime.loading import usable_device
 
     recipe = load_recipe(recipe)
     target, settings = target_of(out), recipe.learn or Learning()
-    if recipe.moe is not None and recipe.moe.by_sequence and stay_whole(recipe, located(recipe)):
+    if recipe.moe is not None and recipe.moe.by_sequence and is_heterogeneous(recipe, located(recipe)):
         raise InputError(
             f"{recipe.source}: experts that stay whole models have no coefficients to learn: merge them with `moerge merge` and "
             "fine-tune the result with `moerge tune`"
@@ -119,7 +119,7 @@ def _files(learned: Learned) -> dict[str, bytes]:
     found = {CURVE: _curve(learned)}
     if figures.available():
         means = ", ".join(f"{expert} {mean:.3g}" for expert, mean in learned.coefficients.means().items())
-        picture = figure.draw(figure.table(learned.coefficients))
+        picture = coefficient_figure.draw(coefficient_figure.table(learned.coefficients))
         found[FIGURE] = figures.encoded(picture, "svg", "Learned coefficients by layer", f"Means: {means}.")
     return found
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from moerge.distillation import departure, entropy, hidden_distance, soft_cross_entropy
+from moerge.distillation import drift_penalty, entropy, hidden_distance, soft_cross_entropy
 from moerge.errors import InputError
+from moerge.learning.expert_targets import ExpertTargets, Sample
 from moerge.learning.model import MergingModel
-from moerge.learning.targets import Sample, Targets
 from moerge.recipe.learning import Learning
 
 _RESTART, _GROWTH, _FLOOR = 50, 2, 0.1
@@ -30,13 +30,13 @@ class History:
 
 @dataclass
 class Trainer:
-    """Learns `raw` (a [K, C] by key) in place. `tell` is called after each text; errors name the recipe `source`."""
+    """Learns `coef_logits` (a [E, C] by key) in place. `tell` is called after each text; errors name the recipe `source`."""
 
     model: MergingModel
-    raw: Mapping[str, torch.Tensor]
+    coef_logits: Mapping[str, torch.Tensor]
     settings: Learning
     initial: float
-    targets: Targets
+    targets: ExpertTargets
     task_weights: Mapping[int, float]
     source: str = "recipe"
     tell: Callable[[], None] = lambda: None
@@ -44,12 +44,12 @@ class Trainer:
     def fit(self, train: Sequence[Sample], heldout: Sequence[Sample]) -> History:
         """One or more epochs; with `heldout` the coefficients of the best update stay, counting the initial ones.
 
-        Raises InputError where a loss or its gradient is no number.
+        Raises InputError if a loss or its gradient is NaN or infinite.
         """
         settings, history = self.settings, History()
         if math.isinf(settings.gamma) or not train:
             return history
-        parameters = list(self.raw.values())
+        parameters = list(self.coef_logits.values())
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         floor = settings.learning_rate * _FLOOR
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=_RESTART, T_mult=_GROWTH, eta_min=floor)
@@ -69,17 +69,17 @@ class Trainer:
                 history.stopped_early = True
                 break
         for key, values in kept.items():
-            self.raw[key].data.copy_(values)
+            self.coef_logits[key].data.copy_(values)
         return history
 
     def _update(self, group: Sequence[Sample], optimizer: Any, history: History, update: int) -> None:
         total = 0.0
         for sample in group:
-            objective = self.objective(sample) + self.settings.gamma * departure(self.raw.values(), self.initial)
+            objective = self.objective(sample) + self.settings.gamma * drift_penalty(self.coef_logits.values(), self.initial)
             (objective / len(group)).backward()  # type: ignore[no-untyped-call]
             total += objective.item() / len(group)
             self.tell()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.raw.values()), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.coef_logits.values()), self.settings.clip)
         self._check(f"the loss in update {update}", total)
         self._check(f"the gradient's norm in update {update}", norm.item())
         optimizer.step()
@@ -87,7 +87,7 @@ class Trainer:
         history.rows.append({"update": update, "train": total, "learning_rate": optimizer.param_groups[0]["lr"]})
 
     def _evaluate(self, heldout: Sequence[Sample], history: History, update: int) -> float:
-        """The whole objective on held-out texts; infinity where there are none."""
+        """The objective on the held-out texts; infinity if there are none."""
         if not heldout:
             return math.inf
         losses = []
@@ -95,7 +95,9 @@ class Trainer:
             for sample in heldout:
                 losses.append(self.objective(sample).item())
                 self.tell()
-            found = sum(losses) / len(losses) + self.settings.gamma * departure(self.raw.values(), self.initial).item()
+            found = (
+                sum(losses) / len(losses) + self.settings.gamma * drift_penalty(self.coef_logits.values(), self.initial).item()
+            )
         self._check("the objective on the held-out texts" + (f" after update {update}" if update else ""), found)
         if update == 0:
             history.rows.append({"update": 0})
@@ -125,7 +127,7 @@ class Trainer:
         return self.task_weights.get(sample.task, 1.0) * loss
 
     def _copy(self) -> dict[str, torch.Tensor]:
-        return {key: a_KC.detach().clone() for key, a_KC in self.raw.items()}
+        return {key: a_EC.detach().clone() for key, a_EC in self.coef_logits.items()}
 
 
 def evaluations(updates: int, heldout: int, accumulation: int) -> list[int]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moerge.architecture import family_of
 from moerge.checkpoint.staging import Staging
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, Fitter, Unit
@@ -16,7 +15,7 @@ from moerge.planning.plan import Plan
 from moerge.progress import SILENT, Progress
 from moerge.tensors.codec import decode, encode
 from moerge.tensors.digest import CHUNK, chunk_digest, tensor_digest
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 from moerge.texts import Texts
 
 
@@ -34,15 +33,15 @@ def fit_outputs(
     each unit that fitters count, texts or tokens.
     """
     remarks: tuple[str, ...] = ()
-    fittings = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fittings]
-    pending = [fitting for fitting, _ in fittings if not all(map(staging.finished, fitting.outputs))]
+    fit_jobs = [(fitting, _context(plan, staging, fitting.outputs)) for fitting in plan.fit_jobs]
+    pending = [fitting for fitting, _ in fit_jobs if not all(map(staging.finished, fitting.outputs))]
     if pending:
         staging.add(files())
     counters = _Counters([fitting.fitter for fitting in pending], plan.calibration, progress)
-    for fitting, context in fittings:
+    for fitting, context in fit_jobs:
         if fitting in pending:
             counter = counters.of(fitting.fitter)
-            with one_thread_each():
+            with single_threaded_blas():
                 fitted = fitting.fitter.fit(replace(context, threads=threads, advance=counter.advance))
             counter.advance(counter.left)
             for output in fitting.outputs:
@@ -88,7 +87,7 @@ def _context(plan: Plan, staging: Staging, outputs: tuple[Output, ...]) -> FitCo
         texts={texts.expert: texts for texts in plan.calibration},
         digests={o.role: staging.digests[o.name] for o in plan.outputs if not isinstance(o.operation, Fit)},
         models={model.name: model for model in plan.models},
-        family=family_of(plan.models[0].config),
+        family=plan.family,
         relative_to=plan.recipe.folder,
     )
 

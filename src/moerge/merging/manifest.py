@@ -61,5 +61,5 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
 
 
 def _running(plan: Plan) -> tuple[str, ...]:
-    runs = any(fitting.fitter.runs_model for fitting in plan.fittings)
+    runs = any(fitting.fitter.runs_model for fitting in plan.fit_jobs)
     return ("torch", "transformers") if runs else ()

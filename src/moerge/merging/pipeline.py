@@ -1,6 +1,6 @@
 """The whole flow, from a recipe to a checkpoint: read this first.
 
-recipe.yaml -> load_recipe -> build_plan -> Execution.run into a Staging folder -> fit_outputs -> publish
+recipe.yaml -> load_recipe -> build_plan -> Executor.run into a Staging folder -> fit_outputs -> publish
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
-from moerge.execution.executor import Execution
+from moerge.execution.executor import Executor
 from moerge.files import check_target, check_unchanged, target_of
 from moerge.formatting import Displayed, as_size, as_time
 from moerge.merging.card import model_card
@@ -113,14 +113,14 @@ def merge(
             return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
     start = check_start(plan, target, resume=resume, force=force)
     plan = _complete(plan)
-    for fitting in plan.fittings:
+    for fitting in plan.fit_jobs:
         fitting.fitter.require()
     shards = assign_shards(plan.outputs, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
     with reporter(progress) as report, Staging(target, shards, fingerprint, start) as staging:
-        execution = Execution(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
-        execution.run(plan.outputs, threads)
+        executor = Executor(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
+        executor.run(plan.outputs, threads)
         remarks = fit_outputs(plan, staging, partial(_files, plan), threads, report)
         remarks = (*remarks, *differing(plan.statistics, plan.outputs, staging.inputs), *unlike_integers(plan))
         if remarks:
@@ -176,7 +176,10 @@ def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start
     check_target(target, sources, marks=(MANIFEST,), force=force)
     left = work.interrupted
     if left and not (resume or force):
-        raise InputError(f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force")
+        raise InputError(
+            f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force",
+            code="interrupted-run-exists",
+        )
     _check_space(plan, target, staged=left and resume)
     return "resume" if resume and left else "restart" if left else "new"
 
@@ -185,4 +188,6 @@ def _check_space(plan: Plan, target: Path, *, staged: bool) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if not staged and free < plan.output_bytes:
-        raise MachineError(f"no space for {target}: it needs {as_size(plan.output_bytes)}, {parent} has {as_size(free)} free")
+        raise MachineError(
+            f"no space for {target}: it needs {as_size(plan.output_bytes)}, {parent} has {as_size(free)} free", code="no-space"
+        )

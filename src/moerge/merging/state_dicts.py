@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import InputError
-from moerge.execution.executor import Execution
+from moerge.execution.executor import Executor
 from moerge.merging.array_statistics import bind_arrays, from_arrays
 from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.statistical import StatisticsMethod
@@ -70,7 +70,7 @@ def merge_state_dicts(
         operation = Merge(chosen, sources, factors, base_source)
         outputs.append(Output(name, "", target.dtype, target.shape, bind_arrays(operation, used) if used else operation))
     store = _Memory(outputs)
-    Execution(store, allow_nonfinite).run(outputs, threads or default_threads())
+    Executor(store, allow_nonfinite).run(outputs, threads or default_threads())
     return {output.name: _like(like[output.name], store.arrays[output.name], output) for output in outputs}
 
 
@@ -110,7 +110,7 @@ def _factors(method: MergeMethod, weights: Sequence[float] | None, experts: Sequ
         if not math.isfinite(factor):
             raise InputError(f"{expert} has the weight {factor}: weights must be finite")
     if method.divides_by_weights and cancel(factors):
-        raise InputError("the weights sum to zero, so they cannot be normalised")
+        raise InputError("the weights sum to zero, so they cannot be normalized")
     return factors
 
 

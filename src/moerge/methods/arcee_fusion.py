@@ -49,7 +49,7 @@ class ArceeFusion(MergeMethod):
     def merge(self, block: Block) -> None:
         """The task vector where it is important, from the base on."""
         divergences_R, columns, smallest = block.statistic
-        tau_N = block.theta_KN[0]
+        tau_N = block.theta_EN[0]
         _importance(tau_N, divergences_R, block.start, columns, block.out_N)
         np.add(block.base_N, np.where(block.out_N >= smallest, tau_N, np.float32(0)), out=block.out_N)
 
@@ -69,10 +69,10 @@ def _threshold(divergences_R: np.ndarray, columns: int, size: int) -> Generator[
 
 
 def _add_importance(
-    statistic: Statistic, divergences_R: np.ndarray, columns: int, tau_KN: np.ndarray, total: Any, start: int
+    statistic: Statistic, divergences_R: np.ndarray, columns: int, tau_EN: np.ndarray, total: Any, start: int
 ) -> None:
-    importance_N = np.empty(tau_KN.shape[1], np.float32)
-    _importance(tau_KN[0], divergences_R, start, columns, importance_N)
+    importance_N = np.empty(tau_EN.shape[1], np.float32)
+    _importance(tau_EN[0], divergences_R, start, columns, importance_N)
     statistic.add(importance_N[None], total)
 
 
@@ -103,8 +103,8 @@ class _Rows:
         return divergences_R
 
 
-def _add_rows(columns: int, tau_KN: np.ndarray, total: _Rows, base_N: np.ndarray, start: int) -> None:
-    _add_exponentials(tau_KN[0], base_N, start, columns, total.sums_4R)
+def _add_rows(columns: int, tau_EN: np.ndarray, total: _Rows, base_N: np.ndarray, start: int) -> None:
+    _add_exponentials(tau_EN[0], base_N, start, columns, total.sums_4R)
 
 
 @kernel

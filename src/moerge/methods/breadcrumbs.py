@@ -54,19 +54,19 @@ class Breadcrumbs(ElectiveMethod):
         return [(first, first + kept - 1) for first, kept in zip(firsts, counts, strict=True)]
 
     def measure(self, experts: int, size: int) -> Measurement:
-        """The smallest and the largest magnitude that each expert keeps, float32 [2, K]."""
-        bounds_2K = np.array([np.zeros(experts), np.full(experts, np.inf)], np.float32)
+        """The smallest and the largest magnitude that each expert keeps, float32 [2, E]."""
+        bounds_2E = np.array([np.zeros(experts), np.full(experts, np.inf)], np.float32)
         ranks = self.ranks(experts, size)
         low = [(0, k, last) for k, (_, last) in enumerate(ranks) if last < size]
         high = [(1, k, first) for k, (first, _) in enumerate(ranks) if first > 1]
         found_T = yield from magnitudes_at([(k, rank) for _, k, rank in (*low, *high)], experts, size)
         for (side, k, _), magnitude in zip((*low, *high), found_T, strict=True):
-            bounds_2K[side, k] = magnitude
-        return bounds_2K
+            bounds_2E[side, k] = magnitude
+        return bounds_2E
 
     def sparsify(self, block: Block) -> None:
         """Drop both ends."""
         if self.scope == "row":
-            keep_ranks(block.theta_KN, block.shape[-1], self.ranks(len(block.theta_KN), block.shape[-1]))
+            keep_ranks(block.theta_EN, block.shape[-1], self.ranks(len(block.theta_EN), block.shape[-1]))
         else:
-            keep_between(block.theta_KN, *block.statistic)
+            keep_between(block.theta_EN, *block.statistic)

@@ -30,12 +30,12 @@ class Coefficients(TaskVectorMethod):
 
 
 class Weighed(TaskVectorMethod):
-    """The learned coefficients of one tensor: `c_KC` holds a row an expert, and chunk i is the elements from i * `chunk`."""
+    """The learned coefficients of one tensor: `c_EC` holds a row an expert, and chunk i is the elements from i * `chunk`."""
 
     name: ClassVar[str] = "coefficients"
     scale: Finite = 1.0
     directions: InstanceOf[TaskVectorMethod]
-    c_KC: tuple[tuple[float, ...], ...]
+    c_EC: tuple[tuple[float, ...], ...]
     chunk: Annotated[int, Field(ge=1)]
 
     @property
@@ -82,9 +82,9 @@ class Weighed(TaskVectorMethod):
 
     def combine(self, block: Block) -> None:
         """sum_k c_k tau_k. Raises InputError where there is no coefficient for an expert or an element: kernels do not look."""
-        c_KC, experts, end = np.array(self.c_KC, np.float32), len(block.theta_KN), block.start + block.out_N.size
-        if len(c_KC) != experts or -(-end // self.chunk) > c_KC.shape[1]:
-            have = f"{len(c_KC)} rows of coefficients for {c_KC.shape[1]} chunks of {self.chunk} entries"
+        c_EC, experts, end = np.array(self.c_EC, np.float32), len(block.theta_EN), block.start + block.out_N.size
+        if len(c_EC) != experts or -(-end // self.chunk) > c_EC.shape[1]:
+            have = f"{len(c_EC)} rows of coefficients for {c_EC.shape[1]} chunks of {self.chunk} entries"
             raise InputError(f"{have} do not fit a tensor of {experts} experts and at least {end} entries: learn again")
         self.directions.direct(block)
-        weigh_chunks(block.theta_KN, c_KC, self.chunk, block.start, block.out_N)
+        weigh_chunks(block.theta_EN, c_EC, self.chunk, block.start, block.out_N)

@@ -35,6 +35,6 @@ class Dare(ElectiveMethod):
 
     def sparsify(self, block: Block) -> None:
         """Drop, and rescale what is kept."""
-        for k, density in enumerate(each(self.density, len(block.theta_KN))):
+        for k, density in enumerate(each(self.density, len(block.theta_EN))):
             factor = np.float32(1 / density if self.rescale else 1)
-            drop(block.theta_KN[k : k + 1], block.keys_K[k : k + 1], block.start, density, factor)
+            drop(block.theta_EN[k : k + 1], block.keys_E[k : k + 1], block.start, density, factor)

@@ -60,10 +60,10 @@ class Della(ElectiveMethod):
 
     def sparsify(self, block: Block) -> None:
         """MagPrune."""
-        experts, size = block.theta_KN.shape
+        experts, size = block.theta_EN.shape
         kept_N = np.empty(size, np.float64)
         settings = zip(each(self.density, experts), each(self.epsilon, experts), strict=True)
-        for tau_N, key, (density, epsilon) in zip(block.theta_KN, block.keys_K, settings, strict=True):
+        for tau_N, key, (density, epsilon) in zip(block.theta_EN, block.keys_E, settings, strict=True):
             if density < 1:
                 _probabilities(tau_N, block.shape[-1], density, epsilon, kept_N)
                 drop_each(tau_N, key, block.start, kept_N, self.rescale)

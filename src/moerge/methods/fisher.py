@@ -36,7 +36,7 @@ class Fisher(StatisticsMethod):
     per: Literal["sequence", "token"] = "sequence"
 
     def prepared(self, statistics: Statistics, tensor: str) -> Tensor | None:
-        """The mean of the squared gradient, normalised, and not below the floor."""
+        """The mean of the squared gradient, normalized, and not below the floor."""
         stored = statistics.fisher(tensor)
         if stored is None:
             return None
@@ -50,27 +50,27 @@ class Fisher(StatisticsMethod):
 
     def merge(self, block: Block) -> None:
         """The mean weighted by Fisher information; that by the experts' weights where nobody has any."""
-        _weighted_mean(block.theta_KN, block.extras, block.weights_K, block.out_N)
+        _weighted_mean(block.theta_EN, block.extras, block.weights_E, block.out_N)
 
 
 @kernel
-def _weighted_mean(theta_KN: np.ndarray, fisher_KN: np.ndarray, weights_K: np.ndarray, out_N: np.ndarray) -> None:
+def _weighted_mean(theta_EN: np.ndarray, fisher_EN: np.ndarray, weights_E: np.ndarray, out_N: np.ndarray) -> None:
     # in float64: products of a Fisher information of 1e-20 and a weight must neither vanish nor lose digits
     sums, masses = np.empty(STRIP, np.float64), np.empty(STRIP, np.float64)
     for start in range(0, out_N.size, STRIP):
         out_S = out_N[start : start + STRIP]
         sums[:] = 0.0
         masses[:] = 0.0
-        for k in range(len(weights_K)):
-            theta_S, fisher_S = theta_KN[k, start : start + STRIP], fisher_KN[k, start : start + STRIP]
-            weight = np.float64(weights_K[k])
+        for k in range(len(weights_E)):
+            theta_S, fisher_S = theta_EN[k, start : start + STRIP], fisher_EN[k, start : start + STRIP]
+            weight = np.float64(weights_E[k])
             for i in range(out_S.size):
                 mass = weight * np.float64(fisher_S[i])
                 sums[i] += mass * np.float64(theta_S[i])
                 masses[i] += mass
         for i in range(out_S.size):
             if masses[i] == 0.0:
-                for k in range(len(weights_K)):
-                    sums[i] += np.float64(weights_K[k]) * np.float64(theta_KN[k, start + i])
-                    masses[i] += np.float64(weights_K[k])
+                for k in range(len(weights_E)):
+                    sums[i] += np.float64(weights_E[k]) * np.float64(theta_EN[k, start + i])
+                    masses[i] += np.float64(weights_E[k])
             out_S[i] = np.float32(sums[i] / masses[i])

@@ -18,13 +18,13 @@ def method(formula: Formula | None = None, *, name: str | None = None, task_vect
     """Register a function as a merge method, so that recipes and `merge_state_dicts` can name it.
 
         @moerge.method
-        def trimmed_mean(theta_KN, weights_K, *, cut: float = 0.1): ...
+        def trimmed_mean(theta_EN, weights_E, *, cut: float = 0.1): ...
 
     The function is called with one block of every tensor after another, from several threads: it has to be a pure function of
     its arguments, element by element.
 
     Args:
-        formula: Takes the experts' values float32 [K experts, N elements] and their weights float32 [K], and returns the merged
+        formula: Takes the experts' values float32 [E experts, N elements] and their weights float32 [E], and returns the merged
             values [N]. Its keyword-only arguments, with annotations and defaults, are the method's hyperparameters.
         name: The method's name; by default the function's.
         task_vectors: Pass the experts' differences to the base instead, and add `scale` (a hyperparameter that the method gets)
@@ -41,7 +41,7 @@ def method(formula: Formula | None = None, *, name: str | None = None, task_vect
     }
 
     def apply(self: MergeMethod, block: Block) -> None:
-        block.out_N[:] = formula(block.theta_KN, block.weights_K, **{key: getattr(self, key) for key in fields})
+        block.out_N[:] = formula(block.theta_EN, block.weights_E, **{key: getattr(self, key) for key in fields})
 
     base: type[MergeMethod] = TaskVectorMethod if task_vectors else MergeMethod
     label = name or formula.__name__

@@ -1,4 +1,4 @@
-"""Isotropic merging. Shapes: K task vectors [O, I], M the smaller of O and I, R singular vectors."""
+"""Isotropic merging. Shapes: E task vectors [O, I], M the smaller of O and I, R singular vectors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class IsoC(SpectralMethod):
 
     name: ClassVar[str] = "iso_c"
 
-    def combine_matrices(self, tau_KOI: np.ndarray, out_OI: np.ndarray) -> None:
+    def combine_matrices(self, tau_EOI: np.ndarray, out_OI: np.ndarray) -> None:
         """mean(S) U V^T."""
-        sum_OI = _sum(tau_KOI, out_OI)
+        sum_OI = _sum(tau_EOI, out_OI)
         sum_MN, out_MN = (sum_OI, out_OI) if sum_OI.shape[0] <= sum_OI.shape[1] else (sum_OI.T, out_OI.T)
         values_M, vectors_MM = decomposed(sum_MN)
         used_M = values_M > 0
@@ -42,7 +42,7 @@ class IsoCts(SpectralMethod):
     each task vector's part outside of them as make up the rest; together they are made orthogonal (Procrustes). S holds all
     their singular values. The number of common vectors is rounded so that each expert gets as many.
 
-    Not where `iso_c` is not; for experts that have much in common, hardly different from it and K + 2 times as slow.
+    Not where `iso_c` is not; for experts that have much in common, hardly different from it and E + 2 times as slow.
     """
 
     name: ClassVar[str] = "iso_cts"
@@ -52,25 +52,25 @@ class IsoCts(SpectralMethod):
         """Singular vectors, one decomposition, and what is left of a task vector."""
         return spectral_bytes(shape, vectors=True, copies=2)
 
-    def combine_matrices(self, tau_KOI: np.ndarray, out_OI: np.ndarray) -> None:
+    def combine_matrices(self, tau_EOI: np.ndarray, out_OI: np.ndarray) -> None:
         """mean(S) U V^T."""
-        experts, smaller = len(tau_KOI), min(out_OI.shape)
+        experts, smaller = len(tau_EOI), min(out_OI.shape)
         each = round((smaller - int(smaller * self.common_space_fraction)) / experts)
         # the sum takes the place of the result, and the first task vector is still needed
-        weighted_sum(tau_KOI.reshape(experts, -1), np.ones(experts, np.float32), np.float32(1), out_OI.reshape(-1))
+        weighted_sum(tau_EOI.reshape(experts, -1), np.ones(experts, np.float32), np.float32(1), out_OI.reshape(-1))
         parts = [singular(out_OI, smaller - experts * each)]
         common_OR = parts[0][0]
-        for tau_OI in tau_KOI if each else ():
+        for tau_OI in tau_EOI if each else ():
             tau_OI -= (common_OR @ (common_OR.T @ tau_OI)).astype(np.float32)
             parts.append(singular(tau_OI, each))
         left_OR, values_R, right_RI = isometries(parts)
         multiplied(left_OR * (values_R.sum() / smaller), right_RI, out_OI)
 
 
-def _sum(tau_KOI: np.ndarray, out_OI: np.ndarray) -> np.ndarray:
+def _sum(tau_EOI: np.ndarray, out_OI: np.ndarray) -> np.ndarray:
     """The sum of task vectors, in the first one's memory."""
-    ones_K = np.ones(len(tau_KOI), np.float32)
-    weighted_sum(tau_KOI.reshape(len(tau_KOI), -1), ones_K, np.float32(1), out_OI.reshape(-1))
-    tau_KOI[0] = out_OI
-    summed_OI: np.ndarray = tau_KOI[0]
+    ones_E = np.ones(len(tau_EOI), np.float32)
+    weighted_sum(tau_EOI.reshape(len(tau_EOI), -1), ones_E, np.float32(1), out_OI.reshape(-1))
+    tau_EOI[0] = out_OI
+    summed_OI: np.ndarray = tau_EOI[0]
     return summed_OI

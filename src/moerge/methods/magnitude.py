@@ -5,7 +5,7 @@ pass counts the upper 15 bits, which gives its bin, a second the lower 16 inside
 bracket; then one pass counts what lies above it and collects the little that lies inside, which settles it, or shows that the
 sample misled. Either way the result is exact.
 
-Shapes: K experts, T targets: an expert and a rank each.
+Shapes: E experts, T targets: an expert and a rank each.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def kept_count(density: float, size: int) -> int:
 
 
 def magnitude_thresholds(kept: Sequence[int], size: int) -> Measurement:
-    """Passes that find, for each expert, the magnitude of its `kept`-th largest entry, as float32 [K].
+    """Passes that find, for each expert, the magnitude of its `kept`-th largest entry, as float32 [E].
 
     Entries that equal the threshold are all kept, as in the original TIES, so that which ones does not depend on order. Where
     all are kept, the threshold is zero.
     """
     trimmed = [k for k, count in enumerate(kept) if count < size]
-    thresholds_K = np.zeros(len(kept), np.float32)
-    thresholds_K[trimmed] = yield from magnitudes_at([(k, kept[k]) for k in trimmed], len(kept), size)
-    return thresholds_K
+    thresholds_E = np.zeros(len(kept), np.float32)
+    thresholds_E[trimmed] = yield from magnitudes_at([(k, kept[k]) for k in trimmed], len(kept), size)
+    return thresholds_E
 
 
 def magnitudes_at(targets: Sequence[tuple[int, int]], experts: int, size: int) -> Measurement:
@@ -108,18 +108,18 @@ def _bracket(sample_N: np.ndarray, density: float) -> tuple[int, int]:
 
 def _select(bits_N: np.ndarray, rank: int) -> int:
     """The rank-th largest of magnitudes' bits; like the two passes, on what is in memory."""
-    coarse_KB, fine_TB = np.zeros((1, 1 << 15), np.int64), np.zeros((1, 1 << 16), np.int64)
-    values_KN = bits_N.view(np.float32)[None]
-    _count_high(values_KN, coarse_KB)
-    bin_T, rank_T = _locate(coarse_KB, np.array([rank]))
-    _count_low(values_KN, np.array([0]), bin_T.astype(np.uint32), fine_TB)
+    coarse_EB, fine_TB = np.zeros((1, 1 << 15), np.int64), np.zeros((1, 1 << 16), np.int64)
+    values_EN = bits_N.view(np.float32)[None]
+    _count_high(values_EN, coarse_EB)
+    bin_T, rank_T = _locate(coarse_EB, np.array([rank]))
+    _count_low(values_EN, np.array([0]), bin_T.astype(np.uint32), fine_TB)
     return int(bin_T[0]) << 16 | int(_locate(fine_TB, rank_T)[0][0])
 
 
 def _from_histograms(wanted: _Targets, experts: int) -> Generator[Statistic, Any, np.ndarray]:
     """Magnitudes as bits [T]."""
-    coarse_KB = yield Statistic(partial(np.zeros, (experts, 1 << 15), np.int64), _count_high)
-    bins_T, ranks_T = _locate(coarse_KB[wanted.experts_T], wanted.ranks_T)
+    coarse_EB = yield Statistic(partial(np.zeros, (experts, 1 << 15), np.int64), _count_high)
+    bins_T, ranks_T = _locate(coarse_EB[wanted.experts_T], wanted.ranks_T)
     add = partial(_count_low_in, wanted.experts_T, bins_T.astype(np.uint32))
     fine_TB = yield Statistic(partial(np.zeros, (len(wanted), 1 << 16), np.int64), add)
     low_T, _ = _locate(fine_TB, ranks_T)
@@ -151,14 +151,14 @@ class _Collected:
         return [np.concatenate(pieces) if pieces else np.empty(0, np.uint32) for pieces in self.pieces]
 
 
-def _collect_all(tau_KN: np.ndarray, total: _Collected) -> None:
-    for pieces, tau_N in zip(total.pieces, tau_KN, strict=True):
+def _collect_all(tau_EN: np.ndarray, total: _Collected) -> None:
+    for pieces, tau_N in zip(total.pieces, tau_EN, strict=True):
         pieces.append(tau_N.view(np.uint32) & _MAGNITUDE)
 
 
-def _collect_inside(experts_T: np.ndarray, brackets_T2: np.ndarray, tau_KN: np.ndarray, total: _Collected) -> None:
+def _collect_inside(experts_T: np.ndarray, brackets_T2: np.ndarray, tau_EN: np.ndarray, total: _Collected) -> None:
     for t, (low, high) in enumerate(brackets_T2):
-        bits_N = tau_KN[experts_T[t]].view(np.uint32)
+        bits_N = tau_EN[experts_T[t]].view(np.uint32)
         for start in range(0, bits_N.size, len(total.room)):
             count = _split(bits_N[start : start + len(total.room)], low, high, total.counts_T3[t], total.room)
             if count:
@@ -175,22 +175,22 @@ def _locate(counts_TB: np.ndarray, ranks_T: np.ndarray) -> tuple[np.ndarray, np.
 
 
 @kernel
-def _count_high(tau_KN: np.ndarray, total_KB: np.ndarray) -> None:
-    for k in range(tau_KN.shape[0]):
-        bits_N = tau_KN[k].view(np.uint32)
+def _count_high(tau_EN: np.ndarray, total_EB: np.ndarray) -> None:
+    for k in range(tau_EN.shape[0]):
+        bits_N = tau_EN[k].view(np.uint32)
         for i in range(bits_N.size):
-            total_KB[k, (bits_N[i] & _MAGNITUDE) >> _LOW_BITS] += 1
+            total_EB[k, (bits_N[i] & _MAGNITUDE) >> _LOW_BITS] += 1
 
 
-def _count_low_in(experts_T: np.ndarray, bins_T: np.ndarray, tau_KN: np.ndarray, total_TB: np.ndarray) -> None:
-    _count_low(tau_KN, experts_T, bins_T, total_TB)
+def _count_low_in(experts_T: np.ndarray, bins_T: np.ndarray, tau_EN: np.ndarray, total_TB: np.ndarray) -> None:
+    _count_low(tau_EN, experts_T, bins_T, total_TB)
 
 
 @kernel
-def _count_low(tau_KN: np.ndarray, experts_T: np.ndarray, bins_T: np.ndarray, total_TB: np.ndarray) -> None:
+def _count_low(tau_EN: np.ndarray, experts_T: np.ndarray, bins_T: np.ndarray, total_TB: np.ndarray) -> None:
     found = np.empty(STRIP, np.uint32)
     for t in range(len(bins_T)):
-        bits_N = tau_KN[experts_T[t]].view(np.uint32)
+        bits_N = tau_EN[experts_T[t]].view(np.uint32)
         first = bins_T[t] << _LOW_BITS
         for start in range(0, bits_N.size, STRIP):
             count = _gather(bits_N[start : start + STRIP], first, _LOW_MASK, found)

@@ -48,15 +48,15 @@ class MagnitudePruning(ElectiveMethod):
 
     def sparsify(self, block: Block) -> None:
         """Prune, and rescale if that is asked for."""
-        experts = len(block.theta_KN)
+        experts = len(block.theta_EN)
         if self.scope == "row":
             columns = block.shape[-1]
-            keep_ranks(block.theta_KN, columns, [(1, kept) for kept in self.kept(experts, columns)])
+            keep_ranks(block.theta_EN, columns, [(1, kept) for kept in self.kept(experts, columns)])
         elif self.measures:
-            keep_between(block.theta_KN, block.statistic, np.full_like(block.statistic, np.inf))
+            keep_between(block.theta_EN, block.statistic, np.full_like(block.statistic, np.inf))
         if self.rescale:
             np.multiply(
-                block.theta_KN,
+                block.theta_EN,
                 np.array([[1 / density] for density in each(self.density, experts)], np.float32),
-                out=block.theta_KN,
+                out=block.theta_EN,
             )

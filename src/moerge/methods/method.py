@@ -1,6 +1,6 @@
 """Merge methods.
 
-Shapes: K experts, N elements of one block of a tensor. A method sees blocks of float32, never files; what it needs to
+Shapes: E experts, N elements of one block of a tensor. A method sees blocks of float32, never files; what it needs to
 know of a whole tensor, or of the whole model, it measures in passes over blocks before it merges them.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
-from moerge.methods.values import ByExpert, InOrder
+from moerge.methods.values import Ordered, PerExpert
 from moerge.registry import Registry
 from moerge.tensors.kernels import kernel
 
@@ -32,20 +32,20 @@ Unit = Literal["block", "rows", "tensor"]
 class Block:
     """A method's view of one tensor, from every expert: a run of elements, complete rows or all (see `unit`).
 
-    `theta_KN` holds the experts' values, for task-vector methods their differences to the base; a method may overwrite it.
-    `keys_K` are 64-bit random keys, one an expert, that depend on the seed, the expert and the tensor alone; `start` is the
+    `theta_EN` holds the experts' values, for task-vector methods their differences to the base; a method may overwrite it.
+    `keys_E` are 64-bit random keys, one an expert, that depend on the seed, the expert and the tensor alone; `start` is the
     index of the block's first element in its tensor. Arrays are flat; `shape` is what they hold: (N,) for a run, (rows, columns)
     for rows, the tensor's own for a whole tensor. `extras` are statistics that some operations bring, one for each expert, as
     float32: the same elements as an array KN (zeros where an expert has none), or for whole tensors a list of arrays in their
     own shapes (None where an expert has none).
     """
 
-    theta_KN: np.ndarray
-    weights_K: np.ndarray
+    theta_EN: np.ndarray
+    weights_E: np.ndarray
     base_N: np.ndarray
     out_N: np.ndarray
     statistic: Any
-    keys_K: np.ndarray
+    keys_E: np.ndarray
     start: int
     shape: tuple[int, ...] = ()
     extras: Any = None
@@ -53,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Statistic:
-    """One pass over blocks: `add(theta_KN, total)` adds a block's share to something like `zeros()`.
+    """One pass over blocks: `add(theta_EN, total)` adds a block's share to something like `zeros()`.
 
     That is an array, or an object with `+=` and a `clear()` that makes it zero again.
 
@@ -101,7 +101,7 @@ class MergeMethod(BaseModel):
         """Return the granularity of a block: any run of elements, complete rows (of the last axis; a vector is one row), or
         the tensor.
 
-        Memory is bounded by blocks, by the longest row, or by the largest tensor: K + 2 float32 copies of it.
+        Memory is bounded by blocks, by the longest row, or by the largest tensor: E + 2 float32 copies of it.
         """
         return "block"
 
@@ -138,16 +138,19 @@ class MergeMethod(BaseModel):
 
     def for_experts(self, names: Sequence[str]) -> Self:
         """With each value that is given by name in the order of `names`; InputError if one is missing."""
-        changes = {key: value.ordered(f"{self.name}: {key!r}", names) for key, value in self if isinstance(value, ByExpert)}
+        changes = {key: value.ordered(f"{self.name}: {key!r}", names) for key, value in self if isinstance(value, PerExpert)}
         return self.model_copy(update=changes) if changes else self
 
     def check_experts(self, names: Sequence[str]) -> None:
         """InputError if a value is given for an expert that there is not, or not for all that there are."""
         for key, value in self:
-            unknown = next((name for name in value if name not in names), None) if isinstance(value, ByExpert) else None
+            unknown = next((name for name in value if name not in names), None) if isinstance(value, PerExpert) else None
             if unknown is not None:
-                raise InputError(f"{self.name}: {key!r} names {unknown!r}, which is not an expert: {suggest(unknown, names)}")
-            if isinstance(value, InOrder) and len(value) != len(names):
+                raise InputError(
+                    f"{self.name}: {key!r} names {unknown!r}, which is not an expert: {suggest(unknown, names)}",
+                    code="unknown-name",
+                )
+            if isinstance(value, Ordered) and len(value) != len(names):
                 raise InputError(f"{self.name}: {key!r} has {len(value)} values for {len(names)} experts")
         self.for_experts(names)
 
@@ -174,11 +177,11 @@ class TaskVectorMethod(MergeMethod):
     scale: Finite = 1 / 3
 
     def combine(self, block: Block) -> None:
-        """Write tau_merged to `block.out_N`; `block.theta_KN` holds the task vectors."""
+        """Write tau_merged to `block.out_N`; `block.theta_EN` holds the task vectors."""
         raise NotImplementedError
 
     def direct(self, block: Block) -> None:
-        """Make `block.theta_KN` the trimmed task vectors, one an expert, whose sum `combine` takes.
+        """Make `block.theta_EN` the trimmed task vectors, one an expert, whose sum `combine` takes.
 
         Learned coefficients weigh these. Methods that are no such sum leave it as it is, and cannot be learned with.
         """
@@ -197,9 +200,9 @@ def _add_scaled(base_N: np.ndarray, scale: np.float32, out_N: np.ndarray) -> Non
 
 
 def cancel(weights: Sequence[float]) -> bool:
-    """Return whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalised."""
-    weights_K = np.array(weights, np.float32).astype(np.float64)
-    return bool(abs(weights_K.sum()) <= _ROUNDING * np.abs(weights_K).sum())
+    """Return whether weights sum to nothing but rounding errors, in float32, so that they cannot be normalized."""
+    weights_E = np.array(weights, np.float32).astype(np.float64)
+    return bool(abs(weights_E.sum()) <= _ROUNDING * np.abs(weights_E).sum())
 
 
 METHODS: Registry[type[MergeMethod]] = Registry("moerge.methods", "merge method")

@@ -29,5 +29,5 @@ class NearSwap(MergeMethod):
     def merge(self, block: Block) -> None:
         """The clipped task vector, from the base on."""
         limit = np.float32(self.t)
-        np.clip(block.theta_KN[0], -limit, limit, out=block.out_N)
+        np.clip(block.theta_EN[0], -limit, limit, out=block.out_N)
         np.add(block.base_N, block.out_N, out=block.out_N)

@@ -32,15 +32,15 @@ class Ram(TaskVectorMethod):
     def combine(self, block: Block) -> None:
         """The sum of what is left of the task vectors."""
         self.direct(block)
-        weighted_sum(block.theta_KN, np.ones(len(block.theta_KN), np.float32), np.float32(1), block.out_N)
+        weighted_sum(block.theta_EN, np.ones(len(block.theta_EN), np.float32), np.float32(1), block.out_N)
 
     def direct(self, block: Block) -> None:
         """Each change divided by the number of those who made one."""
-        _divide(block.theta_KN, np.float32(self.epsilon), self.stretched(block))
+        _divide(block.theta_EN, np.float32(self.epsilon), self.stretched(block))
 
     def stretched(self, block: Block) -> np.ndarray:
-        """Return the factor of each expert's own changes, float32 [K]."""
-        return np.ones(len(block.theta_KN), np.float32)
+        """Return the factor of each expert's own changes, float32 [E]."""
+        return np.ones(len(block.theta_EN), np.float32)
 
 
 class RamPlus(Ram):
@@ -69,55 +69,55 @@ class RamPlus(Ram):
         return self.scope == "model"
 
     def measure(self, experts: int, size: int) -> Measurement:
-        """lambda, float32 [K]."""
+        """lambda, float32 [E]."""
         add = partial(_count, np.float32(self.epsilon))
-        shared_K, own_K = (yield Statistic(partial(np.zeros, (2, experts), np.int64), add)).astype(np.float64)
-        ratio_K = np.divide(shared_K, own_K, out=np.zeros(experts), where=own_K > 0)
-        return (1 + self.r * np.minimum(self.alpha, ratio_K)).astype(np.float32)
+        shared_E, own_E = (yield Statistic(partial(np.zeros, (2, experts), np.int64), add)).astype(np.float64)
+        ratio_E = np.divide(shared_E, own_E, out=np.zeros(experts), where=own_E > 0)
+        return (1 + self.r * np.minimum(self.alpha, ratio_E)).astype(np.float32)
 
     def stretched(self, block: Block) -> np.ndarray:
         """lambda."""
-        lambda_K: np.ndarray = block.statistic
-        return lambda_K
+        lambda_E: np.ndarray = block.statistic
+        return lambda_E
 
 
-def _count(epsilon: np.float32, tau_KN: np.ndarray, total_2K: np.ndarray) -> None:
-    _count_changes(tau_KN, epsilon, total_2K)
+def _count(epsilon: np.float32, tau_EN: np.ndarray, total_2E: np.ndarray) -> None:
+    _count_changes(tau_EN, epsilon, total_2E)
 
 
 @kernel
-def _changes(tau_KS: np.ndarray, epsilon: np.float32, counts: np.ndarray) -> None:
+def _changes(tau_ES: np.ndarray, epsilon: np.float32, counts: np.ndarray) -> None:
     counts[:] = np.float32(0)
-    for k in range(len(tau_KS)):
-        for i in range(tau_KS.shape[1]):
-            counts[i] += np.float32(abs(tau_KS[k, i]) > epsilon)
+    for k in range(len(tau_ES)):
+        for i in range(tau_ES.shape[1]):
+            counts[i] += np.float32(abs(tau_ES[k, i]) > epsilon)
 
 
 @kernel
-def _count_changes(tau_KN: np.ndarray, epsilon: np.float32, total_2K: np.ndarray) -> None:
+def _count_changes(tau_EN: np.ndarray, epsilon: np.float32, total_2E: np.ndarray) -> None:
     counts = np.empty(STRIP, np.float32)
-    for start in range(0, tau_KN.shape[1], STRIP):
-        tau_KS = tau_KN[:, start : start + STRIP]
-        _changes(tau_KS, epsilon, counts)
-        for k in range(len(tau_KS)):
+    for start in range(0, tau_EN.shape[1], STRIP):
+        tau_ES = tau_EN[:, start : start + STRIP]
+        _changes(tau_ES, epsilon, counts)
+        for k in range(len(tau_ES)):
             shared, own = 0, 0
-            for i in range(tau_KS.shape[1]):
-                changed = abs(tau_KS[k, i]) > epsilon
+            for i in range(tau_ES.shape[1]):
+                changed = abs(tau_ES[k, i]) > epsilon
                 shared += changed & (counts[i] > np.float32(1))
                 own += changed & (counts[i] == np.float32(1))
-            total_2K[0, k] += shared
-            total_2K[1, k] += own
+            total_2E[0, k] += shared
+            total_2E[1, k] += own
 
 
 @kernel
-def _divide(tau_KN: np.ndarray, epsilon: np.float32, lambda_K: np.ndarray) -> None:
+def _divide(tau_EN: np.ndarray, epsilon: np.float32, lambda_E: np.ndarray) -> None:
     counts = np.empty(STRIP, np.float32)
-    for start in range(0, tau_KN.shape[1], STRIP):
-        tau_KS = tau_KN[:, start : start + STRIP]
-        _changes(tau_KS, epsilon, counts)
-        for k in range(len(tau_KS)):
-            own = lambda_K[k]
-            for i in range(tau_KS.shape[1]):
-                tau = tau_KS[k, i]
+    for start in range(0, tau_EN.shape[1], STRIP):
+        tau_ES = tau_EN[:, start : start + STRIP]
+        _changes(tau_ES, epsilon, counts)
+        for k in range(len(tau_ES)):
+            own = lambda_E[k]
+            for i in range(tau_ES.shape[1]):
+                tau = tau_ES[k, i]
                 share = tau * own if counts[i] == np.float32(1) else tau / counts[i]
-                tau_KS[k, i] = share if abs(tau) > epsilon else np.float32(0)
+                tau_ES[k, i] = share if abs(tau) > epsilon else np.float32(0)

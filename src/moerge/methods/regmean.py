@@ -1,4 +1,4 @@
-"""RegMean. Shapes: K experts, O outputs and I inputs of a linear layer."""
+"""RegMean. Shapes: E experts, O outputs and I inputs of a linear layer."""
 
 from __future__ import annotations
 
@@ -70,26 +70,26 @@ class RegMean(StatisticsMethod):
 
     def merge(self, block: Block) -> None:
         """Solve for the difference to the average, which is zero in every direction that nobody's inputs have."""
-        theta_KOI = block.theta_KN.reshape(-1, *block.shape)
+        theta_EOI = block.theta_EN.reshape(-1, *block.shape)
         if self.input_axis == 0:
-            theta_KOI = theta_KOI.transpose(0, 2, 1)
-        weights_K = block.weights_K.astype(np.float64)
-        average_OI = np.zeros(theta_KOI[0].shape)
-        for weight, theta_OI in zip(weights_K, theta_KOI, strict=True):
-            average_OI += weight / weights_K.sum() * theta_OI
+            theta_EOI = theta_EOI.transpose(0, 2, 1)
+        weights_E = block.weights_E.astype(np.float64)
+        average_OI = np.zeros(theta_EOI[0].shape)
+        for weight, theta_OI in zip(weights_E, theta_EOI, strict=True):
+            average_OI += weight / weights_E.sum() * theta_OI
         if np.isfinite(average_OI).all():  # otherwise NaN stays where it is
-            average_OI += self._difference(theta_KOI, average_OI, weights_K, block.extras)
+            average_OI += self._difference(theta_EOI, average_OI, weights_E, block.extras)
         merged = average_OI if self.input_axis == 1 else average_OI.T
         block.out_N[:] = merged.reshape(-1)
 
     def _difference(
-        self, theta_KOI: np.ndarray, average_OI: np.ndarray, weights_K: np.ndarray, triangles: Sequence[np.ndarray]
+        self, theta_EOI: np.ndarray, average_OI: np.ndarray, weights_E: np.ndarray, triangles: Sequence[np.ndarray]
     ) -> np.ndarray:
         """(sum_k w_k G_k)^-1 sum_k w_k G_k (W_k - average), as [O, I]."""
         inputs = average_OI.shape[1]
         gram_II, sum_II = np.empty((inputs, inputs)), np.zeros((inputs, inputs))
         target_IO = np.zeros(average_OI.T.shape)
-        for weight, theta_OI, triangle_N in zip(weights_K, theta_KOI, triangles, strict=True):
+        for weight, theta_OI, triangle_N in zip(weights_E, theta_EOI, triangles, strict=True):
             unpack(triangle_N, min(self.alpha, _ALPHA), gram_II)
             gram_II *= weight
             sum_II += gram_II

@@ -41,12 +41,12 @@ class Sce(TaskVectorMethod):
         return 1 if self.select_topk == 1 else 4
 
     def measure(self, experts: int, size: int) -> Measurement:
-        """The smallest variance selected, and eta, float32 [K]."""
+        """The smallest variance selected, and eta, float32 [E]."""
         threshold = (yield from self._select(size)) if self.select_topk < 1 else np.float32(0)
-        energies_KL = yield Statistic(partial(np.zeros, (experts, LANES)), partial(_add_energies, threshold))
-        energies_K = energies_KL.sum(axis=1)
-        total = energies_K.sum()
-        return threshold, (energies_K / total if total > 0 else energies_K).astype(np.float32)
+        energies_EL = yield Statistic(partial(np.zeros, (experts, LANES)), partial(_add_energies, threshold))
+        energies_E = energies_EL.sum(axis=1)
+        total = energies_E.sum()
+        return threshold, (energies_E / total if total > 0 else energies_E).astype(np.float32)
 
     def _select(self, size: int) -> Generator[Statistic, Any, np.float32]:
         nonzero = yield Statistic(partial(np.zeros, 1, np.int64), _count_varying)
@@ -64,48 +64,48 @@ class Sce(TaskVectorMethod):
 
     def combine(self, block: Block) -> None:
         """Select, erase, and average by eta."""
-        threshold, eta_K = block.statistic
+        threshold, eta_E = block.statistic
         if self.select_topk < 1:
-            block.theta_KN[:, variance(block.theta_KN) < threshold] = 0
-        keep_elected(block.theta_KN, np.ones_like(eta_K))
-        _mean_of_nonzero(block.theta_KN, eta_K, block.out_N)
+            block.theta_EN[:, variance(block.theta_EN) < threshold] = 0
+        keep_elected(block.theta_EN, np.ones_like(eta_E))
+        _mean_of_nonzero(block.theta_EN, eta_E, block.out_N)
 
 
-def variance(tau_KN: np.ndarray) -> np.ndarray:
+def variance(tau_EN: np.ndarray) -> np.ndarray:
     """The variance over experts, of all of them (not of a sample), float32 [N]."""
-    out_N = np.empty(tau_KN.shape[1], np.float32)
-    _variance(tau_KN, out_N)
+    out_N = np.empty(tau_EN.shape[1], np.float32)
+    _variance(tau_EN, out_N)
     return out_N
 
 
-def _add_variances(statistic: Statistic, tau_KN: np.ndarray, total: Any) -> None:
-    statistic.add(variance(tau_KN)[None], total)
+def _add_variances(statistic: Statistic, tau_EN: np.ndarray, total: Any) -> None:
+    statistic.add(variance(tau_EN)[None], total)
 
 
-def _count_varying(tau_KN: np.ndarray, total: np.ndarray) -> None:
-    total += np.count_nonzero(variance(tau_KN))
+def _count_varying(tau_EN: np.ndarray, total: np.ndarray) -> None:
+    total += np.count_nonzero(variance(tau_EN))
 
 
-def _add_energies(threshold: np.float32, tau_KN: np.ndarray, total_KL: np.ndarray) -> None:
-    _energies(tau_KN, variance(tau_KN), threshold, total_KL)
+def _add_energies(threshold: np.float32, tau_EN: np.ndarray, total_EL: np.ndarray) -> None:
+    _energies(tau_EN, variance(tau_EN), threshold, total_EL)
 
 
 @kernel
-def _variance(tau_KN: np.ndarray, out_N: np.ndarray) -> None:
-    experts = np.float32(len(tau_KN))
+def _variance(tau_EN: np.ndarray, out_N: np.ndarray) -> None:
+    experts = np.float32(len(tau_EN))
     mean = np.empty(STRIP, np.float32)
     for start in range(0, out_N.size, STRIP):
         out_S = out_N[start : start + STRIP]
         mean[:] = np.float32(0)
-        for k in range(len(tau_KN)):
-            tau_S = tau_KN[k, start : start + STRIP]
+        for k in range(len(tau_EN)):
+            tau_S = tau_EN[k, start : start + STRIP]
             for i in range(out_S.size):
                 mean[i] += tau_S[i]
         for i in range(out_S.size):
             mean[i] /= experts
             out_S[i] = np.float32(0)
-        for k in range(len(tau_KN)):
-            tau_S = tau_KN[k, start : start + STRIP]
+        for k in range(len(tau_EN)):
+            tau_S = tau_EN[k, start : start + STRIP]
             for i in range(out_S.size):
                 out_S[i] += (tau_S[i] - mean[i]) * (tau_S[i] - mean[i])
         for i in range(out_S.size):
@@ -113,11 +113,11 @@ def _variance(tau_KN: np.ndarray, out_N: np.ndarray) -> None:
 
 
 @kernel
-def _energies(tau_KN: np.ndarray, variance_N: np.ndarray, threshold: np.float32, total_KL: np.ndarray) -> None:
+def _energies(tau_EN: np.ndarray, variance_N: np.ndarray, threshold: np.float32, total_EL: np.ndarray) -> None:
     size = variance_N.size
     whole = size - size % LANES
-    for k in range(len(tau_KN)):
-        tau_N, total_L = tau_KN[k], total_KL[k]
+    for k in range(len(tau_EN)):
+        tau_N, total_L = tau_EN[k], total_EL[k]
         for start in range(0, whole, LANES):
             for lane in range(LANES):
                 tau = np.float64(tau_N[start + lane])
@@ -128,14 +128,14 @@ def _energies(tau_KN: np.ndarray, variance_N: np.ndarray, threshold: np.float32,
 
 
 @kernel
-def _mean_of_nonzero(tau_KN: np.ndarray, weights_K: np.ndarray, out_N: np.ndarray) -> None:
+def _mean_of_nonzero(tau_EN: np.ndarray, weights_E: np.ndarray, out_N: np.ndarray) -> None:
     mass = np.empty(STRIP, np.float32)
     for start in range(0, out_N.size, STRIP):
         out_S = out_N[start : start + STRIP]
         mass[:] = np.float32(0)
         out_S[:] = np.float32(0)
-        for k in range(len(weights_K)):
-            tau_S, weight = tau_KN[k, start : start + STRIP], weights_K[k]
+        for k in range(len(weights_E)):
+            tau_S, weight = tau_EN[k, start : start + STRIP], weights_E[k]
             for i in range(out_S.size):
                 out_S[i] += weight * tau_S[i]
                 mass[i] += weight if tau_S[i] != np.float32(0) else np.float32(0)

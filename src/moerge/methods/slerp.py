@@ -49,13 +49,13 @@ class Slerp(MergeMethod):
 
     def merge(self, block: Block) -> None:
         """The interpolation with the measured coefficients."""
-        weighted_sum(block.theta_KN, block.statistic, np.float32(1), block.out_N)
+        weighted_sum(block.theta_EN, block.statistic, np.float32(1), block.out_N)
 
 
 @kernel
-def _add_products(theta_KN: np.ndarray, total: np.ndarray) -> None:
+def _add_products(theta_EN: np.ndarray, total: np.ndarray) -> None:
     # sixteen running sums, so that the order of additions is fixed and still vectorises
-    first_N, second_N = theta_KN[0], theta_KN[1]
+    first_N, second_N = theta_EN[0], theta_EN[1]
     whole = first_N.size - first_N.size % _LANES
     for start in range(0, whole, _LANES):
         for lane in range(_LANES):

@@ -37,23 +37,23 @@ class SparseMethod(TaskVectorMethod):
         return self.aggregate == "mean" and not self.elects
 
     def sparsify(self, block: Block) -> None:
-        """Set what is dropped of `block.theta_KN` to zero, and rescale the rest where the method does."""
+        """Set what is dropped of `block.theta_EN` to zero, and rescale the rest where the method does."""
         raise NotImplementedError
 
     def combine(self, block: Block) -> None:
         """Drop, then sum what agrees, or everything."""
         self.sparsify(block)
         if self.elects:
-            elected_sum(block.theta_KN, block.weights_K, self.aggregate == "mean", block.out_N)
+            elected_sum(block.theta_EN, block.weights_E, self.aggregate == "mean", block.out_N)
             return
-        divisor = block.weights_K.sum(dtype=np.float64) if self.aggregate == "mean" else 1
-        weighted_sum(block.theta_KN, block.weights_K, np.float32(divisor), block.out_N)
+        divisor = block.weights_E.sum(dtype=np.float64) if self.aggregate == "mean" else 1
+        weighted_sum(block.theta_EN, block.weights_E, np.float32(divisor), block.out_N)
 
     def direct(self, block: Block) -> None:
         """Return the rest of each task vector; with an election, zero where the sign was not elected."""
         self.sparsify(block)
         if self.elects:
-            keep_elected(block.theta_KN, block.weights_K)
+            keep_elected(block.theta_EN, block.weights_E)
 
     def kept(self, experts: int, size: int) -> list[int]:
         """Return the number of entries that each expert keeps."""
@@ -75,18 +75,18 @@ class ElectiveMethod(SparseMethod):
 
 
 @kernel
-def keep_between(tau_KN: np.ndarray, lowest_K: np.ndarray, highest_K: np.ndarray) -> None:
+def keep_between(tau_EN: np.ndarray, lowest_E: np.ndarray, highest_E: np.ndarray) -> None:
     """Set entries whose magnitude is below `lowest` or above `highest` to zero."""
-    for k in range(len(lowest_K)):
-        lowest, highest = lowest_K[k], highest_K[k]
-        for i in range(tau_KN.shape[1]):
-            tau = tau_KN[k, i]
-            tau_KN[k, i] = np.float32(0) if (abs(tau) < lowest) | (abs(tau) > highest) else tau
+    for k in range(len(lowest_E)):
+        lowest, highest = lowest_E[k], highest_E[k]
+        for i in range(tau_EN.shape[1]):
+            tau = tau_EN[k, i]
+            tau_EN[k, i] = np.float32(0) if (abs(tau) < lowest) | (abs(tau) > highest) else tau
 
 
-def keep_ranks(tau_KN: np.ndarray, columns: int, ranks: Sequence[tuple[int, int]]) -> None:
+def keep_ranks(tau_EN: np.ndarray, columns: int, ranks: Sequence[tuple[int, int]]) -> None:
     """Keep of each row the first to the last rank by magnitude (1 is the largest) and what equals them, for each expert."""
-    for tau_N, (first, last) in zip(tau_KN, ranks, strict=True):
+    for tau_N, (first, last) in zip(tau_EN, ranks, strict=True):
         if (first, last) == (1, columns):
             continue
         tau_RC = tau_N.reshape(-1, columns)

@@ -30,7 +30,7 @@ Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class SpectralMethod(TaskVectorMethod):
-    """theta = theta_base + scale * f(w_1 tau_1, ..., w_K tau_K), f a function of matrices; the mean for what is no matrix."""
+    """theta = theta_base + scale * f(w_1 tau_1, ..., w_E tau_E), f a function of matrices; the mean for what is no matrix."""
 
     scale: Finite = 1.0
 
@@ -43,21 +43,21 @@ class SpectralMethod(TaskVectorMethod):
         """One decomposition."""
         return spectral_bytes(shape, vectors=False)
 
-    def combine_matrices(self, tau_KOI: np.ndarray, out_OI: np.ndarray) -> None:
-        """Write f to `out_OI`; `tau_KOI`, already weighted, may be overwritten."""
+    def combine_matrices(self, tau_EOI: np.ndarray, out_OI: np.ndarray) -> None:
+        """Write f to `out_OI`; `tau_EOI`, already weighted, may be overwritten."""
         raise NotImplementedError
 
     def combine(self, block: Block) -> None:
         """f of matrices, the mean of all else."""
         if len(block.shape) != 2:
-            weighted_sum(block.theta_KN, block.weights_K, np.float32(len(block.theta_KN)), block.out_N)
+            weighted_sum(block.theta_EN, block.weights_E, np.float32(len(block.theta_EN)), block.out_N)
             return
-        for tau_N, weight in zip(block.theta_KN, block.weights_K, strict=True):
+        for tau_N, weight in zip(block.theta_EN, block.weights_E, strict=True):
             np.multiply(tau_N, weight, out=tau_N)
-        if not np.isfinite(block.theta_KN).all() or not block.theta_KN.any():
-            block.out_N[:] = block.theta_KN.sum(axis=0)  # NaN in all that a decomposition would spread it to, or zero
+        if not np.isfinite(block.theta_EN).all() or not block.theta_EN.any():
+            block.out_N[:] = block.theta_EN.sum(axis=0)  # NaN in all that a decomposition would spread it to, or zero
             return
-        self.combine_matrices(block.theta_KN.reshape(-1, *block.shape), block.out_N.reshape(block.shape))
+        self.combine_matrices(block.theta_EN.reshape(-1, *block.shape), block.out_N.reshape(block.shape))
 
 
 def spectral_bytes(shape: tuple[int, ...], *, vectors: bool, copies: int = 0) -> int:

@@ -1,7 +1,7 @@
 """Interpolation of directions and lengths. What these methods weigh vectors by follows from their inner products alone.
 
 So one pass measures the products in float64, and merging is a weighted sum.
-Shapes: K experts, N elements, G vectors that a tensor is cut into.
+Shapes: E experts, N elements, G vectors that a tensor is cut into.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ class _Spherical(MergeMethod):
         return 1
 
     def measure(self, experts: int, size: int) -> Measurement:
-        """The inner products, float64 [K, K]."""
-        upper_KK = (yield Statistic(partial(np.zeros, (experts, experts, LANES)), add_products)).sum(axis=2)
-        return upper_KK + np.triu(upper_KK, 1).T
+        """The inner products, float64 [E, E]."""
+        upper_EE = (yield Statistic(partial(np.zeros, (experts, experts, LANES)), add_products)).sum(axis=2)
+        return upper_EE + np.triu(upper_EE, 1).T
 
-    def coefficients(self, products_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-        """c [K], from inner products and weights in float64."""
+    def coefficients(self, products_EE: np.ndarray, weights_E: np.ndarray) -> np.ndarray:
+        """c [E], from inner products and weights in float64."""
         raise NotImplementedError
 
     def combine(self, block: Block) -> None:
         """sum_k c_k (theta_k - origin)."""
-        c_K = self.coefficients(block.statistic, block.weights_K.astype(np.float64))
-        weighted_sum(block.theta_KN, c_K.astype(np.float32), np.float32(1), block.out_N)
+        c_E = self.coefficients(block.statistic, block.weights_E.astype(np.float64))
+        weighted_sum(block.theta_EN, c_E.astype(np.float32), np.float32(1), block.out_N)
 
     def merge(self, block: Block) -> None:
         """The sum, from the origin on."""
@@ -83,7 +83,7 @@ class NuSlerp(_Spherical):
         return True
 
     def measure_tensor(self, experts: int, shape: tuple[int, ...]) -> Measurement:
-        """The products [K, K] of a tensor, or of its vectors [3, G] with the length of a row."""
+        """The products [E, E] of a tensor, or of its vectors [3, G] with the length of a row."""
         if self.vectors == "tensor" or len(shape) < 2:
             return (yield from self.measure(experts, math.prod(shape)))
         by_row, size = self.vectors == "row", math.prod(shape)
@@ -93,22 +93,22 @@ class NuSlerp(_Spherical):
         products_3G = yield Statistic(partial(np.zeros, (3, count)), add, uses_start=True)
         return products_3G, columns
 
-    def coefficients(self, products_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    def coefficients(self, products_EE: np.ndarray, weights_E: np.ndarray) -> np.ndarray:
         """Return the statistic of the tensor."""
-        return _arc(products_KK[[0, 1, 0], [0, 1, 1]][:, None], weights_K)[:, 0]
+        return _arc(products_EE[[0, 1, 0], [0, 1, 1]][:, None], weights_E)[:, 0]
 
     def combine(self, block: Block) -> None:
         """Each vector by its own angle."""
         if not isinstance(block.statistic, tuple):
             super().combine(block)
             return
-        (products_3G, columns), weights_K = block.statistic, block.weights_K.astype(np.float64)
+        (products_3G, columns), weights_E = block.statistic, block.weights_E.astype(np.float64)
         if self.vectors == "column":
-            _weigh_columns(block.theta_KN, _arc(products_3G, weights_K).astype(np.float32), block.start, block.out_N)
+            _weigh_columns(block.theta_EN, _arc(products_3G, weights_E).astype(np.float32), block.start, block.out_N)
             return
         first, stop = block.start // columns, -(-(block.start + block.out_N.size) // columns)
-        c_KG = _arc(products_3G[:, first:stop], weights_K).astype(np.float32)
-        weigh_chunks(block.theta_KN, c_KG, columns, block.start - first * columns, block.out_N)
+        c_EG = _arc(products_3G[:, first:stop], weights_E).astype(np.float32)
+        weigh_chunks(block.theta_EN, c_EG, columns, block.start - first * columns, block.out_N)
 
 
 class MultiSlerp(_Spherical):
@@ -119,7 +119,7 @@ class MultiSlerp(_Spherical):
     nothing but rounding comes of it. Where directions cancel the result is linear; mergekit refuses more than two such experts.
     `normalize: false` takes the weights as they are.
 
-    Not for task vectors of different tasks: near orthogonal ones are averaged and then stretched by about sqrt(K).
+    Not for task vectors of different tasks: near orthogonal ones are averaged and then stretched by about sqrt(E).
     """
 
     name: ClassVar[str] = "multislerp"
@@ -130,23 +130,23 @@ class MultiSlerp(_Spherical):
         """True with `normalize`."""
         return self.normalize
 
-    def coefficients(self, products_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    def coefficients(self, products_EE: np.ndarray, weights_E: np.ndarray) -> np.ndarray:
         """c_k = w_k / |v_k| * (sum_j w_j |v_j|) / |m|."""
-        weights_K = weights_K / weights_K.sum() if self.normalize else weights_K
-        norms_K = np.sqrt(np.diagonal(products_KK))
-        c_K = weights_K * _inverse(norms_K)
-        length = _norm(c_K, products_KK)
-        if length <= _NOTHING * np.abs(weights_K).sum():
-            return weights_K
-        scaled_K: np.ndarray = c_K * (weights_K @ norms_K / length)
-        return scaled_K
+        weights_E = weights_E / weights_E.sum() if self.normalize else weights_E
+        norms_E = np.sqrt(np.diagonal(products_EE))
+        c_E = weights_E * _inverse(norms_E)
+        length = _norm(c_E, products_EE)
+        if length <= _NOTHING * np.abs(weights_E).sum():
+            return weights_E
+        scaled_E: np.ndarray = c_E * (weights_E @ norms_E / length)
+        return scaled_E
 
 
 class Karcher(_Spherical):
     """theta = origin + sum_k w_k |v_k| * m, m = argmin over |m| = 1 of sum_k w_k angle(m, v_k)^2, v_k = theta_k - origin.
 
     The Karcher mean of the directions (Karcher 1977; for merging arXiv 2603.04972 and mergekit), found by gradient steps
-    m <- exp_m(sum_k w_k log_m(v_k / |v_k|)) from the normalised mean on, at most `max_iter` and until one is shorter than `tol`.
+    m <- exp_m(sum_k w_k log_m(v_k / |v_k|)) from the normalized mean on, at most `max_iter` and until one is shorter than `tol`.
     mergekit has no weights, works on the weights of models alone, and also leaves out vectors shorter than `tol`, not only
     zero ones.
 
@@ -163,48 +163,48 @@ class Karcher(_Spherical):
         """Always."""
         return True
 
-    def coefficients(self, products_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    def coefficients(self, products_EE: np.ndarray, weights_E: np.ndarray) -> np.ndarray:
         """Return the weights of m, stretched to the mean length."""
-        norms_K = np.sqrt(np.diagonal(products_KK))
-        weights_K, inverse_K = weights_K / weights_K.sum(), _inverse(norms_K)
-        cosines_KK = products_KK * np.outer(inverse_K, inverse_K)
-        used_K = np.where(norms_K > 0, weights_K, 0.0)
-        if abs(used_K.sum()) <= _NOTHING:
-            return weights_K
-        c_K: np.ndarray = weights_K @ norms_K * self._mean(cosines_KK, used_K / used_K.sum()) * inverse_K
-        return c_K
+        norms_E = np.sqrt(np.diagonal(products_EE))
+        weights_E, inverse_E = weights_E / weights_E.sum(), _inverse(norms_E)
+        cosines_EE = products_EE * np.outer(inverse_E, inverse_E)
+        used_E = np.where(norms_E > 0, weights_E, 0.0)
+        if abs(used_E.sum()) <= _NOTHING:
+            return weights_E
+        c_E: np.ndarray = weights_E @ norms_E * self._mean(cosines_EE, used_E / used_E.sum()) * inverse_E
+        return c_E
 
-    def _mean(self, cosines_KK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    def _mean(self, cosines_EE: np.ndarray, weights_E: np.ndarray) -> np.ndarray:
         """The mean of unit vectors in terms of them."""
-        length = _norm(weights_K, cosines_KK)
-        mean_K = weights_K / length if length >= self.tol else np.eye(len(weights_K))[np.argmax(weights_K != 0)]
+        length = _norm(weights_E, cosines_EE)
+        mean_E = weights_E / length if length >= self.tol else np.eye(len(weights_E))[np.argmax(weights_E != 0)]
         for _ in range(self.max_iter):
-            angles_K = np.arccos(np.clip(cosines_KK @ mean_K, -1, 1))
-            sines_K = np.sin(angles_K)
-            has_way_K = (angles_K >= self.tol) & (sines_K > _NOTHING)  # to what lies here there is none, to the opposite any
-            stretch_K = weights_K * np.divide(angles_K, sines_K, out=np.zeros_like(angles_K), where=has_way_K)
-            step_K = stretch_K - (stretch_K @ np.cos(angles_K)) * mean_K
-            length = _norm(step_K, cosines_KK)
+            angles_E = np.arccos(np.clip(cosines_EE @ mean_E, -1, 1))
+            sines_E = np.sin(angles_E)
+            has_way_E = (angles_E >= self.tol) & (sines_E > _NOTHING)  # to what lies here there is none, to the opposite any
+            stretch_E = weights_E * np.divide(angles_E, sines_E, out=np.zeros_like(angles_E), where=has_way_E)
+            step_E = stretch_E - (stretch_E @ np.cos(angles_E)) * mean_E
+            length = _norm(step_E, cosines_EE)
             if length < self.tol:
                 break
-            mean_K = math.cos(length) * mean_K + math.sin(length) / length * step_K
-            mean_K = mean_K / _norm(mean_K, cosines_KK)
-        return mean_K
+            mean_E = math.cos(length) * mean_E + math.sin(length) / length * step_E
+            mean_E = mean_E / _norm(mean_E, cosines_EE)
+        return mean_E
 
 
-def _norm(c_K: np.ndarray, products_KK: np.ndarray) -> float:
+def _norm(c_E: np.ndarray, products_EE: np.ndarray) -> float:
     """The length of sum_k c_k v_k."""
-    return math.sqrt(max(0.0, float(c_K @ products_KK @ c_K)))
+    return math.sqrt(max(0.0, float(c_E @ products_EE @ c_E)))
 
 
-def _inverse(norms_K: np.ndarray) -> np.ndarray:
-    inverse_K: np.ndarray = np.divide(1, norms_K, out=np.zeros_like(norms_K), where=norms_K > 0)
-    return inverse_K
+def _inverse(norms_E: np.ndarray) -> np.ndarray:
+    inverse_E: np.ndarray = np.divide(1, norms_E, out=np.zeros_like(norms_E), where=norms_E > 0)
+    return inverse_E
 
 
-def _arc(products_3G: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+def _arc(products_3G: np.ndarray, weights_E: np.ndarray) -> np.ndarray:
     """NuSlerp's coefficients [2, G] from the squared lengths of two vectors and their product."""
-    t = weights_K[1] / weights_K.sum()
+    t = weights_E[1] / weights_E.sum()
     first_G, second_G, dot_G = products_3G
     norms_G = np.sqrt(first_G) * np.sqrt(second_G)
     cosine_G = np.clip(np.divide(dot_G, norms_G, out=np.ones_like(dot_G), where=norms_G > 0), -1, 1)
@@ -215,17 +215,17 @@ def _arc(products_3G: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
     return c_2G
 
 
-def _add_vectors(columns: int, by_row: bool, theta_KN: np.ndarray, total_3G: np.ndarray, start: int) -> None:
-    _add_products(theta_KN, start, columns, by_row, total_3G)
+def _add_vectors(columns: int, by_row: bool, theta_EN: np.ndarray, total_3G: np.ndarray, start: int) -> None:
+    _add_products(theta_EN, start, columns, by_row, total_3G)
 
 
 @kernel
-def _add_products(theta_KN: np.ndarray, start: int, columns: int, by_row: bool, total_3G: np.ndarray) -> None:
-    size = theta_KN.shape[1]
+def _add_products(theta_EN: np.ndarray, start: int, columns: int, by_row: bool, total_3G: np.ndarray) -> None:
+    size = theta_EN.shape[1]
     for row in range(start // columns, (start + size - 1) // columns + 1):
         before = row * columns - start
         for i in range(max(0, before), min(size, before + columns)):
-            a, b = np.float64(theta_KN[0, i]), np.float64(theta_KN[1, i])
+            a, b = np.float64(theta_EN[0, i]), np.float64(theta_EN[1, i])
             vector = row if by_row else i - before
             total_3G[0, vector] += a * a
             total_3G[1, vector] += b * b
@@ -233,9 +233,9 @@ def _add_products(theta_KN: np.ndarray, start: int, columns: int, by_row: bool, 
 
 
 @kernel
-def _weigh_columns(theta_KN: np.ndarray, c_KC: np.ndarray, start: int, out_N: np.ndarray) -> None:
-    columns = c_KC.shape[1]
+def _weigh_columns(theta_EN: np.ndarray, c_EC: np.ndarray, start: int, out_N: np.ndarray) -> None:
+    columns = c_EC.shape[1]
     for row in range(start // columns, (start + out_N.size - 1) // columns + 1):
         before = row * columns - start
         for i in range(max(0, before), min(out_N.size, before + columns)):
-            out_N[i] = c_KC[0, i - before] * theta_KN[0, i] + c_KC[1, i - before] * theta_KN[1, i]
+            out_N[i] = c_EC[0, i - before] * theta_EN[0, i] + c_EC[1, i - before] * theta_EN[1, i]

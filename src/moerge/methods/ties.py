@@ -49,4 +49,4 @@ class Ties(SparseMethod):
     def sparsify(self, block: Block) -> None:
         """Trim."""
         if self.measures:
-            keep_between(block.theta_KN, block.statistic, np.full_like(block.statistic, np.inf))
+            keep_between(block.theta_EN, block.statistic, np.full_like(block.statistic, np.inf))

@@ -10,42 +10,42 @@ from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter
 from moerge.errors import InputError
 
 
-class ByExpert(dict[str, float]):
+class PerExpert(dict[str, float]):
     """A value for each expert, by name; `MergeMethod.for_experts` puts them in order."""
 
     def __hash__(self) -> int:  # type: ignore[override]  # methods are frozen and hashable, and so is what they hold
         return hash(tuple(sorted(self.items())))
 
-    def ordered(self, what: str, names: Sequence[str]) -> InOrder:
+    def ordered(self, what: str, names: Sequence[str]) -> Ordered:
         """The values of some experts; InputError if one is missing."""
         missing = next((name for name in names if name not in self), None)
         if missing is not None:
             raise InputError(f"{what} has no value for the expert {missing!r}: add one")
-        return InOrder(self[name] for name in names)
+        return Ordered(self[name] for name in names)
 
 
-class InOrder(tuple[float, ...]):
+class Ordered(tuple[float, ...]):
     """A value for each expert, in their order."""
 
 
-Values = float | ByExpert | InOrder
+Values = float | PerExpert | Ordered
 
 
 def each(values: Values, experts: int) -> tuple[float, ...]:
     """One value for each of so many experts."""
-    assert not isinstance(values, ByExpert), "for_experts comes first"
-    assert not isinstance(values, InOrder) or len(values) == experts, "check_experts comes first"
-    return values if isinstance(values, InOrder) else (values,) * experts
+    assert not isinstance(values, PerExpert), "for_experts comes first"
+    assert not isinstance(values, Ordered) or len(values) == experts, "check_experts comes first"
+    return values if isinstance(values, Ordered) else (values,) * experts
 
 
 def numbers(values: Values) -> tuple[float, ...]:
     """All values, whoever they are for."""
-    return tuple(values.values()) if isinstance(values, ByExpert) else values if isinstance(values, InOrder) else (values,)
+    return tuple(values.values()) if isinstance(values, PerExpert) else values if isinstance(values, Ordered) else (values,)
 
 
 def pairs(first: Values, second: Values) -> list[tuple[float, float]]:
     """Each expert's two values."""
-    if isinstance(first, ByExpert) and isinstance(second, ByExpert):
+    if isinstance(first, PerExpert) and isinstance(second, PerExpert):
         return [(value, second[name]) for name, value in first.items() if name in second]
     count = max(len(numbers(first)), len(numbers(second)))
     listed = [numbers(values) if len(numbers(values)) == count else numbers(values) * count for values in (first, second)]
@@ -57,9 +57,9 @@ def _by_expert(number: Any) -> Any:
 
     def validate(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return ByExpert(named.validate_python(dict(value)))
+            return PerExpert(named.validate_python(dict(value)))
         if isinstance(value, list | tuple):
-            return InOrder(listed.validate_python(tuple(value)))
+            return Ordered(listed.validate_python(tuple(value)))
         return one.validate_python(value)
 
     return validate

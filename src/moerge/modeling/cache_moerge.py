@@ -90,7 +90,7 @@ class MoergeCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep what sliding windows would drop, so that `crop` can go back."""
-        self._record_past = True
+        self._record_past = hasattr(Cache, "activate_past_recording")
         for lane in self.lanes:
             lane.activate_past_recording()
 

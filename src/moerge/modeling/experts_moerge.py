@@ -23,6 +23,8 @@ from .versions_moerge import (
     CACHES,
     AutoModelForCausalLM,
     DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
     PreTrainedModel,
     WeightTransform,
     get_checkpoint_conversion_mapping,
@@ -164,11 +166,22 @@ class ExpertLane:
         if self.length:
             self.cache.reorder_cache(rows_R)
 
+    def steps(self, prompt: Prompt) -> bool:
+        """True where the expert goes on with several tokens and has to take them one by one: states begin anew otherwise."""
+        return bool(self.length) and prompt.position_ids_BT.shape[1] > 1 and not self._only_attention
+
+    @property
+    def _only_attention(self) -> bool:
+        layers = getattr(self.cache, "layers", None)
+        return layers is not None and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget as many of the last tokens as this number, which is not positive, says."""
+        """Forget as many of the last tokens as this number, which is not positive, says; before 5.20 a positive one stays."""
+        if not self.is_croppable:
+            raise ValueError("an expert's states cannot be taken back: generate without assistance")
         if self.length:
             self.cache.crop(tokens_to_remove)
-            self.length += tokens_to_remove
+            self.length = min(tokens_to_remove, self.length) if tokens_to_remove > 0 else self.length + tokens_to_remove
 
     def activate_past_recording(self) -> None:
         """Keep what sliding windows would drop, so that `crop` can go back; from the first token on, as `generate` would."""
@@ -191,7 +204,7 @@ class ExpertLane:
     @property
     def is_croppable(self) -> bool:
         """Return whether `crop` leaves no trace."""
-        return self.cache is None or bool(getattr(self.cache, "is_croppable", False))
+        return self.cache is None or bool(getattr(self.cache, "is_croppable", self._only_attention))
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -220,14 +233,21 @@ class MoergeHeterogeneousCache(MoergeCache):
 def expert_logits(model: PreTrainedModel, prompt: Prompt, lane: ExpertLane | None, keep: slice | Tensor) -> Tensor:
     """An expert's own logits at the positions to keep, with all that its own forward does to them."""
     some = {"logits_to_keep": -(keep.start or 0) if isinstance(keep, slice) else keep}
-    if "logits_to_keep" not in _takes(model):
+    if "logits_to_keep" not in _takes(model) or (lane is not None and lane.steps(prompt)):
         some = {}
-    logits: Tensor = run_expert(model, prompt, lane, input_ids=prompt.ids_BT, **some).logits
+    logits = run_expert(model, "logits", prompt, lane, input_ids=prompt.ids_BT, **some)
     return logits if some else logits[:, keep]
 
 
-def run_expert(model: PreTrainedModel, prompt: Prompt, lane: ExpertLane | None, **inputs: Any) -> Any:
-    """The output of an expert, or of its part without a head; it fills the lane. Only what its forward takes is passed."""
+def run_expert(model: PreTrainedModel, output: str, prompt: Prompt, lane: ExpertLane | None, **inputs: Any) -> Tensor:
+    """An output of an expert, or of its part without a head; it fills the lane. Only what its forward takes is passed."""
+    length = prompt.position_ids_BT.shape[1]
+    if lane is not None and lane.steps(prompt):
+        steps = []
+        for token in range(length):
+            now = {name: value[:, token : token + 1] for name, value in inputs.items()}
+            steps.append(run_expert(model, output, prompt.between(token, token + 1), lane, **now))
+        return torch.cat(steps, 1)
     takes = _takes(model)
     given = {"attention_mask": prompt.mask, "position_ids": prompt.position_ids_BT, **inputs}
     given = {name: value for name, value in given.items() if name in takes}
@@ -237,11 +257,12 @@ def run_expert(model: PreTrainedModel, prompt: Prompt, lane: ExpertLane | None, 
     if lane is not None and name is not None:
         given[name] = lane.cache
         if lane.length and prompt.mask is not None and (name == "cache_params" or all(getattr(lane.cache, "is_linear", [False]))):
-            given["attention_mask"] = prompt.mask[:, -prompt.position_ids_BT.shape[1] :]  # states want only the present tokens
+            given["attention_mask"] = prompt.mask[:, -length:]  # states want only the present tokens
     out = model(**given, return_dict=True)
     if lane is not None and name is not None:
         lane.cache = out.get(name)
         if lane.cache is None:
             raise ValueError(f"an expert of type {model.config.model_type!r} gives back no cache: pass use_cache=False")
-        lane.length += prompt.position_ids_BT.shape[1]
-    return out
+        lane.length += length
+    found: Tensor = out[output]
+    return found

@@ -129,8 +129,9 @@ class MoergeHeterogeneousModel(RoutedModel, MoergeHeterogeneousPreTrainedModel):
                 raise ValueError(f"{_OWN}: pass input_ids, not inputs_embeds")
             return expert_logits(model, prompt, lane, keep)
         embeds_BTH = prompt.embeds_BTH if prompt.input_ids_BT is None else self.embed_tokens(prompt.input_ids_BT)
-        out = run_expert(body(model), prompt, lane, inputs_embeds=self.projectors_in[expert](embeds_BTH))
-        states_BTH: Tensor = self.projectors_out[expert](out.last_hidden_state)
+        embeds_BTD = self.projectors_in[expert](embeds_BTH)
+        inner_BTD = run_expert(body(model), "last_hidden_state", prompt, lane, inputs_embeds=embeds_BTD)
+        states_BTH: Tensor = self.projectors_out[expert](inner_BTD)
         return states_BTH[:, keep]
 
 

@@ -144,11 +144,15 @@ class Prompt:
         length = self.position_ids_BT.shape[1]
         ends = () if self.read_BT is None else self.read_BT.any(0).nonzero().flatten().tolist()
         end = ends[-1] + 1 if ends else length
-        if end == length:
-            return self
-        kept = [None if part is None else part[:, :end] for part in self._parts]
+        return self if end == length else self.between(0, end)
+
+    def between(self, start: int, end: int) -> Prompt:
+        """These of the present tokens; the mask still covers what was before them."""
+        kept = [None if part is None else part[:, start:end] for part in self._parts]
         if self.mask is not None:
-            kept[2] = self.mask[:, : self.mask.shape[1] - length + end]
+            if self.mask.ndim != 2:
+                raise ValueError("some tokens of a prompt need an attention mask of shape [sequences, tokens]")
+            kept[2] = self.mask[:, : self.mask.shape[1] - self.position_ids_BT.shape[1] + end]
         return Prompt(*kept)  # type: ignore[arg-type]
 
 

@@ -28,6 +28,7 @@ def unknown(found: object) -> ImportError:
 
 try:
     from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightTransform
     from transformers.masking_utils import create_masks_for_generate
@@ -45,6 +46,8 @@ __all__ = [
     "Cache",
     "CausalLMOutputWithPast",
     "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "GenerationMixin",
     "GradientCheckpointingLayer",
     "PreTrainedModel",

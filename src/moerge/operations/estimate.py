@@ -10,29 +10,30 @@ from moerge.tensors.dtypes import F32
 from moerge.tensors.streams import BLOCK
 
 
-def whole_memory(outputs: Sequence[Output], threads: int) -> int:
+def region_memory(outputs: Sequence[Output], threads: int) -> int:
     """Bytes that merging by rows and by whole tensors takes beside the executor's own buffers."""
-    rows = max((region_bytes(output) for output in outputs if _unit(output) == "rows"), default=0)
+    rows = max((region_bytes(output) for output in outputs if granularity(output) == "rows"), default=0)
     return threads * rows + largest(outputs)
 
 
 def largest(outputs: Sequence[Output]) -> int:
     """Bytes that the largest tensor takes that is merged whole; 0 where none is."""
-    return max((region_bytes(output) for output in outputs if _unit(output) == "tensor"), default=0)
+    return max((region_bytes(output) for output in outputs if granularity(output) == "tensor"), default=0)
 
 
 def region_bytes(output: Output) -> int:
     """Bytes of float32 that merging one region of an output takes: experts, base, result, statistics, the method's own."""
     operation = output.operation
     assert isinstance(operation, Merge)
-    experts, size = len(operation.experts), _region(output)
+    experts, size = len(operation.experts), region_size(output)
     if operation.method.unit == "tensor":
         extras = sum(extra.tensor.size for extra in operation.extras if extra is not None)
         return ((experts + 2) * size + extras) * F32.itemsize + operation.method.scratch_bytes(output.shape, experts)
     return (experts + 2 + len(operation.extras) + _SCRATCH_OF_ROWS) * size * F32.itemsize
 
 
-def _unit(output: Output) -> str:
+def granularity(output: Output) -> str:
+    """Return what an output is merged by: blocks of elements, rows, or the whole tensor."""
     return output.operation.method.unit if isinstance(output.operation, Merge) else "block"
 
 
@@ -41,9 +42,9 @@ def columns_of(shape: tuple[int, ...]) -> int:
     return shape[-1] if len(shape) > 1 else math.prod(shape)
 
 
-def _region(output: Output) -> int:
+def region_size(output: Output) -> int:
     """Elements that are merged at a time: as many rows as fit into a block, at least one; or the whole tensor."""
-    if _unit(output) == "tensor":
+    if granularity(output) == "tensor":
         return output.size
     columns = columns_of(output.shape)
     return min(output.size, max(1, BLOCK // max(1, columns)) * columns)

@@ -14,7 +14,7 @@ from moerge.operations.fitter import Fitter
 from moerge.tensors.random import stream_key
 from moerge.tensors.source import Source
 from moerge.tensors.spec import TensorSpec
-from moerge.tensors.views.rows import ExactRows
+from moerge.tensors.views.rows import OverwriteRows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Merge:
     weights: tuple[float, ...]
     base: Source | None = None
     extras: tuple[Source | None, ...] = ()
-    exact: ExactRows | None = None
+    exact: OverwriteRows | None = None
 
     @property
     def values(self) -> tuple[Source, ...]:
@@ -55,12 +55,12 @@ class Merge:
         return (*self.values, *(extra for extra in self.extras if extra is not None))
 
     @property
-    def weights_K(self) -> np.ndarray:
+    def weights_E(self) -> np.ndarray:
         """The weights as a method sees them."""
         return np.array(self.weights, np.float32)
 
     @property
-    def keys_K(self) -> np.ndarray:
+    def keys_E(self) -> np.ndarray:
         """Random keys that depend on the seed, the expert and the tensor alone; empty for methods that draw nothing."""
         seed = self.method.random_seed
         keys = [stream_key(seed, s.model, s.tensor.name) for s in self.experts] if seed is not None else []
@@ -152,14 +152,14 @@ class Output(TensorSpec):
 
 
 @dataclass(frozen=True)
-class Fitting:
+class FitJob:
     """A fitter and the outputs that it computes, in the plan's order."""
 
     fitter: Fitter
     outputs: tuple[Output, ...]
 
 
-def fittings(outputs: Iterable[Output]) -> tuple[Fitting, ...]:
+def fit_jobs(outputs: Iterable[Output]) -> tuple[FitJob, ...]:
     """Group the outputs that are computed by their fitters, in the order of their first outputs."""
     groups: dict[int, list[Output]] = {}
     fitters: dict[int, Fitter] = {}
@@ -168,7 +168,7 @@ def fittings(outputs: Iterable[Output]) -> tuple[Fitting, ...]:
             fitter = output.operation.fitter
             fitters.setdefault(id(fitter), fitter)
             groups.setdefault(id(fitter), []).append(output)
-    return tuple(Fitting(fitters[key], tuple(group)) for key, group in groups.items())
+    return tuple(FitJob(fitters[key], tuple(group)) for key, group in groups.items())
 
 
 def _short(value: Any) -> str:

@@ -6,15 +6,12 @@ transformers 5 ties a head where config.json says so, unless both tensors are st
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from moerge.architecture import Family
-from moerge.architecture.config import canonical, nested_key
-from moerge.checkpoint.reader import Checkpoint
+from moerge.architecture.config import nested_key
+from moerge.planning.models import SourceModel
 from moerge.tensors.codec import decode
 from moerge.tensors.tensor import Tensor
 
@@ -25,99 +22,96 @@ _PIECE = 1 << 20
 """Elements that are compared at a time."""
 
 
-def settle_head(model: Checkpoint, family: Family | None) -> Checkpoint:
+def settle_head(model: SourceModel) -> SourceModel:
     """The model with a config that says what its tensors are, and a tied one without its head's copy."""
-    embedding, head = _names(model, family)
-    if head is None or not _says_tied(model.config, family):
+    embedding, head = _names(model)
+    if head is None or not _says_tied(model):
         return model
     if embedding is None or embedding not in model.tensors:
-        if family is None or head not in model.tensors:
+        if model.family is None or head not in model.tensors:
             return model
-        tensors = {_renamed(name, head, embedding): tensor for name, tensor in model.tensors.items()}
-        return replace(model, tensors=tensors, config=_tied(model.config, family, True))
+        return _tied(model.with_tensors({_renamed(name, head, embedding): t for name, t in model.tensors.items()}), True)
     if head not in model.tensors:
-        return replace(model, config=_tied(model.config, family, True))
-    if not model.complete:
+        return _tied(model, True)
+    if not model.checkpoint.complete:
         asked = (
             f"{model.name}: whether its stored head {head!r} is its embedding, as config.json says, shows once it is downloaded"
         )
-        return replace(_without(model, head, family), warnings=(*model.warnings, asked))
+        return _without(model, head).warned(asked)
     if _same(model.tensors[embedding], model.tensors[head]):
-        return _without(model, head, family) if family is not None else model
+        return _without(model, head) if model.family is not None else model
     differs = (
         f"{model.name}: config.json ties head and embedding, and the stored {head!r} differs from {embedding!r}: read as untied, "
         f"as transformers 5 does (older versions drop such a head); '{_KEY}: false' in its config.json says so"
     )
-    return replace(model, config=_tied(model.config, family, False), warnings=(*model.warnings, differs))
+    return _tied(model, False).warned(differs)
 
 
-def untie_alike(models: Sequence[Checkpoint], family: Family | None) -> tuple[tuple[Checkpoint, ...], list[str]]:
+def untie_alike(models: Sequence[SourceModel]) -> tuple[tuple[SourceModel, ...], list[str]]:
     """The models, and a note: all of them untied where one is, with the embedding as the head of those that tie it."""
-    pairs = {model.name: _names(model, family) for model in models}
+    pairs = {model.name: _names(model) for model in models}
     heads = {head for model in models if (head := pairs[model.name][1]) is not None and head in model.tensors}
-    tied = [model.name for model in models if _says_tied(model.config, family)]
-    bare = [m.name for m in models if not heads & m.tensors.keys() and (m.name in tied or _is_silent(m.config, family))]
+    tied = [model.name for model in models if _says_tied(model)]
+    bare = [model.name for model in models if not heads & model.tensors.keys() and (model.name in tied or _is_silent(model))]
     if len(heads) != 1:
         return tuple(models), []
     head = heads.pop()
     if len(tied) == len(models):  # the stored copies are the embedding
-        return tuple(_without(model, head, family) for model in models) if bare else tuple(models), []
+        return tuple(_without(model, head) for model in models) if bare else tuple(models), []
     if not tied and not bare:
         return tuple(models), []
-    found = []
+    untied = []
     for model in models:
         embedding = pairs[model.name][0] or ""
-        tensors = dict(model.tensors)
-        if model.name in bare and embedding in tensors:
-            tensors[head] = tensors[embedding]
-        found.append(replace(model, tensors=tensors, config=_tied(model.config, family, False)))
+        copies = {head: model.tensors[embedding]} if model.name in bare and embedding in model.tensors else {}
+        untied.append(_tied(model.with_tensors({**model.tensors, **copies}), False))
     names = ", ".join(dict.fromkeys((*tied, *bare)))
-    return tuple(found), [f"the result has a head of its own, {head}: that of {names} is the embedding"]
+    return tuple(untied), [f"the result has a head of its own, {head}: that of {names} is the embedding"]
 
 
-def _names(model: Checkpoint, family: Family | None) -> tuple[str | None, str | None]:
+def _names(model: SourceModel) -> tuple[str | None, str | None]:
     """Return the names of embedding and head; of unknown families those that are stored, if their names are usual."""
-    if family is not None:
-        by_role = {rule.role: rule.name for rule in family.tensors}
+    if model.family is not None:
+        by_role = {rule.role: rule.name for rule in model.family.tensors}
         return by_role.get("embedding"), by_role.get("head")
-    found = []
-    for pattern in (_EMBEDDING, _HEAD):
-        names = [name for name in model.tensors if pattern.fullmatch(name)]
-        found.append(names[0] if len(names) == 1 else None)
-    return found[0], found[1]
+    return _only(_EMBEDDING, model.tensors), _only(_HEAD, model.tensors)
 
 
-def _said(config: Mapping[str, Any], family: Family | None) -> list[bool]:
+def _only(pattern: re.Pattern[str], names: Iterable[str]) -> str | None:
+    """The name that matches, None if none does or several do."""
+    matching = [name for name in names if pattern.fullmatch(name)]
+    return matching[0] if len(matching) == 1 else None
+
+
+def _said(model: SourceModel) -> list[bool]:
     """Return the values at the places in config.json that transformers' versions read."""
-    places = (config, config.get(nested_key(config, family)))
+    places = (model.written, model.nested)
     return [bool(place[_KEY]) for place in places if isinstance(place, Mapping) and place.get(_KEY) is not None]
 
 
-def _says_tied(config: Mapping[str, Any], family: Family | None) -> bool:
+def _says_tied(model: SourceModel) -> bool:
     """Return whether one of these places, or the family's default, says that the head is the embedding."""
-    said = _said(config, family)
-    return any(said) if said else bool(canonical(config, family).get(_KEY))
+    said = _said(model)
+    return any(said) if said else bool(model.config.get(_KEY))
 
 
-def _is_silent(config: Mapping[str, Any], family: Family | None) -> bool:
+def _is_silent(model: SourceModel) -> bool:
     """Return whether only the code of a family that moerge does not know says whether the head is the embedding."""
-    return family is None and not _said(config, family)
+    return model.family is None and not _said(model)
 
 
-def _tied(config: Mapping[str, Any], family: Family | None, tied: bool) -> dict[str, Any]:
-    """The config with all places saying the same, where they do not."""
-    key = nested_key(config, family)
-    inner = config.get(key)
-    if set(_said(config, family)) <= {tied} and bool(canonical(config, family).get(_KEY)) == tied:
-        return dict(config)
-    if not isinstance(inner, Mapping):
-        return {**config, _KEY: tied}
-    return {**config, _KEY: tied, key: {**inner, _KEY: tied}}
+def _tied(model: SourceModel, tied: bool) -> SourceModel:
+    """The model with all places in its config saying the same, where they do not."""
+    if set(_said(model)) <= {tied} and bool(model.config.get(_KEY)) == tied:
+        return model
+    inner = (
+        {} if not isinstance(model.nested, Mapping) else {nested_key(model.written, model.family): {**model.nested, _KEY: tied}}
+    )
+    return model.with_written({**model.written, _KEY: tied, **inner})
 
 
-def _without(model: Checkpoint, head: str, family: Family | None) -> Checkpoint:
-    tensors = {name: tensor for name, tensor in model.tensors.items() if name != head}
-    return replace(model, tensors=tensors, config=_tied(model.config, family, True))
+def _without(model: SourceModel, head: str) -> SourceModel:
+    return _tied(model.with_tensors({name: tensor for name, tensor in model.tensors.items() if name != head}), True)
 
 
 def _renamed(name: str, head: str, embedding: str | None) -> str:

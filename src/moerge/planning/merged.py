@@ -22,8 +22,8 @@ import numpy as np
 from moerge.checkpoint.manifest import to_json
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
-from moerge.execution.executor import Execution
-from moerge.execution.regions import Budget, merge_whole
+from moerge.execution.executor import Executor
+from moerge.execution.regions import MemoryBudget, merge_regions
 from moerge.execution.schedule import run_at_once
 from moerge.files import SourceFile
 from moerge.operations.estimate import largest
@@ -32,7 +32,7 @@ from moerge.planning.plan import Plan
 from moerge.tensors.dtypes import DType
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import Sized, Tensor
-from moerge.tensors.threads import one_thread_each
+from moerge.tensors.threads import single_threaded_blas
 
 _WHOLE = 3
 """Tensors in memory of methods that need them whole: readers go from one to the next, a few at a time."""
@@ -74,14 +74,14 @@ class MergedCheckpoint(Checkpoint):
     def working_bytes(self) -> int:
         """Blocks of all sources, for every thread, and whole tensors."""
         outputs = self.plan.outputs
-        whole = [output.nbytes for output in outputs if _is_whole(output)]
+        whole = [output.nbytes for output in outputs if _by_region(output)]
         return self.plan.merging_bytes(os.cpu_count() or 1) + _WHOLE * max(whole, default=0)
 
 
 def merged_checkpoint(plan: Plan, name: str, location: str) -> MergedCheckpoint:
     """A plan as a model called `name`. Raises InputError where a part of it can only be computed from files."""
-    if plan.fittings:
-        title = plan.fittings[0].fitter.title
+    if plan.fit_jobs:
+        title = plan.fit_jobs[0].fitter.title
         raise InputError(
             f"{name}: {plan.recipe.source}: {title} can only be computed once the rest is written: merge this recipe into a "
             "folder first, and name that"
@@ -161,16 +161,16 @@ class _Merging:
     def __init__(self, plan: Plan) -> None:
         self._plan, self._statistics = plan, dict[str, Any]()
         self._arrays = _Arrays()
-        self._execution = Execution(self._arrays, allow_nonfinite=True)
+        self._executor = Executor(self._arrays, allow_nonfinite=True)
         self._measuring, self._merging = threading.Lock(), threading.Lock()
         self._whole: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def read(self, output: Output, start: int, out_N: np.ndarray) -> None:
         """Elements `start` and following, as many as `out_N` has."""
-        if _is_whole(output):
+        if _by_region(output):
             out_N[:] = self._tensor(output)[start : start + out_N.size]
         else:
-            self._execution.make(output, self._statistic(output), start, out_N)
+            self._executor.make(output, self._statistic(output), start, out_N)
 
     def _statistic(self, output: Output) -> Any:
         if not isinstance(output.operation, Merge) or not output.operation.method.measures:
@@ -179,16 +179,16 @@ class _Merging:
             if output.name not in self._statistics:
                 if not self._statistics:
                     merges = [o.operation for o in self._plan.outputs if isinstance(o.operation, Merge)]
-                    self._execution.measure_model(merges, os.cpu_count() or 1)
-                self._statistics[output.name] = run_at_once(self._execution.statistic(output.operation))
+                    self._executor.measure_model(merges, os.cpu_count() or 1)
+                self._statistics[output.name] = run_at_once(self._executor.statistic(output.operation))
             return self._statistics[output.name]
 
     def _tensor(self, output: Output) -> np.ndarray:
         statistic = self._statistic(output)
         with self._merging:
             if output.name not in self._whole:
-                with one_thread_each():
-                    merge_whole(self._execution, Budget(largest([output])), output, statistic)
+                with single_threaded_blas():
+                    merge_regions(self._executor, MemoryBudget(largest([output])), output, statistic)
                 self._whole[output.name] = self._arrays.pop(output)
                 if len(self._whole) > _WHOLE:
                     self._whole.popitem(last=False)
@@ -218,5 +218,5 @@ class _Arrays:
         return self._found.pop(output.name, np.empty(0, output.dtype.storage))
 
 
-def _is_whole(output: Output) -> bool:
+def _by_region(output: Output) -> bool:
     return isinstance(output.operation, Merge) and output.operation.method.unit != "block"

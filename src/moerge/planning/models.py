@@ -1,10 +1,17 @@
-"""The models that a recipe names."""
+"""The models that a recipe names, each understood once."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+from moerge.architecture import Family
+from moerge.architecture.config import changed, nested_key, normalized_config
+from moerge.architecture.stored import stored_family, unwrapped
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.quantised import refuse_quantised
@@ -13,9 +20,103 @@ from moerge.errors import InputError
 from moerge.planning.merged import merged_checkpoint
 from moerge.planning.plan import Plan
 from moerge.recipe.schema import Recipe
+from moerge.tensors.tensor import Tensor
 
 Commits = Mapping[str, str | None]
 Build = Callable[[Recipe, Commits], Plan]
+
+_LAYER_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model as planning understands it: its tensors under the names that its family's table has, and its config.
+
+    `family` has the names and the head that the checkpoint has; None if moerge knows none.
+    """
+
+    checkpoint: Checkpoint
+    family: Family | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> SourceModel:
+        """Understand a checkpoint. Raises InputError if it has a tensor under two names."""
+        plain = unwrapped(checkpoint.tensors)
+        family = stored_family(checkpoint.config, plain.values())
+        names = {stored: _canonical_name(name, family) for stored, name in plain.items()}
+        if all(name == stored for stored, name in names.items()):
+            return cls(checkpoint, family)
+        tensors: dict[str, Tensor] = {}
+        for stored, name in names.items():
+            other = tensors.setdefault(name, checkpoint.tensors[stored])
+            if other is not checkpoint.tensors[stored]:
+                raise InputError(f"{checkpoint.name}: tensors {other.name!r} and {stored!r} are the same: remove one of them")
+        model, wrapped = cls(checkpoint, family).with_tensors(tensors), next((s for s, n in plain.items() if s != n), None)
+        left_by = "have a prefix that torch.compile or another wrapper leaves: read without it"
+        return model.warned(f"{checkpoint.name}: {wrapped!r} and others {left_by}") if wrapped else model
+
+    @property
+    def name(self) -> str:
+        """The recipe's name for it."""
+        return self.checkpoint.name
+
+    @property
+    def model_type(self) -> str:
+        """config.json's `model_type`."""
+        return self.checkpoint.model_type
+
+    @property
+    def folder(self) -> Path:
+        """The folder that its small files are in."""
+        return self.checkpoint.folder
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its tensors by name."""
+        return self.checkpoint.tensors
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config in the one form that configs of all families are compared in."""
+        return normalized_config(self.checkpoint.config, self.family)
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """Its config as config.json has it."""
+        return self.checkpoint.config
+
+    @property
+    def nested(self) -> Any:
+        """The language model's config inside the written one, where that is a config of several models."""
+        return self.written.get(nested_key(self.written, self.family))
+
+    def find_key(self, key: str) -> Any:
+        """A value of the language model's part of the written config, or else of the rest."""
+        inner = self.nested
+        value = inner.get(key) if isinstance(inner, Mapping) else None
+        return self.written.get(key) if value is None else value
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> SourceModel:
+        """The model with other tensors."""
+        return replace(self, checkpoint=replace(self.checkpoint, tensors=tensors))
+
+    def with_written(self, config: Mapping[str, Any]) -> SourceModel:
+        """The model with another config.json."""
+        return replace(self, checkpoint=replace(self.checkpoint, config=config))
+
+    def with_values(self, changes: Mapping[str, Any]) -> SourceModel:
+        """The model with other values in its config, the language model's part too; None removes a key."""
+        return self.with_written(changed(self.written, self.family, changes)) if changes else self
+
+    def warned(self, *warnings: str) -> SourceModel:
+        """The model with something more to say about it."""
+        return replace(self, checkpoint=replace(self.checkpoint, warnings=(*self.checkpoint.warnings, *warnings)))
+
+
+def _canonical_name(name: str, family: Family | None) -> str:
+    """A tensor's name as its family's table has it, and as transformers has had it since it has no TensorFlow names."""
+    name = _LAYER_NORM.sub(lambda match: "LayerNorm.weight" if match[1] == "gamma" else "LayerNorm.bias", name)
+    return name if family is None else family.canonical_name(name)
 
 
 def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Build) -> tuple[Checkpoint, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from moerge.architecture.parts import PARTS, means_part, part_of
 from moerge.checkpoint.adapter import holds_vocabulary
-from moerge.errors import InputError, suggest
+from moerge.errors import Code, InputError, suggest
 from moerge.recipe.rules import matches
 from moerge.recipe.schema import DROP, Recipe
 from moerge.tensors.tensor import Tensor
@@ -50,12 +50,21 @@ class Parts:
         elif beside and len({self.stored[model][name].shape for model in having}) > 1:
             self._take(name, self.source, "shaped otherwise in other models")
 
+    @property
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each model that are merged."""
+        apart = self.owners.keys() | self.dropped
+        stored = self.stored.items()
+        return {model: {name: t for name, t in tensors.items() if name not in apart} for model, tensors in stored}
+
     def warnings(self) -> list[str]:
         """Return warnings about what was taken and left out; InputError for a part of the recipe's that no model has."""
         for pattern in self.recipe.parts:
             if pattern not in self._used:
                 known = {part_of(name, self.layers) for tensors in self.stored.values() for name in tensors}
-                raise self._error(f"{pattern!r} is no part of a model here, {suggest(pattern, sorted(known))}")
+                raise self._error(
+                    f"{pattern!r} is no part of a model here, {suggest(pattern, sorted(known))}", code="unknown-name"
+                )
         return [f"{part}: {len(names)} tensors {what}: {names[0]}" for (part, what), names in self._said.items()]
 
     def _ask(self, name: str, pattern: str, asked: str, having: Sequence[str]) -> None:
@@ -70,8 +79,8 @@ class Parts:
         else:
             self._leave(name, f"that {asked} does not have are left out, since 'parts' takes {pattern} from it")
 
-    def _error(self, problem: str) -> InputError:
-        return InputError(f"{self.recipe.source}: parts: {problem}")
+    def _error(self, problem: str, code: Code | None = None) -> InputError:
+        return InputError(f"{self.recipe.source}: parts: {problem}", code=code)
 
     def _default(self, name: str, having: Sequence[str]) -> None:
         lacking = [model for model in self.stored if model not in having]
@@ -79,7 +88,8 @@ class Parts:
         if damaged is not None:
             raise InputError(
                 f"tensor {name!r} is in {', '.join(having)} but not in {', '.join(lacking)}: merging would drop it, so repair or "
-                f"leave out the odd model, or say whose it is: \"parts: {{'{name}': {having[0]}}}\", or drop"
+                f"leave out the odd model, or say whose it is: \"parts: {{'{name}': {having[0]}}}\", or drop",
+                code="models-differ",
             )
         part = part_of(name, self.layers)
         if self.source in having:

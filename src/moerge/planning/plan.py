@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from moerge.architecture import Family
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
 from moerge.files import SourceFile
 from moerge.formatting import Displayed, as_count, as_size
-from moerge.operations.estimate import whole_memory
+from moerge.operations.estimate import region_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
-from moerge.operations.operations import Copy, Draw, Fit, Fitting, Operation, Output, fittings
+from moerge.operations.operations import Copy, Draw, Fit, FitJob, Operation, Output, fit_jobs
 from moerge.recipe.schema import Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
@@ -41,9 +42,9 @@ without instructions for it a sixth."""
 class Plan(Displayed):
     """Outputs in order, with the config and files that go beside them.
 
-    `models` holds the base first, where there is one; `experts` names the MoE's experts in the order of their indices, and
-    is empty for a dense merge. `vocabulary` says where the tokens come from. What is said about clients is not part of the
-    result: its files do not depend on who was asked about.
+    `models` holds the base first, where there is one, and `family` is theirs; `experts` names the MoE's experts in the order of
+    their indices, and is empty for a dense merge. `vocabulary` says where the tokens come from. What is said about clients is
+    not part of the result: its files do not depend on who was asked about.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Plan(Displayed):
     notes: tuple[str, ...] = ()
     client_warnings: tuple[str, ...] = ()
     client_notes: tuple[str, ...] = ()
+    family: Family | None = None
 
     def headline(self) -> str:
         """Kind, parameters and bytes of the result."""
@@ -117,7 +119,7 @@ class Plan(Displayed):
         sources = max((len(output.operation.sources) for output in self.outputs), default=1)
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
-        merging = threads * (buffers + histograms) + whole_memory(self.outputs, threads)
+        merging = threads * (buffers + histograms) + region_memory(self.outputs, threads)
         return merging + sum(model.working_bytes for model in self.models)
 
     @cached_property
@@ -139,11 +141,11 @@ class Plan(Displayed):
         return tuple(dict(zip(keys, (*group, len(sizes), sum(sizes)), strict=True)) for group, sizes in groups.items())
 
     @cached_property
-    def fittings(self) -> tuple[Fitting, ...]:
+    def fit_jobs(self) -> tuple[FitJob, ...]:
         """Return what is computed once the rest is merged, in order."""
-        return fittings(self.outputs)
+        return fit_jobs(self.outputs)
 
-    def _size(self, fitting: Fitting) -> MoESize:
+    def _size(self, fitting: FitJob) -> MoESize:
         """The size of the model, of which some outputs are still to be fitted."""
         outputs = fitting.outputs
         experts, hidden = outputs[0].shape[0], outputs[0].shape[-1]
@@ -166,7 +168,7 @@ class Plan(Displayed):
 
     def fitting_bytes(self, threads: int = 1, *, title: str = "") -> int:
         """Memory that computing takes what is computed once the rest is merged; 0 if nothing is. `title`: of that alone."""
-        every = [fitting for fitting in self.fittings if title in ("", fitting.fitter.title)]
+        every = [fitting for fitting in self.fit_jobs if title in ("", fitting.fitter.title)]
         needed = [
             fitting.fitter.memory_bytes(self._size(fitting), threads) + _TORCH_BYTES * fitting.fitter.needs_torch
             for fitting in every
@@ -176,9 +178,9 @@ class Plan(Displayed):
     @property
     def fitting_seconds(self) -> float:
         """A very rough estimate of the time that this takes, in seconds."""
-        return sum(self._seconds_of(fitting) for fitting in self.fittings)
+        return sum(self._seconds_of(fitting) for fitting in self.fit_jobs)
 
-    def _seconds_of(self, fitting: Fitting) -> float:
+    def _seconds_of(self, fitting: FitJob) -> float:
         fitter = fitting.fitter
         speed = _OPERATIONS_PER_SECOND if getattr(fitter, "device", "cpu") == "cpu" else _OPERATIONS_PER_SECOND_ON_A_DEVICE
         loaded = self._loaded_bytes(fitter)
@@ -197,7 +199,7 @@ class Plan(Displayed):
         inputs = [model.identity for model in self.models]
         operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
-        statistics = [(used.model, *file.stamp) for used in self.statistics for file in used.statistics.files]
+        statistics = [(used.model, *file.identity) for used in self.statistics for file in used.statistics.files]
         files = {name: file_digest(content) for name, content in self.files.items()}
         whole = [inputs, operations, self.config, texts, statistics, files, self.vocabulary]
         return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()

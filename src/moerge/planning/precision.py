@@ -10,6 +10,7 @@ from functools import cached_property
 
 from moerge.checkpoint.reader import Checkpoint
 from moerge.operations.operations import Draw, Fit, Merge, Operation, Output
+from moerge.recipe.schema import Recipe
 from moerge.tensors.dtypes import DTYPES, FLOATS, DType
 from moerge.tensors.source import Source
 from moerge.tensors.views.joined import Joined
@@ -24,6 +25,11 @@ def main_dtype(model: Checkpoint) -> DType:
         if tensor.dtype.is_float:
             counts[tensor.dtype.name] += tensor.nbytes
     return DTYPES[counts.most_common(1)[0][0]]
+
+
+def result_dtype(recipe: Recipe, model: Checkpoint) -> DType:
+    """The recipe's dtype, else the float type that most bytes of the config's model are stored in."""
+    return FLOATS[recipe.dtype] if recipe.dtype else main_dtype(model)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ SHARES, WORTH = (1.0, 0.5, 0.25), 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
+class HeadMatching:
     """The heads to match on some states: log p [S, K], by softmax(H W h + bias) of the shared head [K, M] and its bias."""
 
     shared_KM: np.ndarray
     bias_K: np.ndarray
     state_SD: np.ndarray
     log_p_SK: np.ndarray
-    spread: Map = map
+    map_panels: Map = map
 
     def divergence(self, change_MD: np.ndarray) -> float:
         """Mean KL(p || q) over the states in nats, given W."""
@@ -46,7 +46,7 @@ class Heads:
         self._each(panel)
         return float(total_S.mean())
 
-    def slope(self, change_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gradient(self, change_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradient [M, D], and q [S, K], at which the curvature is taken."""
         q_SK = np.empty_like(self.log_p_SK)
         error_SM = np.empty((len(q_SK), self.shared_KM.shape[1]))
@@ -59,33 +59,37 @@ class Heads:
         self._each(panel)
         return error_SM.T @ self.state_SD / len(q_SK), q_SK
 
-    def curve(self, direction_MD: np.ndarray, q_SK: np.ndarray) -> np.ndarray:
+    def hessian_vector_product(self, direction_MD: np.ndarray, q_SK: np.ndarray) -> np.ndarray:
         """The Gauss-Newton curvature (which for a linear map is the whole) times a direction, [M, D]."""
         moved_SM = self.state_SD @ direction_MD.T
-        bent_SM = np.empty_like(moved_SM)
+        hvp_SM = np.empty_like(moved_SM)
 
         def panel(start: int) -> None:
             part = slice(start, start + PANEL)
             logit_PK = moved_SM[part] @ self.shared_KM.T
             logit_PK -= (q_SK[part] * logit_PK).sum(axis=1, keepdims=True)
-            bent_SM[part] = (q_SK[part] * logit_PK) @ self.shared_KM
+            hvp_SM[part] = (q_SK[part] * logit_PK) @ self.shared_KM
 
         self._each(panel)
-        product_MD: np.ndarray = bent_SM.T @ self.state_SD / len(q_SK)
+        product_MD: np.ndarray = hvp_SM.T @ self.state_SD / len(q_SK)
         return product_MD
 
     def _log_q(self, change_MD: np.ndarray, part: slice) -> np.ndarray:
         return log_softmax((self.state_SD[part] @ change_MD.T) @ self.shared_KM.T + self.bias_K)
 
     def _each(self, panel: Callable[[int], None]) -> None:
-        for _ in self.spread(panel, range(0, len(self.state_SD), PANEL)):
+        for _ in self.map_panels(panel, range(0, len(self.state_SD), PANEL)):
             pass
 
 
 def least_divergence(
-    heads: Heads, held_out: Heads, start_MD: np.ndarray, moment_MM: np.ndarray, stepped: Callable[[], None] = lambda: None
+    heads: HeadMatching,
+    held_out: HeadMatching,
+    start_MD: np.ndarray,
+    moment_MM: np.ndarray,
+    stepped: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """From `start_MD`, Newton steps for as long as the divergence on held-out states falls; `stepped` is told of each.
+    """From `start_MD`, Newton steps for as long as the divergence on held-out states falls; `stepped` is called after each.
 
     Each is solved by a few steps of conjugate gradients, with the second moments of the shared head's rows (`moment_MM`) and of
     the states as preconditioner: the curvature itself, if probabilities did not depend on the state.
@@ -106,20 +110,20 @@ def least_divergence(
     return best_MD
 
 
-def _newton_step(heads: Heads, from_MD: np.ndarray, left_MM: np.ndarray, right_DD: np.ndarray) -> np.ndarray:
-    slope_MD, q_SK = heads.slope(from_MD)
-    step_MD, residual_MD = np.zeros_like(slope_MD), -slope_MD
-    direction_MD, size = np.zeros_like(slope_MD), 1.0
+def _newton_step(heads: HeadMatching, from_MD: np.ndarray, left_MM: np.ndarray, right_DD: np.ndarray) -> np.ndarray:
+    gradient_MD, q_SK = heads.gradient(from_MD)
+    step_MD, residual_MD = np.zeros_like(gradient_MD), -gradient_MD
+    direction_MD, size = np.zeros_like(gradient_MD), 1.0
     for _ in range(INNER):
-        ready_MD = left_MM @ residual_MD @ right_DD
-        size, before = float((residual_MD * ready_MD).sum()), size
-        direction_MD = ready_MD + size / before * direction_MD
-        bent_MD = heads.curve(direction_MD, q_SK)
-        bend = float((direction_MD * bent_MD).sum())
-        if not bend > 0:  # nothing is left to gain
+        preconditioned_MD = left_MM @ residual_MD @ right_DD
+        size, before = float((residual_MD * preconditioned_MD).sum()), size
+        direction_MD = preconditioned_MD + size / before * direction_MD
+        hvp_MD = heads.hessian_vector_product(direction_MD, q_SK)
+        curvature = float((direction_MD * hvp_MD).sum())
+        if not curvature > 0:  # nothing is left to gain
             break
-        step_MD = step_MD + size / bend * direction_MD
-        residual_MD = residual_MD - size / bend * bent_MD
+        step_MD = step_MD + size / curvature * direction_MD
+        residual_MD = residual_MD - size / curvature * hvp_MD
     return step_MD
 
 

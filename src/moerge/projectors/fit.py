@@ -68,12 +68,12 @@ class ProjectorFit(Fitter):
         """The rows of the table."""
         return self.table.shape[0]
 
-    def pairs(self, context: FitContext, name: str) -> Pairs:
+    def pairs(self, context: FitContext, name: str) -> RowPairs:
         """The shared table of this name, which has been written already, beside the expert's own."""
-        return Pairs(Table(open_folder(context.folder, name="merged").tensors[name], "merged"), Table(self.table, self.expert))
+        return RowPairs(Table(open_folder(context.folder, name="merged").tensors[name], "merged"), Table(self.table, self.expert))
 
 
-class Pairs:
+class RowPairs:
     """The shared table [V, M] and an expert's own [V, D]."""
 
     def __init__(self, shared: Table, own: Table) -> None:

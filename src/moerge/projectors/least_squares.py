@@ -17,13 +17,14 @@ Map = Callable[[Callable[[int], None], Iterable[int]], Iterable[Any]]
 class NormalEquations:
     """Sums over weighted rows, from which a regression is solved: memory is that of F x F, whatever the number of rows.
 
-    Everything is float64. The same rows in the same blocks give the same bits whatever the threads of `spread`, if BLAS has one.
+    Everything is float64. The same rows in the same blocks give the same bits for any number of threads of `map_panels`, if BLAS
+    has one thread.
     """
 
-    def __init__(self, features: int, targets: int, spread: Map = map) -> None:
+    def __init__(self, features: int, targets: int, map_panels: Map = map) -> None:
         self._moment_FF = np.zeros((features, features))
         self._product_FK = np.zeros((features, targets))
-        self._spread = spread
+        self._map_panels = map_panels
 
     def add(self, features_RF: np.ndarray, targets_RK: np.ndarray, weights_R: np.ndarray) -> None:
         """Some rows, and how much each counts."""
@@ -34,7 +35,7 @@ class NormalEquations:
             self._moment_FF[start:stop, start:] += weighted_RF[:, start:stop].T @ features_RF[:, start:]
             self._product_FK[start:stop] += weighted_RF[:, start:stop].T @ targets_RK
 
-        for _ in self._spread(panel, range(0, features_RF.shape[1], PANEL)):
+        for _ in self._map_panels(panel, range(0, features_RF.shape[1], PANEL)):
             pass
 
     def covariance(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moerge.architecture.family import Expected
+from moerge.architecture.family import ExpectedTensor
 from moerge.architecture.heterogeneous import FACTOR, Kind, _Part, _parts, projector_config
 from moerge.operations.operations import Draw, Fit, Operation
 from moerge.projectors.proj_in import ProjectorInFit
@@ -31,7 +31,9 @@ class ExpertTables:
     head_bias: Tensor | None = None
 
 
-def projector_outputs(kind: Kind, experts: Sequence[ExpertTables], width: int, seed: int = 0) -> list[tuple[Expected, Operation]]:
+def projector_outputs(
+    kind: Kind, experts: Sequence[ExpertTables], width: int, seed: int = 0
+) -> list[tuple[ExpectedTensor, Operation]]:
     """The projectors' tensors and where they come from, expert by expert, Proj-in before Proj-out.
 
     `random` (the paper's start): everything drawn as `torch.nn.Linear` draws it, uniformly within 1 / sqrt(inputs), a function of

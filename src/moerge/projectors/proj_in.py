@@ -10,10 +10,10 @@ import numpy as np
 
 from moerge.architecture.heterogeneous import EMBEDDING
 from moerge.operations.fitter import FitContext
-from moerge.projectors.fit import PENALTY, Pairs, ProjectorFit, named
+from moerge.projectors.fit import PENALTY, ProjectorFit, RowPairs, named
 from moerge.projectors.least_squares import NormalEquations
 from moerge.projectors.token_weights import TokenWeights
-from moerge.projectors.units import Units, token_units
+from moerge.projectors.units import TokenDetectors, token_detectors
 from moerge.tensors.dtypes import DType
 from moerge.tensors.tables import Table
 from moerge.tensors.tensor import Tensor
@@ -24,8 +24,8 @@ class ProjectorInFit(ProjectorFit):
     """Proj-in: ridge regression of E_i - E P on [E, 1, gelu(up(E))], each token counting as `TokenWeights` says.
 
     E [V, M] is the shared embedding, E_i [V, D] the expert's, and P keeps the first D of M coordinates. Each unit of the MLP's
-    first layer stands for one of the N tokens that count most (see `token_units`): so these come out nearly exact, and the linear
-    part serves all others.
+    first layer stands for one of the N tokens that count most (see `token_detectors`): so these come out nearly exact,
+    and the linear part serves all others.
     """
 
     kind: ClassVar[str] = "projector_in"
@@ -55,12 +55,12 @@ class ProjectorInFit(ProjectorFit):
             bias_D, down_DN = solution_FD[width], solution_FD[width + 1 :].T
         return named(context, linear=(linear_DM, bias_D), up=(units.up_NM, units.bias_N), down=(down_DN, np.zeros_like(bias_D)))
 
-    def _units(self, shared: Table, weights_V: np.ndarray, mean_M: np.ndarray, name: str, dtype: DType) -> Units:
+    def _units(self, shared: Table, weights_V: np.ndarray, mean_M: np.ndarray, name: str, dtype: DType) -> TokenDetectors:
         chosen_K = np.argsort(-weights_V, kind="stable")[: self.units]
-        units = token_units(shared.take(chosen_K), mean_M, self.units, self.seed, f"{name}.up")
-        return Units(rounded(units.up_NM, dtype), rounded(units.bias_N, dtype))
+        units = token_detectors(shared.take(chosen_K), mean_M, self.units, self.seed, f"{name}.up")
+        return TokenDetectors(rounded(units.up_NM, dtype), rounded(units.bias_N, dtype))
 
-    def _solution(self, context: FitContext, pairs: Pairs, weights_V: np.ndarray, units: Units) -> np.ndarray:
+    def _solution(self, context: FitContext, pairs: RowPairs, weights_V: np.ndarray, units: TokenDetectors) -> np.ndarray:
         with ThreadPoolExecutor(context.threads) as pool:
             equations = NormalEquations(self.features, pairs.own.columns, pool.map)
             for rows, shared_RM, residual_RD in pairs:

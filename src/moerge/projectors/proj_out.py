@@ -14,8 +14,8 @@ import numpy as np
 from moerge.architecture.heterogeneous import HEAD, HEAD_BIAS
 from moerge.checkpoint.reader import open_folder
 from moerge.operations.fitter import FitContext
-from moerge.projectors.divergence import INNER, STEPS, Heads, least_divergence
-from moerge.projectors.fit import PENALTY, ROWS, Pairs, ProjectorFit, named
+from moerge.projectors.divergence import INNER, STEPS, HeadMatching, least_divergence
+from moerge.projectors.fit import PENALTY, ROWS, ProjectorFit, RowPairs, named
 from moerge.projectors.least_squares import Map, NormalEquations
 from moerge.projectors.states import STATES, expert_states
 from moerge.projectors.token_weights import TokenWeights
@@ -121,11 +121,11 @@ class ProjectorOutFit(ProjectorFit):
     def _searched(
         self,
         context: FitContext,
-        pairs: Pairs,
+        pairs: RowPairs,
         start_MD: np.ndarray,
         moment_MM: np.ndarray,
         biases: tuple[np.ndarray, np.ndarray],
-        spread: Map,
+        map_panels: Map,
     ) -> np.ndarray:
         state_SD, text_S = expert_states(context, self.expert, pairs.own.rows)
         chosen_K, log_p_SK = predicted(pairs.own, state_SD, biases[0])
@@ -134,7 +134,7 @@ class ProjectorOutFit(ProjectorFit):
         held_S = held_out(text_S)
         if held_S.all():  # too little text to say when to stop
             return start_MD
-        parts = [Heads(shared_KM, bias_K, _with_ones(state_SD[s]), log_p_SK[s], spread) for s in (~held_S, held_S)]
+        parts = [HeadMatching(shared_KM, bias_K, _with_ones(state_SD[s]), log_p_SK[s], map_panels) for s in (~held_S, held_S)]
         return least_divergence(parts[0], parts[1], start_MD, moment_MM, lambda: context.advance(STATES))
 
 

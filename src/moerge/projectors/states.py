@@ -14,7 +14,7 @@ import numpy as np
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
 from moerge.runtime.loading import load_tokenizer
-from moerge.runtime.tokens import known_tokens
+from moerge.runtime.tokens import encode_checked
 
 STATES, TOKENS = 4096, 256
 """States that are wanted, and tokens of each text that are run."""
@@ -39,7 +39,7 @@ def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarr
     texts, count = [], 0
     with torch.no_grad():
         for index, text in enumerate(_documents(context, expert)):
-            ids = known_tokens(tokenizer, text, limit, rows, expert)
+            ids = encode_checked(tokenizer, text, limit, rows, expert)
             if count >= STATES or not ids.size:
                 continue
             model.path(0, model.make_prompt(torch.from_numpy(ids)[None], None, None, None))

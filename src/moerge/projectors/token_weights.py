@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moerge.errors import InputError
-from moerge.runtime.extras import require_models_extra
-from moerge.runtime.tokens import known_tokens, load_tokenizer
+from moerge.extras import require
+from moerge.runtime.tokens import encode_checked, load_tokenizer
 from moerge.texts import TextRequest, Texts, read_texts
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class TokenWeights:
         """InputError where there is text and nothing that runs a model over it."""
         if not self.have_text:
             return
-        require_models_extra("fitting projectors to text")
+        require("models", "fitting projectors to text")
         from moerge.modeling import register
 
         try:
@@ -76,5 +76,5 @@ def _count(context: FitContext, tokens: int) -> dict[str, np.ndarray]:
     counts = {name: np.zeros(tokens) for name in documents}
     for name, texts in documents.items():
         for text in texts:
-            counts[name] += np.bincount(known_tokens(tokenizer, text, LONGEST, tokens, name), minlength=tokens)
+            counts[name] += np.bincount(encode_checked(tokenizer, text, LONGEST, tokens, name), minlength=tokens)
     return counts

@@ -13,12 +13,12 @@ import numpy as np
 from moerge.tensors.kernels import kernel
 from moerge.tensors.random import stream_key, uniform
 
-HEIGHT = 2.0
-"""What goes into a unit's gelu at its own token; at the mean token it is -HEIGHT, where gelu has nearly come to rest."""
+PRE_ACTIVATION = 2.0
+"""What goes into a unit's gelu at its own token; at the mean token it is -PRE_ACTIVATION, where gelu has nearly come to rest."""
 
 
 @dataclass(frozen=True)
-class Units:
+class TokenDetectors:
     """gelu(up x + bias) of N units: `up_NM` and `bias_N`, float32."""
 
     up_NM: np.ndarray
@@ -31,7 +31,7 @@ class Units:
         return value_RN
 
 
-def token_units(tokens_KM: np.ndarray, mean_M: np.ndarray, units: int, seed: int, name: str) -> Units:
+def token_detectors(tokens_KM: np.ndarray, mean_M: np.ndarray, units: int, seed: int, name: str) -> TokenDetectors:
     """A unit for each of K token embeddings: up = 2 h a / |a|^2, a being the embedding less the mean, and a bias.
 
     So h goes into the gelu at the token itself, -h at the mean, and in between according to how far another embedding lies in the
@@ -47,10 +47,10 @@ def token_units(tokens_KM: np.ndarray, mean_M: np.ndarray, units: int, seed: int
     apart_KM = tokens_KM - mean_M
     square_K = np.einsum("km,km->k", apart_KM, apart_KM)
     known = np.flatnonzero(square_K > 0)
-    up_KM = 2 * HEIGHT * apart_KM[known] / square_K[known, None]
+    up_KM = 2 * PRE_ACTIVATION * apart_KM[known] / square_K[known, None]
     drawn_NM[known] = up_KM
-    drawn_N[known] = -HEIGHT - up_KM @ mean_M
-    return Units(drawn_NM, drawn_N)
+    drawn_N[known] = -PRE_ACTIVATION - up_KM @ mean_M
+    return TokenDetectors(drawn_NM, drawn_N)
 
 
 @kernel

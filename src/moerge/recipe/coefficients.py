@@ -11,7 +11,7 @@ from typing import Any
 
 from moerge.checkpoint.reader import read_json
 from moerge.errors import InputError
-from moerge.files import is_file, write_whole
+from moerge.files import atomic_write, is_file
 
 FORMAT = 1
 FILE = "coefficients.json"
@@ -50,7 +50,7 @@ class Coefficients:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all. MachineError if it cannot be written."""
-        write_whole(path, to_json(self.to_json()))
+        atomic_write(path, to_json(self.to_json()))
 
     def means(self) -> dict[str, float]:
         """The mean coefficient of each expert over tensors."""
@@ -94,7 +94,9 @@ def read_coefficients(path: Path) -> Coefficients:
         if not isinstance(learning, dict):
             raise ValueError("learning should be a mapping")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} is damaged, or was written by another version of moerge ({error}): learn again") from None
+        raise InputError(
+            f"{path} is damaged, or was written by another version of moerge ({error}): learn again", code="damaged-file"
+        ) from None
     return Coefficients(experts, by_tensor, chunk_sizes, fixed, directions, learning)
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from moerge.errors import InputError, suggest
+from moerge.errors import Code, InputError, suggest
 from moerge.files import read_file
 
 Key = tuple[str | int, ...]
@@ -52,11 +52,11 @@ class Document:
     source: str = "recipe"
     lines: Mapping[Key, int] = field(default_factory=dict)
 
-    def error(self, path: Key, message: str) -> InputError:
+    def error(self, path: Key, message: str, code: Code | None = None) -> InputError:
         """An InputError that says where in the document the trouble is."""
         known = self.line(path)
         line = f", line {known}" if known else ""
-        return InputError(f"{self.source}{line}: {dotted(path)}{message}")
+        return InputError(f"{self.source}{line}: {dotted(path)}{message}", code=code)
 
     def line(self, path: Key) -> int | None:
         """The line of a key, or of the nearest one above it that has a line."""
@@ -82,7 +82,7 @@ class Document:
     def _explain(self, model: type[BaseModel], path: Key, problem: Any) -> InputError:
         if problem["type"] == "extra_forbidden":
             owner = _model_at(model, problem["loc"][:-1])
-            return self.error(path, f": unknown key, {suggest(str(path[-1]), owner.model_fields)}")
+            return self.error(path, f": unknown key, {suggest(str(path[-1]), owner.model_fields)}", code="unknown-name")
         message = _PLAINLY.get(problem["type"]) or problem["msg"].replace("Input should", "should", 1)
         given = "" if problem["type"] in ("missing", "too_short", "string_too_short") else f", not {short(problem['input'])}"
         if problem["type"] == "float_type" and isinstance(problem["input"], str) and _SCIENTIFIC.fullmatch(problem["input"]):
@@ -111,7 +111,7 @@ def read_document(path: Path, what: str = "recipe") -> Document:
     try:
         text = read_file(path, _MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
-        raise InputError(f"there is no {what} {path}: check the path") from None
+        raise InputError(f"there is no {what} {path}: check the path", code="not-found") from None
     except UnicodeDecodeError:
         raise InputError(f"the {what} {path} is not UTF-8 text: save it as such") from None
     try:

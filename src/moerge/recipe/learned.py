@@ -13,11 +13,11 @@ from moerge.methods.coefficients import Weighed
 from moerge.methods.method import MergeMethod, TaskVectorMethod, merge_method
 from moerge.recipe.coefficients import FILE, Coefficients, chunk_count, chunk_size, read_coefficients, to_json
 from moerge.recipe.document import Document
-from moerge.recipe.rules import Choice, Place, Rule
+from moerge.recipe.rules import MethodChoice, MethodRule, TensorContext
 
 
 @dataclass(frozen=True)
-class Learnt(Rule):
+class Learnt(MethodRule):
     """Every tensor's own coefficients, the fixed one for those that did not learn; `source` is the file they are from."""
 
     found: Coefficients
@@ -34,11 +34,13 @@ class Learnt(Rule):
         """The method as the recipe names it."""
         return (self.method,)
 
-    def choose(self, place: Place) -> Choice:
+    def choose(self, context: TensorContext) -> MethodChoice:
         """The tensor's coefficients."""
-        rows = self.found.by_tensor.get(place.name) or ((self.found.fixed,),) * len(self.found.experts)
-        chunk = self.found.chunk_sizes.get(place.name, 1 << 62)
-        return Choice(Weighed(scale=self.method.scale, directions=directions(self.found, self.source), c_KC=rows, chunk=chunk))
+        rows = self.found.by_tensor.get(context.name) or ((self.found.fixed,),) * len(self.found.experts)
+        chunk = self.found.chunk_sizes.get(context.name, 1 << 62)
+        return MethodChoice(
+            Weighed(scale=self.method.scale, directions=directions(self.found, self.source), c_EC=rows, chunk=chunk)
+        )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """InputError unless the coefficients are for tensors of these names and shapes, the ones that are merged."""
@@ -60,7 +62,7 @@ def directions(found: Coefficients, source: str = FILE) -> TaskVectorMethod:
     try:
         kind = merge_method(str(settings.pop("method")))
     except InputError as error:
-        raise document.error(("directions", "method"), f": {error}") from None
+        raise document.error(("directions", "method"), f": {error}", code=error.code) from None
     method = document.build(kind, settings, ("directions",))
     if not isinstance(method, TaskVectorMethod):
         raise document.error(("directions", "method"), f": {method.name} has no task vectors: learn again")

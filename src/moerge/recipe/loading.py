@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from moerge.methods.method import MergeMethod, cancel, merge_method
 from moerge.methods.passthrough import Passthrough
 from moerge.modeling.adapters_moerge import ADAPTED_ROLES
 from moerge.recipe.document import Document, Key, plain_copy
+from moerge.recipe.heterogeneous import conflicting_key
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
-from moerge.recipe.schema import DROP, UNION, WHOLE_MODEL_KEYS, MoE, Override, Recipe
-from moerge.recipe.whole_models import misfit
+from moerge.recipe.schema import DROP, HETEROGENEOUS_KEYS, UNION, MoE, Override, Recipe
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
+_OVERRIDES = ("merge", "overrides")
 _SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn")
 
 
@@ -71,7 +72,7 @@ def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipe
     data = document.data
     for key in data:
         if key not in _SECTIONS:
-            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}")
+            raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}", code="unknown-name")
     fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
     method, overrides, seed = _merge_section(document)
     if data.get("moe") is not None:
@@ -121,11 +122,13 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
     try:
         kind = merge_method(str(name))
     except InputError as error:
-        raise document.error((*path, "method"), f": {error}") from None
+        raise document.error((*path, "method"), f": {error}", code=error.code) from None
     unknown = next((key for key in parameters if key not in kind.model_fields), None)
     if unknown:
         own = ["method", "seed", "overrides"] if path == ("merge",) else ["match", "method", "weights", "dtype"]
-        raise document.error((*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}")
+        raise document.error(
+            (*path, unknown), f": unknown key for {name}, {suggest(unknown, [*kind.model_fields, *own])}", code="unknown-name"
+        )
     if "seed" in kind.model_fields:
         parameters.setdefault("seed", seed)
     return document.build(kind, parameters, path)
@@ -139,14 +142,18 @@ def _moe_section(document: Document) -> MoE:
     try:
         chosen = _router_class(kind, by_sequence)
     except InputError as error:
-        raise document.error(("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}") from None
+        raise document.error(
+            ("moe", "router", "kind"), f": {_other_routing(kind, by_sequence) or error}", code=error.code
+        ) from None
     if by_sequence and "top_k" in parameters:
         raise document.error(("moe", "router", "top_k"), ": unknown key, 'top_k' stands beside 'router', in 'moe'")
     section["router"] = document.build(chosen, parameters, ("moe", "router"))
     moe = document.build(MoE, section, ("moe",))
     formats = (*moe_formats(), FORMAT)
     if moe.format not in ("auto", *formats):
-        raise document.error(("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}")
+        raise document.error(
+            ("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}", code="unknown-name"
+        )
     return moe
 
 
@@ -167,73 +174,113 @@ def _other_routing(kind: str, by_sequence: bool) -> str | None:
     return None
 
 
+Problems = Iterator[tuple[Key, str]]
+"""Keys of a recipe and what is wrong with them."""
+
+
 def _check(recipe: Recipe, document: Document) -> None:
-    if "base" in recipe.experts:
-        raise document.error(("experts", "base"), ": 'base' is the name of the common ancestor; call this expert something else")
-    if recipe.moe and recipe.moe.by_sequence and recipe.moe.asks_for_whole_models and (found := misfit(recipe)):
-        raise document.error(*found)
-    names = ["base", *recipe.experts] if recipe.base else list(recipe.experts)
-    for key, choices in (("tokenizer", [*names, UNION]), ("config", names)):
-        named = getattr(recipe, key)
-        if named is not None and named not in choices:
-            raise document.error((key,), f": {named!r} is not a model of this recipe, {suggest(named, choices)}")
-    for part, owner in recipe.parts.items():
-        if owner not in (*names, DROP):
-            raise document.error(("parts", part), f": {owner!r} is not a model of this recipe, {suggest(owner, [*names, DROP])}")
-    if DROP in recipe.experts and recipe.parts:
-        raise document.error(("experts", DROP), f": '{DROP}' in 'parts' leaves a part out; call this expert something else")
-    if UNION in recipe.experts and recipe.tokenizer == UNION:
-        raise document.error(
-            ("experts", UNION), f": 'tokenizer: {UNION}' means the tokens of all models; call this expert something else"
-        )
-    for name in recipe.calibration:
-        if name not in names:
-            raise document.error(("calibration", name), f" is not a model of this recipe, {suggest(name, names)}")
-    for name in recipe.learn.task_weights if recipe.learn else ():
-        if name not in names:
-            raise document.error(("learn", "task_weights", name), f" is not a model of this recipe, {suggest(name, names)}")
-    for method in recipe.methods:
-        _check_method(method, recipe, document)
-    _check_named(recipe.method, ("merge",), names, document)
-    for index, override in enumerate(recipe.overrides):
-        path: Key = ("merge", "overrides", index)
-        _check_named(override.method, path, names, document)
-        for name in override.weights:
-            if name not in recipe.experts:
-                raise document.error((*path, "weights", name), f" is not an expert, {suggest(name, recipe.experts)}")
-        if override.weights and not override.method.uses_weights:
-            raise document.error(
-                (*path, "weights"), f" have no effect on {override.method.name}, which ignores them: remove them"
-            )
-    weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]
-    if weighted and not any(method.uses_weights for method in recipe.methods):
-        ignoring = recipe.method.name
-        raise document.error(("experts", weighted[0]), f" has a weight, which {ignoring} ignores: use 'linear', or remove it")
+    """InputError for the first problem of a recipe."""
+    for check in _CHECKS:
+        for key, problem in check(recipe):
+            raise document.error(key, problem)
     if recipe.moe is not None:
         _check_moe(recipe, document)
 
 
-def _check_named(method: MergeMethod, path: Key, names: Sequence[str], document: Document) -> None:
-    if isinstance(method, Passthrough) and method.model not in names:
-        raise document.error(
-            (*path, "model"), f": {method.model!r} is not a model of this recipe, {suggest(method.model, names)}"
-        )
+def _models(recipe: Recipe) -> list[str]:
+    return ["base", *recipe.experts] if recipe.base else list(recipe.experts)
 
 
-def _check_method(method: MergeMethod, recipe: Recipe, document: Document) -> None:
-    try:
-        method.check_experts(list(recipe.experts))
-    except InputError as error:
-        raise document.error(("merge",), f": {error}") from None
-    if method.uses_task_vectors and recipe.base is None:
-        raise document.error(
-            ("merge",),
-            f": {method.name} works on task vectors (expert minus base), so the recipe needs a 'base'{method.or_without_base}",
-        )
-    members_base = recipe.includes_base and not method.uses_task_vectors
-    weights = [expert.weight for expert in recipe.experts.values()] + [1.0] * members_base
-    if method.divides_by_weights and cancel(weights):
-        raise document.error(("experts",), ": the weights sum to zero, so they cannot be normalised")
+def _unknown(name: str, models: Sequence[str]) -> str:
+    return f" is not a model of this recipe, {suggest(name, models)}"
+
+
+def _expert_called_base(recipe: Recipe) -> Problems:
+    if "base" in recipe.experts:
+        yield ("experts", "base"), ": 'base' is the name of the common ancestor; call this expert something else"
+
+
+def _conflicts_of_heterogeneous(recipe: Recipe) -> Problems:
+    if recipe.moe and recipe.moe.by_sequence and recipe.moe.asks_for_heterogeneous and (conflict := conflicting_key(recipe)):
+        yield conflict
+
+
+def _named_models(recipe: Recipe) -> Problems:
+    names = _models(recipe)
+    for key, choices in (("tokenizer", [*names, UNION]), ("config", names)):
+        named = getattr(recipe, key)
+        if named is not None and named not in choices:
+            yield (key,), f": {named!r}{_unknown(named, choices)}"
+    for part, owner in recipe.parts.items():
+        if owner not in (*names, DROP):
+            yield ("parts", part), f": {owner!r}{_unknown(owner, [*names, DROP])}"
+
+
+def _experts_called_keywords(recipe: Recipe) -> Problems:
+    if DROP in recipe.experts and recipe.parts:
+        yield ("experts", DROP), f": '{DROP}' in 'parts' leaves a part out; call this expert something else"
+    if UNION in recipe.experts and recipe.tokenizer == UNION:
+        yield ("experts", UNION), f": 'tokenizer: {UNION}' means the tokens of all models; call this expert something else"
+
+
+def _owners_of_texts(recipe: Recipe) -> Problems:
+    names = _models(recipe)
+    weights = recipe.learn.task_weights if recipe.learn else ()
+    yield from ((("calibration", name), _unknown(name, names)) for name in recipe.calibration if name not in names)
+    yield from ((("learn", "task_weights", name), _unknown(name, names)) for name in weights if name not in names)
+
+
+def _needs_of_methods(recipe: Recipe) -> Problems:
+    for method in recipe.methods:
+        try:
+            method.check_experts(list(recipe.experts))
+        except InputError as error:
+            yield ("merge",), f": {error}"
+        if method.uses_task_vectors and recipe.base is None:
+            needs = f"{method.name} works on task vectors (expert minus base), so the recipe needs a 'base'"
+            yield ("merge",), f": {needs}{method.or_without_base}"
+        members_base = recipe.includes_base and not method.uses_task_vectors
+        weights = [expert.weight for expert in recipe.experts.values()] + [1.0] * members_base
+        if method.divides_by_weights and cancel(weights):
+            yield ("experts",), ": the weights sum to zero, so they cannot be normalized"
+
+
+def _passed_through(recipe: Recipe) -> Problems:
+    names = _models(recipe)
+    overrides = (((*_OVERRIDES, index), override.method) for index, override in enumerate(recipe.overrides))
+    for path, method in ((("merge",), recipe.method), *overrides):
+        if isinstance(method, Passthrough) and method.model not in names:
+            yield (*path, "model"), f": {method.model!r}{_unknown(method.model, names)}"
+
+
+def _weights_of_overrides(recipe: Recipe) -> Problems:
+    for index, override in enumerate(recipe.overrides):
+        path: Key = (*_OVERRIDES, index, "weights")
+        for name in override.weights:
+            if name not in recipe.experts:
+                yield (*path, name), f" is not an expert, {suggest(name, recipe.experts)}"
+        if override.weights and not override.method.uses_weights:
+            yield path, f" have no effect on {override.method.name}, which ignores them: remove them"
+
+
+def _ignored_weights(recipe: Recipe) -> Problems:
+    weighted = [name for name, expert in recipe.experts.items() if expert.weight != 1]
+    if weighted and not any(method.uses_weights for method in recipe.methods):
+        ignored = f" has a weight, which {recipe.method.name} ignores: use 'linear', or remove it"
+        yield ("experts", weighted[0]), ignored
+
+
+_CHECKS = (
+    _expert_called_base,
+    _conflicts_of_heterogeneous,
+    _named_models,
+    _experts_called_keywords,
+    _owners_of_texts,
+    _needs_of_methods,
+    _passed_through,
+    _weights_of_overrides,
+    _ignored_weights,
+)
 
 
 def _check_moe(recipe: Recipe, document: Document) -> None:
@@ -241,7 +288,7 @@ def _check_moe(recipe: Recipe, document: Document) -> None:
     if recipe.includes_base and recipe.base is None:
         raise document.error(("moe", "include_base"), " is true, so the recipe needs a 'base'")
     count = len(recipe.experts) + recipe.includes_base
-    whole = recipe.moe.by_sequence and recipe.moe.asks_for_whole_models
+    whole = recipe.moe.by_sequence and recipe.moe.asks_for_heterogeneous
     if count < 2 and not whole:
         raise document.error(("experts",), ": a MoE needs at least two experts")
     if recipe.moe.top_k > count and not (whole and "top_k" not in recipe.moe.model_fields_set):
@@ -259,7 +306,7 @@ def _check_by_token(moe: MoE, document: Document) -> None:
     if other is not None:
         message = f": native formats keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
         raise document.error(("moe", "separate", other), message)
-    for key in ("mix", "adapters", *WHOLE_MODEL_KEYS):
+    for key in ("mix", "adapters", *HETEROGENEOUS_KEYS):
         if key in moe.model_fields_set:
             raise document.error(("moe", key), f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it")
 

@@ -13,8 +13,8 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
-class Place:
-    """The place of a tensor of the result.
+class TensorContext:
+    """A tensor of the result, and where it stands in it.
 
     `slice_index` and `depth` (0 for the slice's first layer, 1 for its last; 0 for what is in no layer) are those of a dense
     model made of `slices`; a model without them is one slice. `inputs` are the models it is merged from, in order, with the
@@ -27,9 +27,13 @@ class Place:
     depth: float = 0.0
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    def name_in(self, model: str) -> str:
+        """The tensor's name in a model."""
+        return self.inputs.get(model, self.name)
+
 
 @dataclass(frozen=True)
-class Choice:
+class MethodChoice:
     """The merge of a tensor. An expert that `weights` does not name has its own weight from the recipe.
 
     `dtype` is its element type in the result, where that is not left to the recipe and the models.
@@ -40,7 +44,7 @@ class Choice:
     dtype: str | None = None
 
 
-class Rule:
+class MethodRule:
     """Decides about some tensors or all."""
 
     @property
@@ -58,8 +62,8 @@ class Rule:
         """Return the files that go into the checkpoint's folder so that it can be merged again."""
         return {}
 
-    def choose(self, place: Place) -> Choice | None:
-        """Choose the method of the tensor at `place`, or None to leave that to the next rule."""
+    def choose(self, context: TensorContext) -> MethodChoice | None:
+        """Choose the method of a tensor, or None to leave that to the next rule."""
         raise NotImplementedError
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -67,11 +71,11 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Matching(Rule):
+class PatternRule(MethodRule):
     """One choice for all tensors that a pattern matches; every tensor if it is empty."""
 
     matching: str
-    choice: Choice
+    choice: MethodChoice
 
     @property
     def pattern(self) -> str:
@@ -83,9 +87,9 @@ class Matching(Rule):
         """The one method."""
         return (self.choice.method,)
 
-    def choose(self, place: Place) -> Choice | None:
+    def choose(self, context: TensorContext) -> MethodChoice | None:
         """The choice, where the pattern matches."""
-        return self.choice if not self.matching or matches(self.matching, place.role, place.name) else None
+        return self.choice if not self.matching or matches(self.matching, context.role, context.name) else None
 
 
 def matches(pattern: str, role: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 from moerge.files import LONGEST_LABEL
 from moerge.methods.method import Finite, MergeMethod
 from moerge.recipe.learning import Learning
-from moerge.recipe.rules import Choice, Matching, Rule
+from moerge.recipe.rules import MethodChoice, MethodRule, PatternRule
 from moerge.routers.base import Router
 from moerge.routers.sequence import FORMAT
 from moerge.texts import TextRequest
@@ -25,7 +25,7 @@ DROP = "drop"
 Float = Literal["float32", "float16", "bfloat16"]
 """Element types that a recipe may ask for."""
 
-WHOLE_MODEL_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
+HETEROGENEOUS_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
 """Keys of `moe` that are for experts that stay whole models."""
 
 
@@ -74,9 +74,9 @@ class MoE(_Strict):
         return self.format == FORMAT
 
     @property
-    def asks_for_whole_models(self) -> bool:
+    def asks_for_heterogeneous(self) -> bool:
         """Return whether something is said that only makes sense if experts stay whole models."""
-        return any(key in self.model_fields_set for key in WHOLE_MODEL_KEYS)
+        return any(key in self.model_fields_set for key in HETEROGENEOUS_KEYS)
 
 
 class Override(_Strict):
@@ -145,8 +145,8 @@ class Recipe(_Strict):
     source: str = "recipe"
     written: dict[str, Any] = Field(default_factory=dict)
     learn: Learning | None = None
-    learned: InstanceOf[Rule] | None = None
-    settings: InstanceOf[Rule] | None = None
+    learned: InstanceOf[MethodRule] | None = None
+    settings: InstanceOf[MethodRule] | None = None
     slices: tuple[Slice, ...] = ()
     recipes: dict[str, InstanceOf[Recipe]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -175,11 +175,12 @@ class Recipe(_Strict):
         return tuple(method for rule in (general, *special) for method in rule.methods)
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
+    def rules(self) -> tuple[MethodRule, ...]:
         """Return the rules that decide about each tensor, in the order they are asked."""
         if self.settings is not None:
             return (self.settings,)
         overrides = (
-            Matching(override.match, Choice(override.method, override.weights, override.dtype)) for override in self.overrides
+            PatternRule(override.match, MethodChoice(override.method, override.weights, override.dtype))
+            for override in self.overrides
         )
-        return (*overrides, self.learned or Matching("", Choice(self.method)))
+        return (*overrides, self.learned or PatternRule("", MethodChoice(self.method)))

@@ -18,7 +18,7 @@ from moerge.checkpoint.source_cards import CARD
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.evaluation.result import Difference, Evaluation, Score
-from moerge.files import read_file, whole_file
+from moerge.files import atomic_path, read_file
 from moerge.inference.result import Routes
 from moerge.reporting.data import Checkpoint, Collected
 from moerge.tensors.digest import file_digest
@@ -54,7 +54,7 @@ def write_card(update: CardUpdate) -> None:
     """Replace the card, and its digest in the manifest. Raises InputError where they cannot be written."""
     try:
         for name, content in ((CARD, update.card), (MANIFEST, update.manifest)):
-            with whole_file(update.folder / name) as beside:
+            with atomic_path(update.folder / name) as beside:
                 beside.write_bytes(content)
     except OSError as error:
         raise InputError(f"cannot write the model card in {update.folder}: {error.strerror or error}") from None

@@ -13,7 +13,7 @@ from moerge.checkpoint.manifest import read_manifest, weights_digest
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.inspection import inspect
-from moerge.learning.figure import table as coefficient_table
+from moerge.learning.coefficient_figure import table as coefficient_table
 from moerge.recipe.coefficients import read_coefficients
 from moerge.reporting import data
 from moerge.reporting.find import Source, plain, sources

@@ -16,7 +16,7 @@ from moerge.comparison.similarity import Expert, Pair
 from moerge.demonstration.result import DemoResult
 from moerge.evaluation.result import Evaluation
 from moerge.inference.result import Routes
-from moerge.learning.figure import CoefficientTable
+from moerge.learning.coefficient_figure import CoefficientTable
 from moerge.results import Data
 
 

@@ -83,7 +83,7 @@ def _read(path: Path, top: Path) -> Source:
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{shown} is damaged and was left out: {_line(error)}") from None
+        raise InputError(f"{shown} is damaged and was left out: {_line(error)}", code="damaged-file") from None
     except OSError as error:
         raise InputError(f"{shown} cannot be read: {error.strerror}") from None
     written = datetime.fromtimestamp(about.st_mtime, UTC).strftime("%Y-%m-%d %H:%M")

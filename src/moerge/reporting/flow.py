@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
-from moerge.files import whole_file
+from moerge.extras import require
+from moerge.files import atomic_path
 from moerge.formatting import Displayed
 from moerge.reporting.card import CardUpdate, updates
 from moerge.reporting.collect import collect
@@ -44,8 +44,7 @@ class Report(Displayed):
 
     def to_html(self) -> str:
         """The page. Raises InputError where jinja2 is not installed (the extra `report`)."""
-        if find_spec("jinja2") is None:
-            raise InputError("a report needs jinja2: pip install 'moerge[report]'")
+        require("report", "a report")
         from moerge.reporting.render import render
         from moerge.reporting.sections.all import sections
 
@@ -57,8 +56,8 @@ def write_report(report: Report, path: Path) -> None:
     page = report.to_html().encode()
     try:
         if path.exists() and _MARK not in path.read_bytes()[:5000]:
-            raise InputError(f"{path} exists and is no report of moerge: choose another file with --out")
-        with whole_file(path) as beside:
+            raise InputError(f"{path} exists and is no report of moerge: choose another file with --out", code="target-exists")
+        with atomic_path(path) as beside:
             beside.write_bytes(page)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moerge.architecture.family import Expected
+from moerge.architecture.family import ExpectedTensor
 from moerge.operations.fitter import Fitter
 from moerge.operations.operations import Draw, Fit, Operation
 from moerge.registry import Registry
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
 """What scores are divided by before a softmax. Beyond these bounds they overflow, or say nothing any more."""
-Deviation = Annotated[float, Field(gt=0, le=100)]
+Std = Annotated[float, Field(gt=0, le=100)]
 """A standard deviation of weights."""
 
 
@@ -30,7 +30,7 @@ class Router(BaseModel):
     kind: ClassVar[str]
     needs_training: ClassVar[bool] = False
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """Return the operation that fills one layer's gate."""
         raise NotImplementedError
 
@@ -38,16 +38,16 @@ class Router(BaseModel):
 class RandomRouter(Router):
     """Uniform with mean 0 and standard deviation `std`, by default that of a fresh linear layer: 1 / sqrt(3 * hidden).
 
-    The paper's starting point before fine-tuning and its baseline without. Inputs are normalised, so logits then have a
+    The paper's starting point before fine-tuning and its baseline without. Inputs are normalized, so logits then have a
     standard deviation near 0.58 whatever the width, and the experts' outputs are mixed almost evenly.
     """
 
     kind: ClassVar[str] = "random"
     needs_training: ClassVar[bool] = True
     seed: int = 0
-    std: Deviation | None = None
+    std: Std | None = None
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
         return Draw.of_linear(gate.shape[1], self.seed, self.std)
 
@@ -73,7 +73,7 @@ class FittedRouter(Router, Fitter):
         """All texts that there are."""
         return sum(len(texts.documents) for texts in calibration)
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """Room for the gate, which `fit` fills later."""
         return Fit(self)
 

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field
 
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import FittedRouter
-from moerge.routers.moments import Moments, load_moments, read_facts, save_moments
-from moerge.runtime.extras import require_models_extra
-from moerge.runtime.forced_routing import RunningMoE
-from moerge.runtime.replicas import Crew
+from moerge.routers.moments import GramStatistics, load_moments, read_facts, save_moments
+from moerge.runtime.forced_routing import ForcedRoutingModel
+from moerge.runtime.replicas import ModelReplicas
 from moerge.texts import TextRequest, Texts, read_texts
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def expert_texts(request: TextRequest, expert: str, limit: int, kind: str) -> Te
     return read_texts(expert, location, relative_to=request.folder, limit=limit)
 
 
-class RunningRouter(FittedRouter):
+class ModelRouter(FittedRouter):
     """A router for which the merged model runs, on `device`, in the checkpoint's element type unless `dtype` says otherwise."""
 
     device: str = "cpu"
@@ -50,23 +50,23 @@ class RunningRouter(FittedRouter):
     def require(self) -> None:
         """The merged model runs in transformers."""
         if self.runs_model:
-            require_models_extra(f"the {self.kind} router")
+            require("models", f"the {self.kind} router")
 
     def memory_bytes(self, size: MoESize, threads: int) -> int:
         """The whole merged model, a float64 matrix [hidden, hidden] twice for each layer, and the texts that run."""
         return size.nbytes * (2 if self.dtype == "float32" else 1) + 2 * size.layers * size.hidden**2 * 8
 
-    def running(self, context: FitContext) -> RunningMoE:
+    def running(self, context: FitContext) -> ForcedRoutingModel:
         """The merged model in memory."""
         experts, layers = len(context.experts), len(context.outputs)
-        return RunningMoE(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
+        return ForcedRoutingModel(context.folder, experts=experts, layers=layers, device=self.device, dtype=self.dtype)
 
-    def crew(self, context: FitContext) -> Crew:
-        """Return the bytes for as many texts at once as there are threads."""
-        return Crew(self.running(context), context.threads)
+    def replicas(self, context: FitContext) -> ModelReplicas:
+        """Return replicas of the merged model, one for each thread."""
+        return ModelReplicas(self.running(context), context.threads)
 
 
-class CalibratedRouter(RunningRouter):
+class CalibratedRouter(ModelRouter):
     """A router fitted to what the merged model's routers see on each expert's calibration text.
 
     Of each expert at most `texts` documents of at most `tokens` tokens are run, one by one. Meanwhile the routers are
@@ -107,7 +107,7 @@ class CalibratedRouter(RunningRouter):
 
 
 class MomentRouter(CalibratedRouter):
-    """A calibrated router that needs no more of each text than its `Moments`, which add up.
+    """A calibrated router that needs no more of each text than its `GramStatistics`, which add up.
 
     `statistics` names a folder (relative to the recipe) where they are kept, a file for each expert. An expert whose file is
     there needs no calibration text any more: so experts can be added, which need text of their own only, or removed. Text that
@@ -139,13 +139,13 @@ class MomentRouter(CalibratedRouter):
     def _model_digest(self, context: FitContext, index: int) -> str:
         return context.model_digest(self.path_of(index))
 
-    def moments(self, context: FitContext) -> list[Moments]:
+    def moments(self, context: FitContext) -> list[GramStatistics]:
         """The statistics of every expert, from its file or from its text."""
         shape = len(context.outputs), context.outputs[0].shape[1]
         folder = None if self.statistics is None else context.relative_to / self.statistics
         found = []
         with ExitStack() as stack:
-            crew = None
+            replicas = None
             for index, expert in enumerate(context.experts):
                 texts, facts = context.texts[expert], self._facts(context, index)
                 saved = _file(folder, expert) if folder is not None else None
@@ -153,8 +153,8 @@ class MomentRouter(CalibratedRouter):
                     found.append(load_moments(saved, *shape))
                     context.advance(len(texts.documents))
                     continue
-                crew = crew or stack.enter_context(self.crew(context))  # only now: it may not be needed at all
-                found.append(collect(crew, texts.documents, self.tokens, self.path_of(index), facts, context.advance))
+                replicas = replicas or stack.enter_context(self.replicas(context))  # only now: it may not be needed at all
+                found.append(collect(replicas, texts.documents, self.tokens, self.path_of(index), facts, context.advance))
                 if saved is not None:
                     save_moments(saved, found[-1])
         return found
@@ -166,17 +166,17 @@ class MomentRouter(CalibratedRouter):
 
 
 def collect(
-    crew: Crew,
+    replicas: ModelReplicas,
     documents: Sequence[str],
     tokens: int,
     path: int | None,
     facts: dict[str, Any] | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> Moments:
+) -> GramStatistics:
     """The sums over all router inputs while `documents` run on `path`."""
-    totals = Accumulator(crew)
-    ids = [crew.model.encode(document, tokens) for document in documents]
-    for batch in crew.run(lambda model, ids_1T: model.router_inputs(ids_1T, path), ids):
+    totals = Accumulator(replicas)
+    ids = [replicas.model.encode(document, tokens) for document in documents]
+    for batch in replicas.run(lambda model, ids_1T: model.router_inputs(ids_1T, path), ids):
         totals.add(batch)
         advance(len(batch))
     return totals.moments(facts or {})
@@ -185,9 +185,9 @@ def collect(
 class Accumulator:
     """Adds up router inputs text after text: products in float32 a text at a time, totals in float64."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, replicas: ModelReplicas) -> None:
         self.tokens = 0
-        self._crew = crew
+        self._replicas = replicas
         self._layers: list[_Layer] = []
 
     def add(self, inputs: Sequence[Sequence[torch.Tensor]], targets: Sequence[torch.Tensor] | None = None) -> None:
@@ -198,33 +198,35 @@ class Accumulator:
             targets = [torch.ones_like(inputs_LTH[0][:, :1]) for inputs_LTH in inputs]
         self.tokens += sum(map(len, targets))
         self._layers = self._layers or [_Layer() for _ in inputs[0]]
-        self._crew.spread(lambda layer: self._layers[layer].add([text[layer] for text in inputs], targets), range(len(inputs[0])))
+        self._replicas.map_layers(
+            lambda layer: self._layers[layer].add([text[layer] for text in inputs], targets), range(len(inputs[0]))
+        )
 
     @property
-    def moment_LHH(self) -> np.ndarray:
+    def gram_LHH(self) -> np.ndarray:
         """The sum of x^T x, in float64."""
-        return np.stack([layer.moment_HH.cpu().numpy() for layer in self._layers])
+        return np.stack([layer.gram_HH.cpu().numpy() for layer in self._layers])
 
     @property
     def product_LHC(self) -> np.ndarray:
-        """The sum of x^T y over targets y, in float64; of x where there are none."""
+        """The sum of x^T y over targets y, in float64; of x if there are none."""
         return np.stack([layer.product_HC.cpu().numpy() for layer in self._layers])
 
-    def moments(self, facts: dict[str, Any]) -> Moments:
+    def moments(self, facts: dict[str, Any]) -> GramStatistics:
         """Return the moments of everything added so far."""
         if self.tokens == 0:
             raise InputError("calibration: no text has a token: name files with some text")
         sum_LH = self.product_LHC[..., 0].astype(np.float32)
-        return Moments(self.tokens, sum_LH, self.moment_LHH.astype(np.float32), facts)
+        return GramStatistics(self.tokens, sum_LH, self.gram_LHH.astype(np.float32), facts)
 
 
 class _Layer:
-    moment_HH: Any = 0.0
+    gram_HH: Any = 0.0
     product_HC: Any = 0.0
 
     def add(self, states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
         for state_TH, target_TC in zip(states, targets, strict=True):
-            self.moment_HH = self.moment_HH + (state_TH.T @ state_TH).double()
+            self.gram_HH = self.gram_HH + (state_TH.T @ state_TH).double()
             self.product_HC = self.product_HC + (state_TH.T @ target_TC).double()
 
 
@@ -242,6 +244,6 @@ def _same(saved: Path, facts: dict[str, Any]) -> bool:
     return all(known.get(key) == value for key, value in facts.items())
 
 
-def gates_of(context: FitContext, make: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+def gates_by_name(context: FitContext, make: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
     """The gate that `make(layer)` returns, for every layer, by name."""
     return {gate.name: make(layer) for layer, gate in enumerate(context.outputs)}

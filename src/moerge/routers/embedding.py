@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from moerge.architecture import family_of
 from moerge.checkpoint.reader import open_folder
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.operations.fitter import FitContext
 from moerge.routers.base import FittedRouter, Temperature
-from moerge.routers.calibrated import gates_of
+from moerge.routers.calibrated import gates_by_name
 from moerge.routers.prompts import Prompts, prompt_texts
-from moerge.routers.regression import logit_scale
-from moerge.runtime.extras import require_models_extra
+from moerge.routers.regression import normalize_gate
 from moerge.runtime.loading import load_tokenizer
 from moerge.tensors.codec import decode
 from moerge.tensors.tensor import Tensor
@@ -37,7 +38,7 @@ class EmbeddingRouter(FittedRouter):
 
     def require(self) -> None:
         """The tokenizer is transformers'."""
-        require_models_extra(f"the {self.kind} router")
+        require("models", f"the {self.kind} router")
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:
         """The prompts."""
@@ -52,13 +53,14 @@ class EmbeddingRouter(FittedRouter):
             rows.append(self._row(tokenizer, embedding, self.prompts[name]))
             context.advance(len(context.texts[name].documents))
         rows_EH = np.stack(rows)
-        gate_EH = logit_scale(rows_EH, "columns", self.temperature)
-        return gates_of(context, lambda layer: gate_EH)
+        gate_EH = normalize_gate(rows_EH, "columns", self.temperature)
+        return gates_by_name(context, lambda layer: gate_EH)
 
     def _embedding(self, context: FitContext) -> Tensor:
-        assert context.family is not None
-        merged = open_folder(context.folder, name="merged").tensors
-        return next(tensor for name, tensor in merged.items() if context.family.role_of(name) == "embedding")
+        merged = open_folder(context.folder, name="merged")
+        family = family_of(merged.config)
+        assert family is not None
+        return next(tensor for name, tensor in merged.tensors.items() if family.role_of(name) == "embedding")
 
     def _row(self, tokenizer: Any, embedding: Tensor, prompts: Prompts) -> np.ndarray:
         row_H = _unit(_summed(tokenizer, embedding, prompts.positive))

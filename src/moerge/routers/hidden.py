@@ -11,15 +11,15 @@ import numpy as np
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
 from moerge.routers.base import Temperature
-from moerge.routers.calibrated import MomentRouter, gates_of
+from moerge.routers.calibrated import MomentRouter, gates_by_name
 from moerge.routers.prompts import Prompts, direction, prompt_texts
-from moerge.routers.regression import logit_scale
+from moerge.routers.regression import normalize_gate
 from moerge.texts import TextRequest, Texts
 
 if TYPE_CHECKING:
     import torch
 
-    from moerge.runtime.forced_routing import RunningMoE
+    from moerge.runtime.forced_routing import ForcedRoutingModel
 
 
 class HiddenRouter(MomentRouter):
@@ -58,16 +58,16 @@ class HiddenRouter(MomentRouter):
             experts = len(means_ELH)
             others_ELH = (means_ELH.sum(axis=0) - means_ELH) / max(1, experts - 1)
             means_ELH = means_ELH - others_ELH
-        return gates_of(context, lambda layer: logit_scale(means_ELH[:, layer], "columns", self.temperature))
+        return gates_by_name(context, lambda layer: normalize_gate(means_ELH[:, layer], "columns", self.temperature))
 
     def _prompt_means(self, context: FitContext, prompts: Mapping[str, Prompts]) -> np.ndarray:
         rows = []
-        with self.crew(context) as crew:
+        with self.replicas(context) as replicas:
             for index, name in enumerate(context.experts):
                 own, seen = prompts[name], partial(_router_inputs, path=self.path_of(index))
-                ids = [crew.model.encode(text, self.tokens) for text in (*own.positive, *own.negative)]
+                ids = [replicas.model.encode(text, self.tokens) for text in (*own.positive, *own.negative)]
                 states = []
-                for batch in crew.run(seen, ids):
+                for batch in replicas.run(seen, ids):
                     states += [self._pooled(inputs_LTH) for inputs_LTH in batch]
                     context.advance(len(batch))
                 rows.append(direction(states[: len(own.positive)], states[len(own.positive) :]))
@@ -79,5 +79,5 @@ class HiddenRouter(MomentRouter):
         return np.stack([state_H.cpu().double().numpy() for state_H in states])
 
 
-def _router_inputs(model: RunningMoE, ids_1T: torch.Tensor, path: int | None) -> list[torch.Tensor]:
+def _router_inputs(model: ForcedRoutingModel, ids_1T: torch.Tensor, path: int | None) -> list[torch.Tensor]:
     return model.router_inputs(ids_1T, path)

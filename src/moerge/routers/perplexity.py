@@ -9,10 +9,10 @@ import numpy as np
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
 from moerge.routers.base import Temperature
-from moerge.routers.calibrated import Accumulator, gates_of
+from moerge.routers.calibrated import Accumulator, gates_by_name
 from moerge.routers.regression import RegressionRouter
-from moerge.runtime.forced_routing import RunningMoE
-from moerge.runtime.replicas import Crew
+from moerge.runtime.forced_routing import ForcedRoutingModel
+from moerge.runtime.replicas import ModelReplicas
 
 if TYPE_CHECKING:
     import torch
@@ -38,26 +38,26 @@ class PerplexityRouter(RegressionRouter):
 
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """Regressions on the targets' share of every expert's text."""
-        with self.crew(context) as crew:
-            totals = [self._collect(crew, context, index) for index in range(len(context.experts))]
+        with self.replicas(context) as replicas:
+            totals = [self._collect(replicas, context, index) for index in range(len(context.experts))]
         shares = [self.share(total.tokens) for total in totals]
-        moment_LHH = sum(share * total.moment_LHH for share, total in zip(shares, totals, strict=True))
+        gram_LHH = sum(share * total.gram_LHH for share, total in zip(shares, totals, strict=True))
         targets_LHE = sum(share * total.product_LHC for share, total in zip(shares, totals, strict=True))
-        return gates_of(context, lambda layer: self.solve(np.asarray(moment_LHH)[layer], np.asarray(targets_LHE)[layer]))
+        return gates_by_name(context, lambda layer: self.solve(np.asarray(gram_LHH)[layer], np.asarray(targets_LHE)[layer]))
 
-    def _collect(self, crew: Crew, context: FitContext, index: int) -> Accumulator:
+    def _collect(self, replicas: ModelReplicas, context: FitContext, index: int) -> Accumulator:
         experts, expert = range(len(context.experts)), context.experts[index]
 
-        def look(model: RunningMoE, ids_1T: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        def look(model: ForcedRoutingModel, ids_1T: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
             target_TE = self.targets([model.losses(ids_1T, path) for path in experts])
             # the last token's successor is unknown
             return [state_TH[:-1] for state_TH in model.router_inputs(ids_1T, self.path_of(index))], target_TE
 
-        totals = Accumulator(crew)
+        totals = Accumulator(replicas)
         documents = context.texts[expert].documents
-        ids = [ids_1T for document in documents if (ids_1T := crew.model.encode(document, self.tokens)).shape[1] > 1]
+        ids = [ids_1T for document in documents if (ids_1T := replicas.model.encode(document, self.tokens)).shape[1] > 1]
         context.advance(len(documents) - len(ids))
-        for batch in crew.run(look, ids):
+        for batch in replicas.run(look, ids):
             totals.add([inputs for inputs, _ in batch], [targets for _, targets in batch])
             context.advance(len(batch))
         if totals.tokens == 0:

@@ -13,8 +13,8 @@ from pydantic import Field
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import Temperature
-from moerge.routers.calibrated import RunningRouter, gates_of
-from moerge.routers.regression import logit_scale
+from moerge.routers.calibrated import ModelRouter, gates_by_name
+from moerge.routers.regression import normalize_gate
 from moerge.tensors.linalg import leading_svd
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ SEQUENCES, TOKENS = 24, 128
 """How many random sequences are run, and of how many tokens."""
 
 
-class ProjectionRouter(RunningRouter):
+class ProjectionRouter(ModelRouter):
     """Row i of a gate is the sum of s_k sigma_k v_k over the `rank` directions of input that expert i's training changed most.
 
     v_k and sigma_k are the leading right singular vectors and values of the expert's task vector in the layer's first FFN
@@ -36,7 +36,7 @@ class ProjectionRouter(RunningRouter):
 
     - `sign: skew` (default) runs the merged model over random tokens. Few inputs go far along an expert's direction, and those
       that do are like its own text: the sign is that of the third moment of v x.
-    - `sign: mean` runs nothing: the sign is that of v m, m being the mean of the base's normalised embeddings times the norm
+    - `sign: mean` runs nothing: the sign is that of v m, m being the mean of the base's normalized embeddings times the norm
       before this FFN, if there is one. It ignores all that lies before the layer, and hardly beats a coin.
 
     Rows get unit norm; logits are divided by `temperature`. The base's task vector is zero and so is its row. It is what can be
@@ -82,9 +82,9 @@ class ProjectionRouter(RunningRouter):
 
         def gate(layer: int) -> np.ndarray:
             rows = [(scaled_HK * signs(layer, scaled_HK)).sum(axis=1) for scaled_HK in scaled_LEHK[layer]]
-            return logit_scale(np.stack(rows), "columns", self.temperature)
+            return normalize_gate(np.stack(rows), "columns", self.temperature)
 
-        return gates_of(context, gate)
+        return gates_by_name(context, gate)
 
     def _directions(self, context: FitContext, layer: int, expert: str) -> np.ndarray:
         """sigma_k v_k as columns; zero where nothing was trained."""
@@ -100,9 +100,11 @@ class ProjectionRouter(RunningRouter):
         return scaled_HK
 
     def _skew_signs(self, context: FitContext) -> Callable[[int, np.ndarray], np.ndarray]:
-        with self.crew(context) as crew:
-            drawn = [crew.model.random_tokens(self.seed + run, TOKENS) for run in range(SEQUENCES)]
-            runs = [run for batch in crew.run(lambda model, ids_1T: model.router_inputs(ids_1T, None), drawn) for run in batch]
+        with self.replicas(context) as replicas:
+            drawn = [replicas.model.random_tokens(self.seed + run, TOKENS) for run in range(SEQUENCES)]
+            runs = [
+                run for batch in replicas.run(lambda model, ids_1T: model.router_inputs(ids_1T, None), drawn) for run in batch
+            ]
         states_LTH = [np.concatenate([run[layer].cpu().numpy() for run in runs]) for layer in range(len(context.outputs))]
         return lambda layer, scaled_HK: _signs((states_LTH[layer].astype(np.float64) @ scaled_HK) ** 3)
 

@@ -27,7 +27,9 @@ def prompt_texts(prompts: Mapping[str, Prompts], experts: Sequence[str], source:
     """The prompts as calibration text, which the manifest has the hashes of; InputError unless every expert has some."""
     for name in (*prompts, *experts):
         if name not in experts:
-            raise InputError(f"{source}: moe.router.prompts: {name!r} is not an expert, {suggest(name, experts)}")
+            raise InputError(
+                f"{source}: moe.router.prompts: {name!r} is not an expert, {suggest(name, experts)}", code="unknown-name"
+            )
         if name not in prompts:
             raise InputError(f"{source}: moe.router.prompts: there are none for {name}: every expert needs some")
     return tuple(Texts(name, "prompts", (*prompts[name].positive, *prompts[name].negative)) for name in experts)

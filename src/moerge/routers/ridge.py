@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from moerge.operations.fitter import FitContext
-from moerge.routers.calibrated import MomentRouter, gates_of
-from moerge.routers.moments import Moments
+from moerge.routers.calibrated import MomentRouter, gates_by_name
+from moerge.routers.moments import GramStatistics
 from moerge.routers.regression import RegressionRouter
 
 
@@ -22,7 +22,7 @@ class RidgeRouter(RegressionRouter, MomentRouter):
     - lambda is `penalty` times the mean of A's diagonal, so that it means the same whatever the amount of text, the width and
       the norms; DUME's 0.01 is absolute, next to nothing for its amounts of text.
     - Mixtral's gates have no bias, so the regression has none either: W is then the best gate without one. Fitting [x, 1] and
-      dropping the bias is worse, since it shifts every decision by what the bias had corrected. Little is lost: normalised
+      dropping the bias is worse, since it shifts every decision by what the bias had corrected. Little is lost: normalized
       states have a large common part, by which W can express a constant.
     - `balance` gives every expert's text the same weight however long it is; false counts tokens, as DUME does.
     """
@@ -32,11 +32,11 @@ class RidgeRouter(RegressionRouter, MomentRouter):
     def fit(self, context: FitContext) -> dict[str, np.ndarray]:
         """One regression a layer."""
         moments_E = self.moments(context)
-        return gates_of(context, lambda layer: self.gate(moments_E, layer))
+        return gates_by_name(context, lambda layer: self.gate(moments_E, layer))
 
-    def gate(self, moments_E: Sequence[Moments], layer: int) -> np.ndarray:
+    def gate(self, moments_E: Sequence[GramStatistics], layer: int) -> np.ndarray:
         """One layer's gate, float32 [experts, hidden], from every expert's statistics."""
         shares = [self.share(moments.tokens) for moments in moments_E]
-        moment_HH = sum(share * m.moment_LHH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True))
+        gram_HH = sum(share * m.gram_LHH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True))
         targets_EH = [share * m.sum_LH[layer].astype(np.float64) for share, m in zip(shares, moments_E, strict=True)]
-        return self.solve(np.asarray(moment_HH), np.stack(targets_EH, axis=1))
+        return self.solve(np.asarray(gram_HH), np.stack(targets_EH, axis=1))

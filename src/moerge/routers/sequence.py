@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from moerge.architecture.family import Expected
+from moerge.architecture.family import ExpectedTensor
 from moerge.errors import suggest
 from moerge.operations.operations import Draw, Operation
 from moerge.registry import Registry
-from moerge.routers.base import Deviation, Router, Temperature
+from moerge.routers.base import Router, Std, Temperature
 
 FORMAT = "moerge"
 """The value of `moe.format` that asks for a sequence-routed model."""
@@ -38,14 +38,14 @@ class SequenceRouter(Router):
         return None
 
 
-class PerplexityRouting(SequenceRouter):
+class PerplexitySequenceRouter(SequenceRouter):
     """softmax(top-K(1 / PPL)), PPL of the prompt under each expert (MergeME, section 3.1.3)."""
 
     kind: ClassVar[str] = "perplexity"
     temperature: Temperature = 1.0
 
 
-class TaskVectorRouting(SequenceRouter):
+class TaskVectorSequenceRouter(SequenceRouter):
     """softmax(top-K(cos(-g, tau))), g the gradient of the base's loss on the prompt (MergeME, section 3.1.3)."""
 
     kind: ClassVar[str] = "task_vector"
@@ -63,7 +63,7 @@ class TaskVectorRouting(SequenceRouter):
         return None
 
 
-class RandomRouting(SequenceRouter):
+class RandomSequenceRouter(SequenceRouter):
     """Scores drawn from the prompt's tokens and the seed."""
 
     kind: ClassVar[str] = "random"
@@ -71,14 +71,14 @@ class RandomRouting(SequenceRouter):
     seed: int = 0
 
 
-class UniformRouting(SequenceRouter):
+class UniformSequenceRouter(SequenceRouter):
     """Every expert, all with the same weight."""
 
     kind: ClassVar[str] = "uniform"
     scores: ClassVar[bool] = False
 
 
-class FixedRouting(SequenceRouter):
+class FixedSequenceRouter(SequenceRouter):
     """One expert for every sequence."""
 
     kind: ClassVar[str] = "fixed"
@@ -92,7 +92,7 @@ class FixedRouting(SequenceRouter):
         return "expert", f": {self.expert!r} is not an expert of this recipe, {suggest(self.expert, experts)}"
 
 
-class LearnedRouting(SequenceRouter):
+class LearnedSequenceRouter(SequenceRouter):
     """A gate on the mean input embedding of the prompt, drawn as the random router of token-routed models is."""
 
     kind: ClassVar[str] = "learned"
@@ -100,9 +100,9 @@ class LearnedRouting(SequenceRouter):
     not_in_config: ClassVar[frozenset[str]] = frozenset({"seed", "std"})
     temperature: Temperature = 1.0
     seed: int = 0
-    std: Deviation | None = None
+    std: Std | None = None
 
-    def operation(self, gate: Expected) -> Operation:
+    def operation(self, gate: ExpectedTensor) -> Operation:
         """A draw that depends on the seed and the gate's name alone."""
         return Draw.of_linear(gate.shape[1], self.seed, self.std)
 

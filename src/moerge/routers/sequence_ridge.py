@@ -12,17 +12,17 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moerge.architecture.decoder_interface import whole_of
+from moerge.architecture.decoder_interface import decoder_interface
 from moerge.architecture.heterogeneous import EMBEDDING, expert_prefix
 from moerge.architecture.sequence import HETEROGENEOUS
 from moerge.checkpoint.reader import Checkpoint, open_folder
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.operations.fitter import FitContext, MoESize
 from moerge.routers.base import FittedRouter, Positive, Temperature
 from moerge.routers.calibrated import Count, expert_texts
 from moerge.routers.sequence import SequenceRouter
-from moerge.runtime.extras import require_models_extra
-from moerge.runtime.tokens import known_tokens, load_tokenizer
+from moerge.runtime.tokens import encode_checked, load_tokenizer
 from moerge.tensors.linalg import log_softmax
 from moerge.tensors.tables import Table
 from moerge.texts import TextRequest, Texts
@@ -41,7 +41,7 @@ PENALTY, SHARP = 1e-2, 0.1
 ROWS = 512
 
 
-class RidgeRouting(FittedRouter, SequenceRouter):
+class RidgeSequenceRouter(FittedRouter, SequenceRouter):
     """A gate on the mean input embedding of the prompt, as `learned` has, fitted instead of drawn.
 
     Texts are cut into windows as long as the prefix that the model routes by (64 tokens where it reads whole prompts). The gate
@@ -63,7 +63,7 @@ class RidgeRouting(FittedRouter, SequenceRouter):
 
     def require(self) -> None:
         """The tokenizer is transformers'."""
-        require_models_extra(f"the {self.kind} router")
+        require("models", f"the {self.kind} router")
 
     def inputs(self, request: TextRequest) -> tuple[Texts, ...]:
         """The first `texts` documents of every expert's entry in the recipe's `calibration`."""
@@ -99,7 +99,7 @@ class RidgeRouting(FittedRouter, SequenceRouter):
         experts, documents = [], []
         for index, expert in enumerate(context.experts):
             for number, text in enumerate(context.texts[expert].documents[: self.texts]):
-                ids = known_tokens(tokenizer, text, self.tokens, tables[0][0].rows, expert)
+                ids = encode_checked(tokenizer, text, self.tokens, tables[0][0].rows, expert)
                 cut = cut_windows(ids, length)
                 windows += cut
                 experts += [index] * len(cut)
@@ -179,9 +179,9 @@ def gate_tables(merged: Checkpoint) -> list[tuple[Table, float]]:
         return [(Table(merged.tensors["model.embed_tokens.0.weight"], "merged"), 1.0)]
     if config.get("embedding") != "separate":
         return [(Table(merged.tensors[EMBEDDING], "merged"), 1.0)]
-    wholes = [whole_of(own, f"expert {number}") for number, own in enumerate(config["expert_configs"])]
-    names = [expert_prefix(number) + whole.embedding for number, whole in enumerate(wholes)]
-    return [(Table(merged.tensors[n], "merged"), whole.embedding_scale) for n, whole in zip(names, wholes, strict=True)]
+    decoders = [decoder_interface(own, f"expert {number}") for number, own in enumerate(config["expert_configs"])]
+    names = [expert_prefix(number) + decoder.embedding for number, decoder in enumerate(decoders)]
+    return [(Table(merged.tensors[n], "merged"), decoder.embedding_scale) for n, decoder in zip(names, decoders, strict=True)]
 
 
 def window_length(config: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.runtime.extras import require_models_extra
+from moerge.extras import require
 from moerge.runtime.loading import Loaded, load_model, load_tokenizer, usable_device
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ Route = int | None
 """Which expert takes every token; None mixes all in equal parts."""
 
 
-class RunningMoE:
-    """A token-routed MoE in memory, whose gates are overruled, so that it does not matter what they hold."""
+class ForcedRoutingModel:
+    """A token-routed MoE in memory, whose router outputs are replaced, so that its gates' values do not matter."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class RunningMoE:
         dtype: str | None = None,
         model: Any = None,
     ) -> None:
-        """`model` is one that is loaded already, where it is; `layers` is how many it must have gates in."""
-        require_models_extra("a calibrated router")
+        """`model` is an already loaded model to use as it is; `layers` is the number of layers that must have gates."""
+        require("models", "a calibrated router")
         self.experts = experts
         self._folder = folder
         self._tokenizer: Any = None
@@ -64,7 +64,7 @@ class RunningMoE:
         return torch.tensor([ids], dtype=torch.long, device=self._device)
 
     def random_tokens(self, seed: int, tokens: int) -> torch.Tensor:
-        """Tokens drawn uniformly from the vocabulary, [1, T]: input that is no text at all."""
+        """Tokens drawn uniformly from the vocabulary, [1, T]: input that is not text."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -72,19 +72,19 @@ class RunningMoE:
 
     @property
     def on_cpu(self) -> bool:
-        """Return whether the processor computes, and not a device beside it."""
+        """Return whether the model runs on the CPU."""
         return bool(self._device.type == "cpu")
 
-    def twin(self) -> RunningMoE:
-        """Return a model with the same weights in modules of its own, so that it can run beside this one in another thread."""
+    def replica(self) -> ForcedRoutingModel:
+        """Return a model that shares the weights but has its own modules, so that it can run in another thread."""
         shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
         return copy.deepcopy(self, {id(part): part for part in shared})
 
     def router_logits(self, ids_1T: torch.Tensor) -> list[torch.Tensor]:
-        """Return the outputs of each layer's router when nothing overrules it, L times [T, E] in float32."""
+        """Return each layer's own router outputs, L times [T, E] in float32."""
         import torch
 
-        with torch.no_grad(), self._seen() as inputs_LTH:
+        with torch.no_grad(), self._record_router_inputs() as inputs_LTH:
             self._model.base_model(input_ids=ids_1T, use_cache=False)
             return [state_TH @ gate.weight.float().T for state_TH, gate in zip(inputs_LTH, self._gates, strict=True)]
 
@@ -92,7 +92,7 @@ class RunningMoE:
         """Return the inputs of each layer's router on this path, L times [T, H] in float32."""
         import torch
 
-        with torch.no_grad(), self._forced(path), self._seen() as inputs_LTH:
+        with torch.no_grad(), self._force_routing(path), self._record_router_inputs() as inputs_LTH:
             self._model.base_model(input_ids=ids_1T, use_cache=False)
         return inputs_LTH
 
@@ -100,19 +100,19 @@ class RunningMoE:
         """-log P of each token but the first given those before it, [T - 1], in nats."""
         import torch
 
-        with torch.no_grad(), self._forced(path):
+        with torch.no_grad(), self._force_routing(path):
             logits_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0].float()
         return torch.nn.functional.cross_entropy(logits_TV[:-1], ids_1T[0, 1:], reduction="none")
 
     @contextmanager
-    def _seen(self) -> Iterator[list[torch.Tensor]]:
+    def _record_router_inputs(self) -> Iterator[list[torch.Tensor]]:
         inputs_LTH: list[torch.Tensor] = []
 
-        def look(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        def record(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
             state = arguments[0].detach()
             inputs_LTH.append(state.reshape(-1, state.shape[-1]).float())
 
-        handles = [gate.register_forward_pre_hook(look) for gate in self._gates]
+        handles = [gate.register_forward_pre_hook(record) for gate in self._gates]
         try:
             yield inputs_LTH
         finally:
@@ -120,8 +120,10 @@ class RunningMoE:
                 handle.remove()
 
     @contextmanager
-    def _forced(self, path: Route) -> Iterator[None]:
-        handles = [gate.register_forward_hook(partial(_overrule, path=path, experts=self.experts)) for gate in self._gates]
+    def _force_routing(self, path: Route) -> Iterator[None]:
+        handles = [
+            gate.register_forward_hook(partial(_override_router_output, path=path, experts=self.experts)) for gate in self._gates
+        ]
         chosen = {block: block.top_k for block in self._blocks}
         try:
             for block in self._blocks:
@@ -150,7 +152,7 @@ def _chooses(module: Any, gates: list[Any]) -> bool:
     return hasattr(module, "top_k") and any(gate is one for gate in gates for one in held)
 
 
-def _overrule(module: Any, arguments: Any, output: Any, *, path: Route, experts: int) -> Any:
+def _override_router_output(module: Any, arguments: Any, output: Any, *, path: Route, experts: int) -> Any:
     """The router's output as it would be if it chose `path` for each token."""
     import torch
 

@@ -20,6 +20,7 @@ from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import check_files, read_json, weight_files
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError, MoergeError
+from moerge.extras import require
 from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
 from moerge.texts.documents import check_unicode
@@ -95,17 +96,15 @@ def load(
     `device` is the GPU by default where there is one; `tokenizer_from` another folder whose tokenizer is used.
     Raises InputError where transformers is missing or cannot load it, and for a device that cannot be used.
     """
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"running a model needs {error.name}: pip install 'moerge[models]'") from None
+    require("models", "running a model")
+    import torch
+
     folder = as_path(checkpoint, "a checkpoint").expanduser()
     place = str(folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not folder.is_dir():
         if folder.is_absolute() or str(checkpoint).startswith((".", "~")) or str(checkpoint).count("/") != 1:
-            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path")
+            raise InputError(f"there is no checkpoint folder {checkpoint}: check the path", code="not-found")
         place, _, revision = str(checkpoint).partition("@")
         options |= {"revision": revision} if revision else {}
     if folder.is_dir():

@@ -10,7 +10,7 @@ import numpy as np
 
 from moerge.errors import InputError
 
-CHARACTERS = 20
+MAX_CHARS_PER_TOKEN = 20
 """Characters that a token has at most, on average."""
 
 
@@ -24,9 +24,9 @@ def load_tokenizer(folder: Path) -> Any:
     return loading.load_tokenizer(folder)
 
 
-def known_tokens(tokenizer: Any, text: str, limit: int, rows: int, expert: str) -> np.ndarray:
+def encode_checked(tokenizer: Any, text: str, limit: int, rows: int, expert: str) -> np.ndarray:
     """The first `limit` tokens of a text, int64; InputError for one beyond the embedding's rows."""
-    some = text[: limit * CHARACTERS]
+    some = text[: limit * MAX_CHARS_PER_TOKEN]
     ids = np.asarray(tokenizer(some, truncation=True, max_length=limit)["input_ids"], np.int64)
     if ids.size and ids.max() >= rows:
         raise InputError(f"calibration.{expert}: token {ids.max()} has no embedding: the tokenizer and the model do not fit")

@@ -27,7 +27,7 @@ _FACTS = "moerge.statistics"
 _WINDOW = 1 << 20
 """Elements added up at a time."""
 _NUMBER = 1.2345678901234567e-300
-"""As long as a number gets in JSON."""
+"""The longest number in JSON, in characters."""
 
 
 def stored_name(kind: Kind, tensor: str) -> str:
@@ -98,14 +98,15 @@ def open_statistics(path: Path) -> Statistics:
 
 
 def check_replaceable(path: Path) -> None:
-    """InputError if there is a file that is no statistics: an expert called `model` would overwrite a checkpoint's weights."""
+    """Raise InputError if a file exists that does not hold statistics, such as the weights of a checkpoint in this folder."""
     try:
         ours = _FACTS in read_metadata(path) if read_header(path) else False
     except InputError:
         ours = False
     if not ours:
         raise InputError(
-            f"{path} is no statistics file, so --force does not replace it: remove it yourself, or choose another folder"
+            f"{path} is no statistics file, so --force does not replace it: remove it yourself, or choose another folder",
+            code="target-exists",
         )
 
 

@@ -25,13 +25,13 @@ def stream_key(seed: int, *names: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
-def drop(tau_KN: np.ndarray, keys_K: np.ndarray, start: int, density: float, factor: np.float32) -> None:
+def drop(tau_EN: np.ndarray, keys_E: np.ndarray, start: int, density: float, factor: np.float32) -> None:
     """Keep each entry with probability `density` and multiply it by `factor`; set the others to zero, in place.
 
     `start` is the index of the first column in its tensor and must be even.
     """
     assert start % 2 == 0
-    _drop(tau_KN, keys_K, np.uint64(start // 2), np.uint64(round(density * 2**32)), factor)
+    _drop(tau_EN, keys_E, np.uint64(start // 2), np.uint64(round(density * 2**32)), factor)
 
 
 def drop_each(tau_N: np.ndarray, key: np.uint64, start: int, kept_N: np.ndarray, rescale: bool) -> None:
@@ -60,15 +60,15 @@ def splitmix64(key: np.uint64, position: np.uint64) -> np.uint64:
 
 
 @kernel
-def _drop(tau_KN: np.ndarray, keys_K: np.ndarray, first: np.uint64, threshold: np.uint64, factor: np.float32) -> None:
+def _drop(tau_EN: np.ndarray, keys_E: np.ndarray, first: np.uint64, threshold: np.uint64, factor: np.float32) -> None:
     bits = np.empty(STRIP // 2, np.uint64)
     halves = bits.view(np.uint32)
-    for k in range(len(keys_K)):
-        for start in range(0, tau_KN.shape[1], STRIP):
-            strip = tau_KN[k, start : start + STRIP]
+    for k in range(len(keys_E)):
+        for start in range(0, tau_EN.shape[1], STRIP):
+            strip = tau_EN[k, start : start + STRIP]
             position = first + np.uint64(start // 2)
             for j in range(bits.size):
-                bits[j] = splitmix64(keys_K[k], position + np.uint64(j))
+                bits[j] = splitmix64(keys_E[k], position + np.uint64(j))
             for i in range(strip.size):
                 kept = np.uint64(halves[i]) < threshold
                 strip[i] = strip[i] * factor if kept else np.float32(0)

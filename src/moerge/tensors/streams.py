@@ -10,7 +10,7 @@ from moerge.errors import InputError
 from moerge.tensors.codec import decode
 from moerge.tensors.digest import CHUNK, TensorDigest, running_digest
 from moerge.tensors.source import Source
-from moerge.tensors.views.joined import culprit
+from moerge.tensors.views.joined import nonfinite_source
 
 BLOCK = 1 << 17
 """Elements a block: its float32 copies stay in the shared cache, and calling kernels costs little beside running them."""
@@ -71,7 +71,7 @@ class Stream:
     def fill_finite(self, out_N: np.ndarray, base_N: np.ndarray | None = None) -> None:
         """Fill as `fill` does; InputError for NaN and infinity."""
         if not self.fill(out_N, base_N):
-            blamed = culprit(self.source)
+            blamed = nonfinite_source(self.source)
             raise InputError(f"{blamed.model}: tensor {blamed.tensor.name!r} holds NaN or infinity: repair it first")
 
     def digest(self) -> str:

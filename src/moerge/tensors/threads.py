@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
+def single_threaded_blas() -> Iterator[None]:
     """Meanwhile numerical libraries compute on the calling thread alone; torch too if it is imported already."""
     from threadpoolctl import threadpool_limits
 

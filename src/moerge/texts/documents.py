@@ -56,7 +56,7 @@ def read_texts(expert: str, location: str, *, relative_to: Path = Path(), limit:
     try:
         documents = tuple(islice(read_documents(location, relative_to=relative_to), limit))
     except InputError as error:
-        raise InputError(f"calibration.{expert}: {error}") from None
+        raise InputError(f"calibration.{expert}: {error}", code=error.code) from None
     if not documents:
         raise InputError(f"calibration.{expert}: {location} holds no text: name a file with some for this expert")
     return Texts(expert, location, documents)
@@ -70,7 +70,9 @@ def read_documents(location: str, *, relative_to: Path = Path(), field: str | No
     try:
         files, named_itself = _files(relative_to / Path(location).expanduser(), glob.has_magic(location))
     except (OSError, RuntimeError) as error:
-        raise InputError(f"there is no text {location!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"there is no text {location!r}: {getattr(error, 'strerror', None) or error}", code="not-found"
+        ) from None
     for file in files:
         for document in _read_file(file, named_itself, field):
             if document.strip():
@@ -91,7 +93,7 @@ def _files(path: Path, is_pattern: bool) -> tuple[list[Path], bool]:
         if not files:
             raise InputError(f"no file matches {path}: check the pattern")
         return files, False
-    raise InputError(f"there is no file or folder {path}: check the path")
+    raise InputError(f"there is no file or folder {path}: check the path", code="not-found")
 
 
 def _hidden(path: Path) -> bool:
@@ -170,7 +172,7 @@ def _text(entry: Any, where: str, field: str | None) -> str:
 
 
 def check_unicode(text: str, what: str) -> None:
-    """InputError for half a character, which is no UTF-8 and nothing that a tokenizer takes."""
+    """Raise InputError for a lone surrogate, which UTF-8 and tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -185,7 +187,9 @@ def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"reading {path} needs pyarrow: pip install pyarrow, or convert it to jsonl") from None
+        raise InputError(
+            f"reading {path} needs pyarrow: pip install pyarrow, or convert it to jsonl", code="missing-extra"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if name not in file.schema_arrow.names:

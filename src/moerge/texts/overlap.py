@@ -54,5 +54,5 @@ def check_disjoint(
                 "so figures on them are no evidence"
             )
     if found and not allow:
-        raise InputError(f"{found[0]}: name other text, or go on with --allow-calibration-text")
+        raise InputError(f"{found[0]}: name other text, or go on with --allow-calibration-text", code="calibration-text")
     return tuple(found)

@@ -12,8 +12,8 @@ from moerge.tokenizer.files import (
     with_new_tokens,
     write_object,
 )
-from moerge.tokenizer.pieces import Pieces, map_vocabulary
-from moerge.tokenizer.spelling import Spelling
+from moerge.tokenizer.pieces import TokenAlignment, align_vocabulary
+from moerge.tokenizer.spelling import TokenEncoding
 from moerge.tokenizer.vocabulary import (
     Vocabulary,
     by_position,
@@ -30,13 +30,13 @@ __all__ = [
     "TEMPLATES",
     "VOCABULARY_FILES",
     "NewToken",
-    "Pieces",
-    "Spelling",
+    "TokenAlignment",
+    "TokenEncoding",
     "Vocabulary",
+    "align_vocabulary",
     "by_position",
     "companion_files",
     "has_tokenizer",
-    "map_vocabulary",
     "next_added_id",
     "read_object",
     "read_vocabulary",

@@ -19,7 +19,7 @@ from moerge.tensors.codec import decode
 from moerge.tensors.dtypes import F32, DType
 from moerge.tensors.kernels import kernel
 from moerge.tensors.tensor import Elements, Sized, Tensor, rectangles
-from moerge.tokenizer.pieces import EXACT, Pieces
+from moerge.tokenizer.pieces import EXACT, TokenAlignment
 
 _RUN = 1 << 18
 """Elements of the source that are held at a time, unless one row is made of more."""
@@ -36,7 +36,7 @@ class ComposedRows(Sized):
 
     name: str
     source: Tensor
-    pieces: Pieces = field(repr=False)
+    pieces: TokenAlignment = field(repr=False)
     width: int | None = None
     scale: float = 1.0
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)

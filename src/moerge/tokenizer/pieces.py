@@ -22,7 +22,7 @@ EXACT, COMPOSED, LEFT = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class TokenAlignment:
     """For each row of a chosen vocabulary the rows of a model's own table that it is made of.
 
     Row v is made of `rows_P[starts_V1[v] : starts_V1[v + 1]]`, in the order of its text: one row where `kinds_V[v]` is EXACT,
@@ -43,7 +43,7 @@ class Pieces:
         counts = np.bincount(kinds_T, minlength=3).tolist()
         return {name: count / max(1, len(kinds_T)) for name, count in zip(("exact", "composed", "left"), counts, strict=True)}
 
-    def for_head(self) -> Pieces:
+    def for_head(self) -> TokenAlignment:
         """Return the alignment for a head: each source row is used at most once; duplicates become LEFT.
 
         Two tokens with one row would share its probability, and a model that ends its texts with one of them would end them
@@ -53,10 +53,10 @@ class Pieces:
         counts_V = np.diff(self.starts_V1)
         rows_P = self.rows_P[np.repeat(~self.doubled_V, counts_V)]
         none_V = np.zeros_like(self.doubled_V)
-        return Pieces(_starts(np.where(self.doubled_V, 0, counts_V)), rows_P, kinds_V, self.tokens_V, none_V)
+        return TokenAlignment(_starts(np.where(self.doubled_V, 0, counts_V)), rows_P, kinds_V, self.tokens_V, none_V)
 
 
-def map_vocabulary(chosen: Checkpoint, own: Checkpoint, rows: int, own_rows: int) -> Pieces:
+def align_vocabulary(chosen: Checkpoint, own: Checkpoint, rows: int, own_rows: int) -> TokenAlignment:
     """Map each of the `rows` of a vocabulary, that of `chosen`, to rows of the table of `own`, which has `own_rows`.
 
     A token is EXACT where the model has one that stands for the same bytes, whatever its spelling (`Ġthe`, `▁the`; `<0x0A>`),
@@ -79,7 +79,8 @@ def map_vocabulary(chosen: Checkpoint, own: Checkpoint, rows: int, own_rows: int
     if not any(number not in tokens.special for number in found):
         raise InputError(
             f"the tokenizers of {chosen.name} and {own.name} have no token in common, so {own.name} cannot be mapped to the "
-            f"tokens of {chosen.name}: choose another 'tokenizer', or leave one of them out"
+            f"tokens of {chosen.name}: choose another 'tokenizer', or leave one of them out",
+            code="vocabularies-differ",
         )
     made: dict[int, Sequence[int]] = {number: (row,) for number, (_, row) in found.items()}
     lacking = [number for number in tokens.surfaces if number not in found and number not in tokens.special]
@@ -116,22 +117,24 @@ def _first(ids: Mapping[bytes, int], surfaces: Sequence[bytes]) -> int | None:
     return next((ids[surface] for surface in surfaces if surface in ids), None)
 
 
-def _pieces(rows: int, made: Mapping[int, Sequence[int]], exact: Container[int], tokens: Tokens, doubled_V: np.ndarray) -> Pieces:
+def _pieces(
+    rows: int, made: Mapping[int, Sequence[int]], exact: Container[int], tokens: Tokens, doubled_V: np.ndarray
+) -> TokenAlignment:
     counts_V = np.zeros(rows, np.int64)
     kinds_V = np.full(rows, LEFT, np.uint8)
     order = sorted(made)
     counts_V[order] = [len(made[number]) for number in order]
     kinds_V[order] = [EXACT if number in exact else COMPOSED for number in order]
     flat = [row for number in order for row in made[number]]
-    return Pieces(_starts(counts_V), np.array(flat, np.int32), kinds_V, _marked(rows, tokens), doubled_V)
+    return TokenAlignment(_starts(counts_V), np.array(flat, np.int32), kinds_V, _marked(rows, tokens), doubled_V)
 
 
-def _identity(rows: int, own_rows: int, tokens: Tokens) -> Pieces:
+def _identity(rows: int, own_rows: int, tokens: Tokens) -> TokenAlignment:
     numbers_V = np.arange(rows)
     had_V = numbers_V < own_rows
     kinds_V = np.where(had_V, EXACT, LEFT).astype(np.uint8)
     own = numbers_V[had_V].astype(np.int32)
-    return Pieces(_starts(had_V.astype(np.int64)), own, kinds_V, _marked(rows, tokens), np.zeros(rows, bool))
+    return TokenAlignment(_starts(had_V.astype(np.int64)), own, kinds_V, _marked(rows, tokens), np.zeros(rows, bool))
 
 
 def _starts(counts_V: np.ndarray) -> np.ndarray:

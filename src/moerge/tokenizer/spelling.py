@@ -13,7 +13,7 @@ _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
 @dataclass(frozen=True)
-class Spelling:
+class TokenEncoding:
     """A way to spell tokens, and `shown`, what in the files says so.
 
     Entries of a vocabulary are spelled; added tokens stand in the files as the text they match, and `spell` makes the two
@@ -63,7 +63,7 @@ def token_bytes(token: str) -> bytes | None:
         return None
 
 
-def spelling_of(tokenizer: Mapping[str, Any]) -> Spelling:
+def spelling_of(tokenizer: Mapping[str, Any]) -> TokenEncoding:
     """The spelling of a tokenizer.json."""
     marks = [
         (part, step["type"], _kind_of(part, step))
@@ -74,21 +74,21 @@ def spelling_of(tokenizer: Mapping[str, Any]) -> Spelling:
     if not marks:
         kind = tokenizer["model"].get("type")
         if kind == "WordPiece":
-            return Spelling("wordpiece", "model WordPiece")
-        return Spelling("plain", "no decoder that changes them")
+            return TokenEncoding("wordpiece", "model WordPiece")
+        return TokenEncoding("plain", "no decoder that changes them")
     ranked = sorted(marks, key=lambda mark: mark[0] != "decoder")  # the decoder says best what a token means
     kind = ranked[0][2]
     shown = ", ".join(dict.fromkeys(f"{part} {name}" for part, name, of in ranked if of == kind))
-    return Spelling(kind, shown)
+    return TokenEncoding(kind, shown)
 
 
-def spelling_of_tokens(tokens: Mapping[str, int]) -> Spelling:
+def spelling_of_tokens(tokens: Mapping[str, int]) -> TokenEncoding:
     """The spelling of a bare vocab.json, by what is in it."""
     if any(token.startswith("\u0120") for token in tokens):
-        return Spelling("byte-level", "tokens with U+0120 for a space")
+        return TokenEncoding("byte-level", "tokens with U+0120 for a space")
     if any(token.startswith(_SPACE) for token in tokens):
-        return Spelling("metaspace", "tokens with U+2581 for a space")
-    return Spelling("plain", "nothing that stands for a space")
+        return TokenEncoding("metaspace", "tokens with U+2581 for a space")
+    return TokenEncoding("plain", "nothing that stands for a space")
 
 
 def steps(part: Any) -> Iterator[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from moerge.checkpoint.reader import read_json
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import read_file
 from moerge.tokenizer.sentencepiece_model import read_sentencepiece
 from moerge.tokenizer.spelling import byte_characters
@@ -29,12 +30,9 @@ class Splitter:
     def __init__(self, name: str, folder: Path, tokens: Tokens) -> None:
         self._tokens, self._kind = tokens, tokens.vocabulary.spelling.kind
         model, path = _model(folder)
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise InputError(
-                f"composing the tokens that {name} lacks of its own needs tokenizers: pip install 'moerge[models]'"
-            ) from None
+        require("models", f"composing the tokens that {name} lacks of its own", "tokenizers")
+        from tokenizers import Tokenizer
+
         try:
             self._model = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**model, "dropout": None}})).model
         except Exception as error:  # the library raises nothing more specific
@@ -106,7 +104,9 @@ def _merges(path: Path) -> list[str]:
     try:
         lines = read_file(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path} is missing or damaged: without it no text can be split into the tokens beside it") from None
+        raise InputError(
+            f"{path} is missing or damaged: without it no text can be split into the tokens beside it", code="damaged-file"
+        ) from None
     return [line for line in lines if line.strip() and not line.startswith("#version")]
 
 

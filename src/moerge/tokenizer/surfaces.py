@@ -66,12 +66,12 @@ def read_tokens(model: Checkpoint, rows: int) -> Tokens:
             f"{model.folder}"
         )
     ids = {text: number for text, number in sorted(vocabulary.ids.items(), key=lambda entry: entry[1]) if number < rows}
-    surfaces = {number: surfaces_of(vocabulary, text) for text, number in ids.items()}
+    surfaces = {number: byte_forms_of(vocabulary, text) for text, number in ids.items()}
     special = frozenset(ids[text] for text, token in vocabulary.added.items() if token.get("special") and text in ids)
     return Tokens(vocabulary, surfaces, special, _roles(model, ids, vocabulary, rows))
 
 
-def surfaces_of(vocabulary: Vocabulary, token: str) -> tuple[bytes, ...]:
+def byte_forms_of(vocabulary: Vocabulary, token: str) -> tuple[bytes, ...]:
     """The bytes that a token of a vocabulary stands for; several where a space before it is left open, the likelier first."""
     kind = vocabulary.spelling.kind
     if kind == "metaspace":  # also in added tokens: Gemma's for runs of spaces stand among them

@@ -16,7 +16,7 @@ from moerge.files import read_file
 from moerge.tensors.digest import file_digest
 from moerge.tokenizer.files import NewToken, added_entry
 from moerge.tokenizer.sentencepiece_model import read_sentencepiece
-from moerge.tokenizer.spelling import Spelling, spelling_of, spelling_of_tokens, steps
+from moerge.tokenizer.spelling import TokenEncoding, spelling_of, spelling_of_tokens, steps
 
 _DAMAGED = "{} is damaged: fetch or copy it again"
 _HARMLESS_STEPS = ("use_regex", "trim_offsets")
@@ -33,7 +33,7 @@ class Vocabulary:
 
     ids: Mapping[str, int] = field(repr=False)
     added: Mapping[str, Mapping[str, Any]] = field(repr=False)
-    spelling: Spelling
+    spelling: TokenEncoding
     splitting: Mapping[str, Any] = field(repr=False)
     whole_words: bool = False
 
@@ -64,7 +64,7 @@ class Vocabulary:
 
 def by_position(size: int) -> Vocabulary:
     """A vocabulary of `size` tokens that need not be known, because all models share it."""
-    return Vocabulary({f"#{number}": number for number in range(size)}, {}, Spelling("plain", ""), {})
+    return Vocabulary({f"#{number}": number for number in range(size)}, {}, TokenEncoding("plain", ""), {})
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -114,7 +114,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise InputError(_DAMAGED.format(path)) from None
+        raise InputError(_DAMAGED.format(path), code="damaged-file") from None
 
 
 def _from_vocab_json(path: Path) -> Vocabulary:
@@ -126,20 +126,20 @@ def _from_vocab_json(path: Path) -> Vocabulary:
 
 def _from_vocab_txt(path: Path) -> Vocabulary:
     entries = {line: index for index, line in enumerate(_read_text(path).splitlines())}
-    return _vocabulary(path, entries, {}, Spelling("wordpiece", "vocab.txt"), {})
+    return _vocabulary(path, entries, {}, TokenEncoding("wordpiece", "vocab.txt"), {})
 
 
 def _from_sentencepiece(path: Path) -> Vocabulary:
     model = read_sentencepiece(path)
     entries = {text: index for index, text in enumerate(model.texts)}
-    return _vocabulary(path, entries, model.added, Spelling("metaspace", path.name), {})
+    return _vocabulary(path, entries, model.added, TokenEncoding("metaspace", path.name), {})
 
 
 def _vocabulary(
     path: Path,
     entries: Mapping[str, int],
     added: Mapping[str, Mapping[str, Any]],
-    spelling: Spelling,
+    spelling: TokenEncoding,
     splitting: Mapping[str, Any],
     whole_words: bool = False,
 ) -> Vocabulary:
@@ -151,7 +151,7 @@ def _vocabulary(
         ids = {text: number for text, number in ids.items() if taken.get(number, text) == text}
     ids |= {text: token["id"] for text, token in added.items()}
     if not all(type(number) is int and number >= 0 for number in ids.values()) or not all(type(text) is str for text in ids):
-        raise InputError(_DAMAGED.format(path))
+        raise InputError(_DAMAGED.format(path), code="damaged-file")
     return Vocabulary(ids, added, spelling, splitting, whole_words)
 
 
@@ -167,7 +167,7 @@ def _more_added(folder: Path) -> list[dict[str, Any]]:
         found |= {int(number): {**token, "id": int(number)} for number, token in (decoder or {}).items()}
         return [token for _, token in sorted(found.items()) if isinstance(token["content"], str)]
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(_DAMAGED.format(path)) from None
+        raise InputError(_DAMAGED.format(path), code="damaged-file") from None
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

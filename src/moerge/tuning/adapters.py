@@ -12,33 +12,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from moerge.errors import InputError
+from moerge.extras import require
 from moerge.tuning.models import local, part_of
-from moerge.tuning.parts import Parts, Schedule, chosen, split_slice
-from moerge.tuning.settings import Adapters, Request
+from moerge.tuning.parts import Parts, Schedule, select_parameters, split_slice
+from moerge.tuning.settings import Adapters, TuneConfig
 
 TRAINED = "trained.safetensors"
 """In a training checkpoint of adapters: everything that is trained. The rest is in the model that was begun with."""
 
 
 @dataclass(frozen=True)
-class Targets:
+class AdapterTargets:
     """The places of adapters: names of linear layers, and of parameters with an expert after the other."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
-def targets_of(request: Request, model: Any, parts: Parts, schedule: Schedule) -> Targets:
+def targets_of(tune_config: TuneConfig, model: Any, parts: Parts, schedule: Schedule) -> AdapterTargets:
     """Return the places that the settings want adapters in. Raises InputError where nothing can have one, or what has one is
     trained.
     """
-    adapters = request.settings.adapters
+    adapters = tune_config.settings.adapters
     assert adapters is not None
     path = ("adapters", "target")
-    wanted = chosen(request, path, adapters.target, parts) - parts["router"]
+    wanted = select_parameters(tune_config, path, adapters.target, parts) - parts["router"]
     if any("[" in name for name in wanted):
-        raise request.error(
+        raise tune_config.error(
             path, f" is {'+'.join(adapters.target)}: a native mixture's experts get adapters together ('experts')"
         )
     linear = {f"{name}.weight" for name, module in model.named_modules() if _adaptable(name, module)}
@@ -48,11 +48,11 @@ def targets_of(request: Request, model: Any, parts: Parts, schedule: Schedule) -
         what = "+".join(adapters.target)
         already = getattr(model.config, "adapters", None) is not None and what.startswith("experts")
         remedy = "which are adapters already: train them with 'train: experts'" if already else "where no linear layer lies"
-        raise request.error(path, f" is {what}, {remedy}")
-    both = found & schedule.ever
+        raise tune_config.error(path, f" is {what}, {remedy}")
+    both = found & schedule.ever_trained
     if both:
-        raise request.error(("train",), f" means {min(both)} too, which adapters.target trains: leave it out of one of them")
-    return Targets(
+        raise tune_config.error(("train",), f" means {min(both)} too, which adapters.target trains: leave it out of one of them")
+    return AdapterTargets(
         tuple(sorted(name.removesuffix(".weight") for name in found & linear)),
         tuple(sorted(found & stacked)),
     )
@@ -63,12 +63,11 @@ def _adaptable(name: str, module: Any) -> bool:
     return isinstance(module, torch.nn.Linear) and not name.startswith(("lm_head", "router"))
 
 
-def add_adapters(model: Any, adapters: Adapters, targets: Targets, seed: int) -> Any:
+def add_adapters(model: Any, adapters: Adapters, targets: AdapterTargets, seed: int) -> Any:
     """Put adapters that change nothing yet on the model, in place; peft's handle to it. A is a function of the seed."""
-    try:
-        import peft
-    except ImportError:
-        raise InputError("adapters need peft: pip install 'moerge[models,tune]'") from None
+    require("tune", "training adapters", "peft")
+    import peft
+
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapters.rank,
@@ -100,9 +99,9 @@ def with_adapters(schedule: Schedule, model: Any) -> Schedule:
     """The schedule in the names that parameters have once adapters are there, which are open from the beginning."""
     names = [name for name, _ in model.named_parameters()]
     now = {name.replace(".base_layer", ""): name for name in names if ".lora_" not in name}
-    openings = [(step, frozenset(_renamed(name, now) for name in opened)) for step, opened in schedule.openings]
-    step, first = openings[0]
-    return Schedule(((step, first | {name for name in names if ".lora_" in name}), *openings[1:]))
+    unfreeze_steps = [(step, frozenset(_renamed(name, now) for name in opened)) for step, opened in schedule.unfreeze_steps]
+    step, first = unfreeze_steps[0]
+    return Schedule(((step, first | {name for name in names if ".lora_" in name}), *unfreeze_steps[1:]))
 
 
 def _renamed(name: str, now: Mapping[str, str]) -> str:
@@ -113,7 +112,7 @@ def _renamed(name: str, now: Mapping[str, str]) -> str:
 def save_trained(model: Any, schedule: Schedule, folder: Path, *, write: bool = True) -> None:
     """Write what is trained. All processes that share a sharded model must call this, one of them with `write`."""
     parameters = dict(model.named_parameters())
-    trained = {name: _whole(parameters[name].detach()).contiguous().cpu() for name in sorted(schedule.ever)}
+    trained = {name: _whole(parameters[name].detach()).contiguous().cpu() for name in sorted(schedule.ever_trained)}
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trained, folder / TRAINED)

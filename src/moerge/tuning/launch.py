@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moerge.errors import InputError, MachineError, MoergeError
-from moerge.tuning.settings import Request
+from moerge.tuning.settings import TuneConfig
 
 _DISK_FULL = ("No space left", "PytorchStreamWriter failed writing", "inline_container")
 """What torch says where it cannot write a file to its end."""
@@ -25,13 +25,13 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("RANK", 0))
 
 
-def check_launch(request: Request, environment: Mapping[str, str] = os.environ) -> int:
+def check_launch(tune_config: TuneConfig, environment: Mapping[str, str] = os.environ) -> int:
     """The number of processes. Raises InputError for a launch that does not do what it says.
 
     `accelerate launch --cpu --num_processes 2` starts one process and says nothing; its FSDP and DeepSpeed settings would be
     taken over by Trainer, on a CPU as plain data parallelism.
     """
-    settings, processes = request.settings, world_size(environment)
+    settings, processes = tune_config.settings, world_size(environment)
     told = "ACCELERATE_MIXED_PRECISION" in environment
     if told and "WORLD_SIZE" not in environment and "MASTER_ADDR" in environment:
         raise InputError(
@@ -45,13 +45,15 @@ def check_launch(request: Request, environment: Mapping[str, str] = os.environ) 
     if settings.processes is not None and settings.processes != processes:
         many = "process runs" if processes == 1 else "processes run"
         wanted = _TORCHRUN.format(settings.processes)
-        raise request.error(("processes",), f" is {settings.processes}, but {processes} {many}: start it with {wanted}")
+        raise tune_config.error(("processes",), f" is {settings.processes}, but {processes} {many}: start it with {wanted}")
     if settings.sharding != "none" and processes == 1:
         wanted = _TORCHRUN.format("N")
-        raise request.error(("sharding",), f" is {settings.sharding}, but one process runs, with nothing to share: use {wanted}")
+        raise tune_config.error(
+            ("sharding",), f" is {settings.sharding}, but one process runs, with nothing to share: use {wanted}"
+        )
     if settings.batch % (settings.accumulation * processes):
         parts = f"accumulation {settings.accumulation} times {processes} processes"
-        raise request.error(("batch",), f" is {settings.batch}, which {parts} do not divide")
+        raise tune_config.error(("batch",), f" is {settings.batch}, which {parts} do not divide")
     return processes
 
 
@@ -75,17 +77,17 @@ def on_main(job: Callable[[], None]) -> None:
         raise failure
 
 
-def check_device(request: Request) -> str:
+def check_device(tune_config: TuneConfig) -> str:
     """The device to train on: the GPU where there is one. Raises InputError for one that cannot be used."""
     import torch
 
-    device = request.settings.device
+    device = tune_config.settings.device
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
-        raise request.error(("device",), f" is {device!r}: use cpu or cuda, and CUDA_VISIBLE_DEVICES to say which")
+        raise tune_config.error(("device",), f" is {device!r}: use cpu or cuda, and CUDA_VISIBLE_DEVICES to say which")
     if device == "cuda" and not torch.cuda.is_available():
-        raise request.error(("device",), " is cuda, but torch sees no GPU here: use cpu, or install torch for your GPU")
+        raise tune_config.error(("device",), " is cuda, but torch sees no GPU here: use cpu, or install torch for your GPU")
     return device
 
 
@@ -96,5 +98,7 @@ def explain(error: Exception) -> MoergeError | None:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return MachineError("the GPU's memory is full: raise 'accumulation', lower 'length', or set gradient_checkpointing")
     if any(sign in str(error) for sign in _DISK_FULL):
-        return MachineError("no space left for a training checkpoint: free some and run the same command again with --resume")
+        return MachineError(
+            "no space left for a training checkpoint: free some and run the same command again with --resume", code="no-space"
+        )
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moerge.distillation import Target, soft_cross_entropy
+from moerge.distillation import DistillationTarget, soft_cross_entropy
 
 
 def cross_entropy(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def router_entropy(scores_NE: torch.Tensor) -> torch.Tensor:
     return -(log_p_NE.exp() * log_p_NE).sum(-1).mean()
 
 
-def forward_kl(logits_NV: torch.Tensor, target: Target, temperature: float) -> torch.Tensor:
+def forward_kl(logits_NV: torch.Tensor, target: DistillationTarget, temperature: float) -> torch.Tensor:
     """KL(teacher || student) * T^2, the mean over tokens in nats: `soft_cross_entropy` less the teacher's own entropy.
 
     Where only the teacher's largest logits were kept, its probabilities are those among them, while the student's are over the

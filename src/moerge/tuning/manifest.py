@@ -15,7 +15,7 @@ from moerge.errors import InputError
 from moerge.tensors.codec import decode
 from moerge.tensors.digest import TensorDigest, file_digest
 from moerge.tensors.tensor import Tensor
-from moerge.tuning.outlook import Outlook
+from moerge.tuning.tune_plan import TunePlan
 
 MOST_DOCUMENTS = 100_000
 """Documents of a source whose hashes are kept, 20 bytes each; of longer ones none are, since some would look like all."""
@@ -24,7 +24,7 @@ _WINDOW = 1 << 20
 
 
 def tuned_manifest(
-    folder: Path, facts: Mapping[str, Any], outlook: Outlook, before: Mapping[str, Any], source: Checkpoint
+    folder: Path, facts: Mapping[str, Any], plan: TunePlan, before: Mapping[str, Any], source: Checkpoint
 ) -> dict[str, Any]:
     """Return the content of `moerge.json`. `folder` is complete but for it, `before` the manifest of the model that was tuned.
 
@@ -40,19 +40,19 @@ def tuned_manifest(
         "experts": [] if alone else list(before.get("experts") or source.config.get("expert_names") or ()),
         "operations": [],
         **{key: before[key] for key in ("calibration", "statistics", "vocabulary") if key in before},
-        "tuning": _texts(outlook, before),
-        "warnings": list(outlook.warnings),
+        "tuning": _texts(plan, before),
+        "warnings": list(plan.warnings),
         "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
         "tensors": {name: _digest(tensor) for name, tensor in open_folder(folder).tensors.items()},
         "files": {path.name: file_digest(path.read_bytes()) for path in sorted(folder.iterdir()) if _beside(path)},
     }
 
 
-def _texts(outlook: Outlook, before: Mapping[str, Any]) -> dict[str, Any]:
+def _texts(plan: TunePlan, before: Mapping[str, Any]) -> dict[str, Any]:
     """Return the texts that were trained on: now, and when the model was tuned before, of which a name that comes again gets
     a number.
     """
-    found = {name: _seen(outlook, index) for index, name in enumerate(outlook.mixture.names)}
+    found = {name: _seen(plan, index) for index, name in enumerate(plan.mixture.names)}
     for name, entry in (before.get("tuning") or {}).items():
         if entry not in found.values():
             numbered = (f"{name}-{number}" for number in count(2))
@@ -60,8 +60,8 @@ def _texts(outlook: Outlook, before: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _seen(outlook: Outlook, index: int) -> dict[str, Any]:
-    tokens, source = outlook.tokens[index], outlook.settings.data[outlook.mixture.names[index]]
+def _seen(plan: TunePlan, index: int) -> dict[str, Any]:
+    tokens, source = plan.tokens[index], plan.settings.data[plan.mixture.names[index]]
     hashes = [f"{value:016x}" for value in tokens.hashes_N.tolist()] if tokens.documents <= MOST_DOCUMENTS else None
     return {"location": source.path or source.hub, "digest": tokens.digest, "documents": hashes}
 

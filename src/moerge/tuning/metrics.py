@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moerge.files import whole_file
+from moerge.files import atomic_path
 
 WINDOW = 20
 """Steps over which the load of an expert is averaged before it counts as dying."""
@@ -28,7 +28,7 @@ class Metrics:
     def begin(self, step: int) -> None:
         """Training continues after this step, or begins with its first."""
         rows = [row for row in read_metrics(self.file) if row["step"] <= step] if step and self.file.exists() else []
-        with whole_file(self.file) as beside:
+        with atomic_path(self.file) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for row in rows:
             self.watch.see(row.get("load"))
@@ -81,5 +81,5 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def not_finite(row: Mapping[str, Any]) -> str | None:
-    """The first figure of a row that is no number."""
+    """The first figure of a row that is NaN or infinite."""
     return next((key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)), None)

@@ -10,23 +10,23 @@ from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
-from moerge.tuning.settings import Request
+from moerge.tuning.settings import TuneConfig
 
 
-def locate_models(request: Request, *, weights: bool = True) -> dict[str, Checkpoint]:
+def locate_models(tune_config: TuneConfig, *, weights: bool = True) -> dict[str, Checkpoint]:
     """The model, under "", and each source's teacher. Raises InputError that names the line where one is not there."""
-    wanted: dict[str, tuple[tuple[str, ...], str]] = {"": (("model",), request.settings.model)}
-    if request.settings.distils:
-        for name, source in request.settings.data.items():
+    wanted: dict[str, tuple[tuple[str, ...], str]] = {"": (("model",), tune_config.settings.model)}
+    if tune_config.settings.distils:
+        for name, source in tune_config.settings.data.items():
             wanted[name] = (("data", name, "teacher"), str(source.teacher))
     found = {}
     for name, (path, location) in wanted.items():
         try:
-            found[name] = locate(location, relative_to=request.folder, weights=weights)
+            found[name] = locate(location, relative_to=tune_config.folder, weights=weights)
         except InputError as error:
-            raise request.error(path, f": {error}") from None
+            raise tune_config.error(path, f": {error}", code=error.code) from None
         if is_adapter(found[name]):
-            raise request.error(path, f" is {location}, an adapter and no model: merge it with its base first")
+            raise tune_config.error(path, f" is {location}, an adapter and no model: merge it with its base first")
     return found
 
 

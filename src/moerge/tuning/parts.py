@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -13,7 +13,7 @@ from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS
 from moerge.errors import suggest
 from moerge.modeling.adapters_moerge import plain_name
 from moerge.modeling.naming_moerge import dense_name, role_of
-from moerge.tuning.settings import PARTS, Request
+from moerge.tuning.settings import PARTS, TuneConfig
 
 Parts = Mapping[str, frozenset[str]]
 
@@ -40,26 +40,36 @@ def parts_of(model: Any, experts: Sequence[str] = ()) -> Parts:
     `experts.NAME` is the part of a single expert: of a native MoE, whose `experts` are called so in its manifest, a slice of each
     parameter (see `Schedule`). Experts that are adapters have only those of their own.
     """
+    classify = _classifier(model)
     names = [name for name, _ in model.named_parameters()]
-    routers = tuple(f"{name}." for name in router_modules(model))
-    by_sequence, whole = model.config.model_type in BY_SEQUENCE, model.config.model_type == HETEROGENEOUS
-    found: dict[str, set[str]] = {part: set() for part in PARTS[:-1]}
+    by_part: dict[str, set[str]] = {part: set() for part in PARTS[:-1]}
     for name in names:
-        if name.startswith(("router.", *routers)):
-            part = "router"
-        elif "projector" in name:
-            part = "projectors"
-        elif _separate(name, model.config) if by_sequence and not whole else _EXPERTS.search(name):
-            part = "experts"
-        else:
-            part = "backbone"
-        found[part].add(name)
-    single = _by_number(found["experts"]) if by_sequence else _slices(model, found["experts"])
+        by_part[classify(name)].add(name)
+    by_sequence = model.config.model_type in BY_SEQUENCE
+    single = _by_number(by_part["experts"]) if by_sequence else _slices(model, by_part["experts"])
     called = list(model.config.expert_names) if by_sequence else list(experts) or list(map(str, range(len(single))))
-    for number, own in single.items():
+    for number, of_expert in single.items():
         if number < len(called):
-            found[f"experts.{called[number]}"] = own
-    return {**{part: frozenset(own) for part, own in found.items()}, "all": frozenset(names)}
+            by_part[f"experts.{called[number]}"] = of_expert
+    return {**{part: frozenset(members) for part, members in by_part.items()}, "all": frozenset(names)}
+
+
+def _classifier(model: Any) -> Callable[[str], str]:
+    """Return a function from a parameter's name to its part, for this kind of model."""
+    routers = ("router.", *(f"{name}." for name in router_modules(model)))
+    merged_experts = model.config.model_type in BY_SEQUENCE and model.config.model_type != HETEROGENEOUS
+
+    def is_expert(name: str) -> bool:
+        return _separate(name, model.config) if merged_experts else bool(_EXPERTS.search(name))
+
+    def classify(name: str) -> str:
+        if name.startswith(routers):
+            return "router"
+        if "projector" in name:
+            return "projectors"
+        return "experts" if is_expert(name) else "backbone"
+
+    return classify
 
 
 def _separate(name: str, config: Any) -> bool:
@@ -100,21 +110,21 @@ def split_slice(name: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of training: `openings` are (step, parameter names), the first at step 0.
+    """The schedule of training: `unfreeze_steps` are (step, parameter names), the first at step 0.
 
     `name[3]` is the slice number 3 of a parameter, the weights of one expert; of such a parameter only open slices move.
     """
 
-    openings: tuple[tuple[int, frozenset[str]], ...]
+    unfreeze_steps: tuple[tuple[int, frozenset[str]], ...]
 
     @property
-    def ever(self) -> frozenset[str]:
+    def ever_trained(self) -> frozenset[str]:
         """Parameters that are trained at some time, some of them only in slices."""
-        return frozenset(split_slice(name)[0] for _, names in self.openings for name in names)
+        return frozenset(split_slice(name)[0] for _, names in self.unfreeze_steps for name in names)
 
-    def closed(self, step: int) -> frozenset[str]:
+    def frozen(self, step: int) -> frozenset[str]:
         """Return the parameters that will be trained, but not yet at this step."""
-        return self.ever.difference(split_slice(name)[0] for name in self._open(step))
+        return self.ever_trained.difference(split_slice(name)[0] for name in self._open(step))
 
     def slices(self, step: int) -> dict[str, list[int]]:
         """The open slices of parameters that are open only in part at this step."""
@@ -128,29 +138,31 @@ class Schedule:
     @property
     def sliced(self) -> frozenset[str]:
         """Parameters that are open only in part at some time."""
-        return frozenset(name for start, _ in self.openings for name in self.slices(start))
+        return frozenset(name for start, _ in self.unfreeze_steps for name in self.slices(start))
 
     def trained(self, sizes: Mapping[str, tuple[int, ...]]) -> int:
         """Count the numbers that are trained at some time, of parameters with these shapes."""
-        last = max(start for start, _ in self.openings)
+        last = max(start for start, _ in self.unfreeze_steps)
         slices = self.slices(last)
-        whole = sum(prod(sizes[name]) for name in self.ever if name not in slices)
+        whole = sum(prod(sizes[name]) for name in self.ever_trained if name not in slices)
         return whole + sum(len(numbers) * prod(sizes[name][1:]) for name, numbers in slices.items())
 
     def _open(self, step: int) -> frozenset[str]:
-        return frozenset().union(*(names for start, names in self.openings if start <= step))
+        return frozenset().union(*(names for start, names in self.unfreeze_steps if start <= step))
 
 
-def make_schedule(request: Request, parts: Parts) -> Schedule:
+def make_schedule(tune_config: TuneConfig, parts: Parts) -> Schedule:
     """The schedule of `train` and `opens`. Raises InputError for a part that the model lacks or a pattern without a match."""
-    settings = request.settings
-    openings = [(0, chosen(request, ("train",), settings.trains, parts))]
+    settings = tune_config.settings
+    unfreeze_steps = [(0, select_parameters(tune_config, ("train",), settings.trains, parts))]
     for index, opening in enumerate(settings.opens):
-        openings.append((opening.step, chosen(request, ("opens", index, "train"), opening.train, parts)))
-    return Schedule(tuple(openings))
+        unfreeze_steps.append((opening.step, select_parameters(tune_config, ("opens", index, "train"), opening.train, parts)))
+    return Schedule(tuple(unfreeze_steps))
 
 
-def chosen(request: Request, path: tuple[str | int, ...], wanted: Sequence[str], parts: Parts) -> frozenset[str]:
+def select_parameters(
+    tune_config: TuneConfig, path: tuple[str | int, ...], wanted: Sequence[str], parts: Parts
+) -> frozenset[str]:
     """Parameters that names of parts and patterns mean; `path` says where they stand. Raises InputError for one without any."""
     found: set[str] = set()
     for name in wanted:
@@ -159,35 +171,37 @@ def chosen(request: Request, path: tuple[str | int, ...], wanted: Sequence[str],
             own = frozenset(known for known in parts["all"] if fnmatchcase(known, name))
             single = [part for part in parts if part.startswith(_SINGLE)]
             if not own and name.startswith(_SINGLE) and single:
-                raise request.error(path, f": there is no {name!r}, {suggest(name, single)}")
+                raise tune_config.error(path, f": there is no {name!r}, {suggest(name, single)}", code="unknown-name")
             if not own:
-                raise request.error(path, f": {name!r} is none of {', '.join(PARTS)}, and no parameter's name matches it")
+                raise tune_config.error(path, f": {name!r} is none of {', '.join(PARTS)}, and no parameter's name matches it")
         if not own:
             has = ", ".join(part for part in PARTS[:-1] if parts[part])
-            raise request.error(path, f": the model has no {name}; it has {has}")
+            raise tune_config.error(path, f": the model has no {name}; it has {has}")
         found |= own
     return frozenset(found)
 
 
-def check_losses(request: Request, model: Any, parts: Parts) -> None:
+def check_losses(tune_config: TuneConfig, model: Any, parts: Parts) -> None:
     """InputError for a loss that this model cannot have."""
-    losses, by_sequence = request.settings.losses, model.config.model_type in BY_SEQUENCE
+    losses, by_sequence = tune_config.settings.losses, model.config.model_type in BY_SEQUENCE
     for key in ("load_balance", "router_z"):
         if getattr(losses, key) and not parts["router"]:
             what = f"its routing is {model.config.routing['kind']!r}" if by_sequence else "it is dense"
-            raise request.error(("losses", key), f": the model has no router to balance, {what}")
+            raise tune_config.error(("losses", key), f": the model has no router to balance, {what}")
     if losses.distillation.hidden and by_sequence:
-        raise request.error(("losses", "distillation", "hidden"), ": chosen experts have hidden states each: compare logits only")
+        raise tune_config.error(
+            ("losses", "distillation", "hidden"), ": chosen experts have hidden states each: compare logits only"
+        )
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
     beyond = [layer for layer in losses.distillation.hidden_layers if layer > layers]
     if beyond:
         message = f": there is no layer {beyond[0]}, the model has {layers}"
-        raise request.error(("losses", "distillation", "hidden_layers"), message)
+        raise tune_config.error(("losses", "distillation", "hidden_layers"), message)
 
 
-def hidden_layers(request: Request, model: Any) -> tuple[int, ...]:
+def hidden_layers(tune_config: TuneConfig, model: Any) -> tuple[int, ...]:
     """The layers whose hidden states are compared."""
-    distillation = request.settings.losses.distillation
+    distillation = tune_config.settings.losses.distillation
     if not distillation.hidden:
         return ()
     return distillation.hidden_layers or (max(1, int(model.config.get_text_config().num_hidden_layers) // 2),)

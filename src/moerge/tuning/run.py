@@ -15,16 +15,17 @@ from moerge.checkpoint.reader import Checkpoint
 from moerge.checkpoint.staging import MANIFEST
 from moerge.checkpoint.workspace import machine_errors
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import check_unchanged, scratch_folder, target_of
 from moerge.progress import Advance, Progress, reporter
 from moerge.tuning.launch import check_device, check_launch, explain, on_main, rank
 from moerge.tuning.models import is_sharded, load_sharded, locate_models, skeleton_of
-from moerge.tuning.settings import Request, load_tuning
-from moerge.tuning.work import Work
+from moerge.tuning.run_directory import RunDirectory
+from moerge.tuning.settings import TuneConfig, load_tuning
 
 if TYPE_CHECKING:
-    from moerge.tuning.outlook import Outlook
-    from moerge.tuning.result import TuneResult
+    from moerge.tuning.tune_plan import TunePlan
+    from moerge.tuning.tune_result import TuneResult
 
 _TRANSFORMERS = (5, 5)
 """Since then routers are modules, and experts a tensor."""
@@ -33,31 +34,28 @@ _KEPT = 2
 """Training checkpoints kept: while one is written, the one before stays."""
 
 
-def require_tune_extra() -> None:
-    """InputError where what tuning runs on is not installed."""
-    try:
-        import accelerate  # noqa: F401
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise InputError(f"tuning needs {error.name}: pip install 'moerge[models,tune]'") from None
+def _check_installation() -> None:
+    """Raise InputError if a package that tuning needs is missing or too old."""
+    require("tune", "tuning")
+    import transformers
+
     if tuple(map(int, transformers.__version__.split(".")[:2])) < _TRANSFORMERS:
         wanted = ".".join(map(str, _TRANSFORMERS))
         raise InputError(f"tuning needs transformers {wanted} or newer, and this is {transformers.__version__}: upgrade it")
 
 
-def look(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Outlook:
+def plan_tune(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> TunePlan:
     """Plan a tuning: shares of the data, how long it lasts, sizes. Reads the text that the run needs, runs no model."""
-    require_tune_extra()
-    from moerge.tuning.outlook import make_outlook
+    _check_installation()
+    from moerge.tuning.tune_plan import make_plan
 
-    request = load_tuning(tuning, seed=seed)
-    models = locate_models(request, weights=False)
+    tune_config = load_tuning(tuning, seed=seed)
+    models = locate_models(tune_config, weights=False)
     with scratch_folder("moerge-tune-") as folder:
-        work = Work(folder / "out")
+        work = RunDirectory(folder / "out")
         skeleton, tokenizer = skeleton_of(models[""].folder)
-        processes = request.settings.processes or 1
-        return make_outlook(request, work, models, tokenizer, skeleton, processes, lambda text: None)
+        processes = tune_config.settings.processes or 1
+        return make_plan(tune_config, work, models, tokenizer, skeleton, processes, lambda text: None)
 
 
 def tune(
@@ -72,22 +70,24 @@ def tune(
     """Tune as TUNE.yaml says and write the checkpoint folder `out`; None on all processes but the first.
 
     `resume` continues an interrupted tuning into `out` from its last complete training checkpoint, with the losses that it
-    would have had; `force` replaces a checkpoint that moerge made there.
+    would have had, and leaves a complete result of the same settings and models as it is; `force` replaces a checkpoint that
+    moerge made there.
     `progress` is a `Progress`, or True for a display on standard error.
     Raises InputError for bad input and an existing `out`, MachineError for a full or failing disk.
     """
-    require_tune_extra()
-    request = load_tuning(tuning, seed=seed)
-    processes = check_launch(request)
-    work = Work(target_of(out))
+    _check_installation()
+    tune_config = load_tuning(tuning, seed=seed)
+    processes = check_launch(tune_config)
+    work = RunDirectory(target_of(out))
     with closing(work), reporter(progress) as report:
-        job = _Job(request, work, report, check_device(request), processes)
+        job = _Job(tune_config, work, report, check_device(tune_config), processes)
         arguments = job.arguments()
         try:
             on_main(lambda: job.prepare(resume=resume, force=force))
-            job.train(arguments)
-            job.gather()
-            on_main(lambda: job.finish(force=force))
+            if work.interrupted:  # on all processes; otherwise OUT was complete already
+                job.train(arguments)
+                job.gather()
+                on_main(lambda: job.finish(force=force))
         except InputError:
             if rank() == 0:
                 work.discard()
@@ -102,8 +102,8 @@ def tune(
 
 @dataclass
 class _Job:
-    request: Request
-    work: Work
+    tune_config: TuneConfig
+    work: RunDirectory
     progress: Progress
     device: str
     processes: int
@@ -113,8 +113,8 @@ class _Job:
 
     def prepare(self, *, resume: bool, force: bool) -> None:
         """On the first process: the folder, the tokens, the teachers' targets. The others find all of it there."""
-        from moerge.tuning.result import weights_digest
         from moerge.tuning.teachers import check_space
+        from moerge.tuning.tune_result import TuneResult, weights_digest
 
         models = self.models
         self.inputs = {
@@ -126,59 +126,63 @@ class _Job:
             }
             for name, m in models.items()
         }
-        facts = {"settings": self.request.settings.model_dump(mode="json"), "models": self.inputs}
+        facts = {"settings": self.tune_config.settings.model_dump(mode="json"), "models": self.inputs}
+        if resume and (finished := self.work.finished(facts)):
+            self.work.clear()
+            self.result = TuneResult(self.work.target, finished, was_complete=True)
+            return
         self.recipe = (read_manifest(models[""].folder) or {}).get("recipe")
         self.work.open(facts, {name or "the model": m.folder for name, m in models.items()}, resume=resume, force=force)
         with machine_errors(self.work.root):
-            outlook, _, _ = self.outlook
-            if self.work.fresh:
+            plan, _, _ = self.plan
+            if self.work.is_new:
                 what, remedy = "training checkpoints and the result", "write OUT to another disk"
-                check_space(outlook.disk_bytes, self.work.root, what, remedy)
-            if outlook.lessons:
-                self._teach(outlook, {name: m.folder for name, m in models.items() if name})
+                check_space(plan.disk_bytes, self.work.root, what, remedy)
+            if plan.teacher_targets:
+                self._teach(plan, {name: m.folder for name, m in models.items() if name})
 
-    def _teach(self, outlook: Outlook, teachers: Mapping[str, Path]) -> None:
+    def _teach(self, plan: TunePlan, teachers: Mapping[str, Path]) -> None:
         from moerge.tuning.teachers import check_space, run_teachers
 
-        settings, lessons, (_, _, config) = self.request.settings, outlook.lessons, self.outlook
-        assert lessons is not None
-        amount = lessons.sequences * settings.length
-        size = f"{outlook.lesson_bytes / 1e6:,.3g} MB in {self.work.targets}"
+        settings, teacher_targets, (_, _, config) = self.tune_config.settings, plan.teacher_targets, self.plan
+        assert teacher_targets is not None
+        amount = teacher_targets.sequences * settings.length
+        size = f"{plan.target_bytes_needed / 1e6:,.3g} MB in {self.work.targets}"
         self.progress.info(f"the teachers' targets for {amount:,} tokens take {size}")
-        if self.work.fresh:
+        if self.work.is_new:
             remedy = "lower losses.distillation.top, or write to another disk"
-            check_space(outlook.lesson_bytes, self.work.targets, "the teachers' targets", remedy)
-        tokens = dict(zip(outlook.mixture.names, outlook.tokens, strict=True))
-        run_teachers(self.request, lessons, teachers, tokens, config, self.device, self._begin(amount))
+            check_space(plan.target_bytes_needed, self.work.targets, "the teachers' targets", remedy)
+        tokens = dict(zip(plan.mixture.names, plan.tokens, strict=True))
+        run_teachers(self.tune_config, teacher_targets, teachers, tokens, config, self.device, self._begin(amount))
 
-    def _begin(self, lessons: int = 0) -> Advance:
+    def _begin(self, teacher_targets: int = 0) -> Advance:
         """Start the one phase of all tokens to come; returns its callback."""
-        settings = self.request.settings
+        settings = self.tune_config.settings
         if self.advance is None:
             left = settings.total_steps - _step(self.work.latest())
-            self.advance = self.progress.phase("tuning", lessons + left * settings.batch * settings.length, "tokens")
+            self.advance = self.progress.phase("tuning", teacher_targets + left * settings.batch * settings.length, "tokens")
         return self.advance
 
     @cached_property
     def models(self) -> dict[str, Checkpoint]:
         """The model, under "", and each source's teacher."""
-        return locate_models(self.request)
+        return locate_models(self.tune_config)
 
     @cached_property
-    def outlook(self) -> tuple[Outlook, Any, Any]:
-        """The outlook, the tokenizer and the model's config; tokens that are there are not made again."""
-        from moerge.tuning.outlook import make_outlook
+    def plan(self) -> tuple[TunePlan, Any, Any]:
+        """The plan, the tokenizer and the model's config; tokens that are there are not made again."""
+        from moerge.tuning.tune_plan import make_plan
 
         skeleton, tokenizer = skeleton_of(self.models[""].folder)
         warn = self.progress.warning if rank() == 0 else lambda text: None
-        outlook = make_outlook(self.request, self.work, self.models, tokenizer, skeleton, self.processes, warn)
-        return outlook, tokenizer, skeleton.config
+        plan = make_plan(self.tune_config, self.work, self.models, tokenizer, skeleton, self.processes, warn)
+        return plan, tokenizer, skeleton.config
 
     def arguments(self) -> Any:
         """Trainer's arguments. Making them starts the communication between processes."""
         from transformers import TrainingArguments
 
-        settings = self.request.settings
+        settings = self.tune_config.settings
         found = TrainingArguments(
             output_dir=str(self.work.checkpoints),
             per_device_train_batch_size=settings.batch // (settings.accumulation * self.processes),
@@ -219,11 +223,11 @@ class _Job:
         from moerge.tuning.metrics import Metrics
         from moerge.tuning.trainer import Sequences, TuneTrainer
 
-        settings, checkpoint = self.request.settings, self.work.latest()
-        forecast, _, _ = self.outlook
-        schedule, model = forecast.schedule, self._model(checkpoint)
+        settings, checkpoint = self.tune_config.settings, self.work.latest()
+        plan, _, _ = self.plan
+        schedule, model = plan.schedule, self._model(checkpoint)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in schedule.ever)
+            parameter.requires_grad_(name in schedule.ever_trained)
         if settings.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -232,23 +236,23 @@ class _Job:
         if rank() == 0:
             self.metrics.begin(done)
         self._begin()
-        lessons = forecast.lessons
+        teacher_targets = plan.teacher_targets
         trainer = TuneTrainer(
             model=model,
             args=arguments,
-            train_dataset=Sequences(forecast.mixture, forecast.tokens, lessons),
+            train_dataset=Sequences(plan.mixture, plan.tokens, teacher_targets),
             settings=settings,
             schedule=schedule,
-            only_trained=forecast.targets is not None,
-            names=forecast.mixture.names,
+            only_trained=plan.targets is not None,
+            names=plan.mixture.names,
             metrics=self.metrics,
-            layers=lessons.files.layers if lessons else (),
-            heldout=forecast.heldout,
+            layers=teacher_targets.files.layers if teacher_targets else (),
+            heldout=plan.heldout,
             advance=self._begin(),
         )
         trainer.remove_callback(PrinterCallback)
-        if rank() == 0 and (board := _tensorboard(self.work.board)):
-            trainer.add_callback(board)
+        if rank() == 0 and (tensorboard_dir := _tensorboard(self.work.tensorboard_dir)):
+            trainer.add_callback(tensorboard_dir)
         self.trainer, begun = trainer, time.perf_counter()
         with without_progress_bars(), machine_errors(self.work.root):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -258,7 +262,7 @@ class _Job:
         """The model as it is after a training checkpoint, or as it was to begin with."""
         from moerge.runtime.loading import load
 
-        settings, targets, source = self.request.settings, self.outlook[0].targets, self.models[""]
+        settings, targets, source = self.tune_config.settings, self.plan[0].targets, self.models[""]
         begin = source.folder if targets else checkpoint or source.folder
         if settings.sharding != "none":
             model = load_sharded(begin, self.processes)
@@ -270,7 +274,7 @@ class _Job:
         """The model with adapters on it, as new or as they are in a folder."""
         from moerge.tuning.adapters import add_adapters, load_trained, share_out
 
-        settings, targets = self.request.settings, self.outlook[0].targets
+        settings, targets = self.tune_config.settings, self.plan[0].targets
         assert settings.adapters is not None and targets is not None
         self.adapted = add_adapters(model, settings.adapters, targets, settings.seed)
         if is_sharded(model):
@@ -281,7 +285,7 @@ class _Job:
 
     def gather(self) -> None:
         """Put the parts of a sharded model together on the disk."""
-        if self.request.settings.sharding == "none":
+        if self.tune_config.settings.sharding == "none":
             return
         from moerge.quiet import without_progress_bars
         from moerge.tuning.adapters import save_trained
@@ -289,27 +293,27 @@ class _Job:
         with without_progress_bars(), machine_errors(self.work.root):
             model: Any = self.trainer.model
             if self.adapted:
-                save_trained(model, self.outlook[0].schedule, self.work.gathered, write=rank() == 0)
+                save_trained(model, self.plan[0].schedule, self.work.unsharded, write=rank() == 0)
             else:
-                model.save_pretrained(self.work.gathered, is_main_process=rank() == 0)
+                model.save_pretrained(self.work.unsharded, is_main_process=rank() == 0)
             self.trainer.accelerator.wait_for_everyone()
 
-    def _gathered(self, source: Checkpoint) -> Any:
+    def _load_unsharded(self, source: Checkpoint) -> Any:
         """Load what `gather` put together of a sharded model, on this process alone."""
         from moerge.runtime.loading import load
 
-        begin = source.folder if self.adapted else self.work.gathered
+        begin = source.folder if self.adapted else self.work.unsharded
         model = load(begin, dtype="float32", device="cpu", tokenizer_from=source.folder).model
-        return self._with_adapters(model, self.work.gathered) if self.adapted else model
+        return self._with_adapters(model, self.work.unsharded) if self.adapted else model
 
     def finish(self, *, force: bool) -> None:
         """On the first process: write the result and publish it."""
         from moerge.tuning.manifest import tuned_manifest
-        from moerge.tuning.result import TuneResult, facts_of, files_of, write_adapter, write_result
+        from moerge.tuning.tune_result import TuneResult, facts_of, files_of, write_adapter, write_result
 
-        source, settings = self.models[""], self.request.settings
+        source, settings = self.models[""], self.tune_config.settings
         with machine_errors(self.work.root):
-            model = self.trainer.model if settings.sharding == "none" else self._gathered(source)
+            model = self.trainer.model if settings.sharding == "none" else self._load_unsharded(source)
             if settings.adapters and settings.adapters.save == "merged":
                 model = self.adapted.merge_and_unload()
             if settings.adapters and settings.adapters.save == "adapter":
@@ -317,12 +321,12 @@ class _Job:
             else:
                 write_result(model, self.work, source, settings.save_dtype)
         trained = {"recipe": self.recipe, "resumed_after_step": self.resumed, "seconds": self.seconds, "last": self.metrics.last}
-        facts = facts_of(self.outlook[0], self.inputs, trained)
+        facts = facts_of(self.plan[0], self.inputs, trained)
         with machine_errors(self.work.root):
             for name, content in files_of(facts, self.work).items():
                 (self.work.result / name).write_bytes(content)
             check_unchanged(file for m in self.models.values() for file in m.files)
-            made = tuned_manifest(self.work.result, facts, self.outlook[0], read_manifest(source.folder) or {}, source)
+            made = tuned_manifest(self.work.result, facts, self.plan[0], read_manifest(source.folder) or {}, source)
         self.work.complete({MANIFEST: sealed(made)}, replace=force)
         self.result = TuneResult(self.work.target, facts)
 

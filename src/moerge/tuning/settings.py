@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from moerge.errors import InputError, suggest
+from moerge.errors import Code, InputError, suggest
 from moerge.files import LONGEST_LABEL, as_path
 from moerge.recipe.document import Document, plain_copy, read_document
 
@@ -18,7 +18,7 @@ PARTS = ("router", "projectors", "experts", "backbone", "all")
 """What `train` can name besides patterns."""
 
 MOST_SEQUENCES = 10**9
-"""Of a run: eight bytes of memory each, and five more for a moment."""
+"""The most sequences of a run: each takes eight bytes of memory, and briefly five more."""
 
 _SEEDS = 2**32
 """What transformers takes."""
@@ -107,7 +107,7 @@ class Adapters(_Strict):
     save: Literal["merged", "adapter"] = "merged"
 
 
-class Opening(_Strict):
+class UnfreezeStep(_Strict):
     """From this step on (0 is the first) these parts are trained too."""
 
     step: Count
@@ -128,7 +128,7 @@ class Tuning(_Strict):
     model: Annotated[str, Field(min_length=1)]
     data: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=LONGEST_LABEL)], Source], Field(min_length=1)]
     train: Train = ("all",)
-    opens: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
+    opens: Annotated[tuple[UnfreezeStep, ...], Field(strict=False)] = ()
     adapters: Adapters | None = None
     losses: Losses = Losses()
     learning_rate: Positive = 1e-5
@@ -182,19 +182,19 @@ class Tuning(_Strict):
 
 
 @dataclass(frozen=True)
-class Request:
+class TuneConfig:
     """Settings, and where they stand. Relative paths start from `folder`."""
 
     settings: Tuning
     document: Document
     folder: Path
 
-    def error(self, path: tuple[str | int, ...], message: str) -> InputError:
+    def error(self, path: tuple[str | int, ...], message: str, code: Code | None = None) -> InputError:
         """An error that names the line."""
-        return self.document.error(path, message)
+        return self.document.error(path, message, code)
 
 
-def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> Request:
+def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = None) -> TuneConfig:
     """Settings from a YAML file or the same structure as a dict. Raises InputError that names the line and key at fault."""
     if isinstance(tuning, Mapping):
         document, folder = Document(plain_copy(tuning, "tuning"), "tuning"), Path()
@@ -204,27 +204,27 @@ def load_tuning(tuning: str | Path | Mapping[str, Any], *, seed: int | None = No
     data = dict(document.data)
     for key in data:
         if key not in Tuning.model_fields:
-            raise document.error((str(key),), f": unknown key, {suggest(str(key), Tuning.model_fields)}")
+            raise document.error((str(key),), f": unknown key, {suggest(str(key), Tuning.model_fields)}", code="unknown-name")
     if seed is not None and not 0 <= seed < _SEEDS:
         raise InputError(f"the seed should be from 0 to {_SEEDS - 1}, not {seed}")
     if seed is not None:
         data["seed"] = seed
     if isinstance(data.get("data"), dict):
         data["data"] = {str(k): {"path": v} if isinstance(v, str) else v for k, v in data["data"].items()}
-    request = Request(document.build(Tuning, data), document, folder)
-    _check(request)
-    return request
+    tune_config = TuneConfig(document.build(Tuning, data), document, folder)
+    _check(tune_config)
+    return tune_config
 
 
-def _check(request: Request) -> None:
-    settings, error = request.settings, request.error
+def _check(tune_config: TuneConfig) -> None:
+    settings, error = tune_config.settings, tune_config.error
     if (settings.steps is None) == (settings.tokens is None):
         raise error(("steps" if settings.steps else "model",), ": say how long to train, with either 'steps' or 'tokens'")
     if settings.sequences > MOST_SEQUENCES:
         key, most = "steps" if settings.steps else "tokens", f"{MOST_SEQUENCES:,}"
         raise error((key,), f" means {settings.sequences:,} sequences, and a run can have {most}: lower it, or batch")
     for name, source in settings.data.items():
-        _check_source(request, name, source)
+        _check_source(tune_config, name, source)
     late = next((index for index, opening in enumerate(settings.opens) if opening.step >= settings.total_steps), None)
     if late is not None:
         last = settings.total_steps - 1
@@ -232,14 +232,14 @@ def _check(request: Request) -> None:
     if settings.batch % settings.accumulation:
         raise error(("accumulation",), f" is {settings.accumulation}, which does not divide batch {settings.batch}")
     if settings.adapters:
-        _check_adapters(request, settings.adapters)
+        _check_adapters(tune_config, settings.adapters)
     losses = settings.losses
     if losses.cross_entropy == losses.distillation.weight == losses.distillation.hidden == 0:
         raise error(("losses",), ": nothing says what text looks like: give cross_entropy or distillation a weight")
 
 
-def _check_source(request: Request, name: str, source: Source) -> None:
-    error, distils = request.error, request.settings.distils
+def _check_source(tune_config: TuneConfig, name: str, source: Source) -> None:
+    error, distils = tune_config.error, tune_config.settings.distils
     if (source.path is None) == (source.hub is None):
         raise error(("data", name), " needs either a 'path' or a 'hub' dataset")
     written = source.model_fields_set
@@ -254,8 +254,8 @@ def _check_source(request: Request, name: str, source: Source) -> None:
         raise error(("data", name, "teacher"), " teaches nothing: give losses.distillation a weight, or remove it")
 
 
-def _check_adapters(request: Request, adapters: Adapters) -> None:
-    settings, error = request.settings, request.error
+def _check_adapters(tune_config: TuneConfig, adapters: Adapters) -> None:
+    settings, error = tune_config.settings, tune_config.error
     if "router" in adapters.target:
         raise error(("adapters", "target"), " names the router, which is small: train it whole, with 'train: router'")
     if adapters.save == "adapter" and (settings.trains or settings.opens):

@@ -1,9 +1,9 @@
-"""Targets of the teachers: each runs once over the sequences of its sources, and its largest logits are kept."""
+"""AdapterTargets of the teachers: each runs once over the sequences of its sources, and its largest logits are kept."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ from moerge.formatting import as_size
 from moerge.runtime.loading import load
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import skeleton_of
-from moerge.tuning.settings import Request
+from moerge.tuning.run_directory import RunDirectory
+from moerge.tuning.settings import TuneConfig
 from moerge.tuning.tokens import Tokens
-from moerge.tuning.work import Work
 
 _IMPOSSIBLE = -1e6
-"""The logit, at temperature 1, of a token that a teacher has no row for: its probability is exactly 0, and it is no infinity,
-whose product with 0 is none."""
+"""The logit, at temperature 1, of a token that a teacher has no row for: its probability is exactly 0. It is not -inf, because
+0 * -inf is NaN."""
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TeacherTargets:
     """The targets of a run: which sequences of which source need some, and where they lie."""
 
     files: TargetFiles
@@ -41,6 +41,11 @@ class Lessons:
         """Return the number of sequences that the teachers run over."""
         return sum(map(len, self.needed.values()))
 
+    def missing(self, source: str) -> list[int]:
+        """Return the source's sequences whose targets are not on the disk yet."""
+        (self.files.folder / source).mkdir(exist_ok=True)
+        return [number for number in self.needed[source] if not self.files.file(f"{source}/{number}").exists()]
+
     def of(self, source: str, number: int) -> dict[str, torch.Tensor]:
         """A sequence's targets as a batch has them: logits [T, M], ids [T, M], hidden.LAYER [T, H]."""
         found = self.files.load(f"{source}/{number}")
@@ -49,19 +54,21 @@ class Lessons:
         return {"target_logits": found.logits, **ids, **hidden}
 
 
-def plan_lessons(request: Request, work: Work, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]) -> Lessons:
+def plan_targets(
+    tune_config: TuneConfig, work: RunDirectory, mixture: Mixture, tokens: Sequence[Tokens], layers: tuple[int, ...]
+) -> TeacherTargets:
     """Plan the sequences that need targets: those that are drawn, each once however often it is drawn."""
-    files = TargetFiles(work.targets, layers, request.settings.losses.distillation.top)
+    files = TargetFiles(work.targets, layers, tune_config.settings.losses.distillation.top)
     used = (mixture.used(source, found.sequences) for source, found in enumerate(tokens))
-    return Lessons(files, dict(zip(mixture.names, used, strict=True)))
+    return TeacherTargets(files, dict(zip(mixture.names, used, strict=True)))
 
 
-def lesson_bytes(request: Request, lessons: Lessons, config: Any) -> int:
+def target_bytes_needed(tune_config: TuneConfig, teacher_targets: TeacherTargets, config: Any) -> int:
     """Return the bytes of the targets on the disk."""
-    settings, text = request.settings, config.get_text_config()
+    settings, text = tune_config.settings, config.get_text_config()
     itemsize = 4 if settings.dtype == "float32" else 2
-    width, layers = int(text.hidden_size), len(lessons.files.layers)
-    tokens = lessons.sequences * settings.length
+    width, layers = int(text.hidden_size), len(teacher_targets.files.layers)
+    tokens = teacher_targets.sequences * settings.length
     return target_bytes(tokens, int(text.vocab_size), width, layers, settings.losses.distillation.top, itemsize)
 
 
@@ -69,41 +76,49 @@ def check_space(nbytes: int, folder: Path, what: str, remedy: str) -> None:
     """MachineError where the disk is too full."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if nbytes > free:
-        raise MachineError(f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}")
+        raise MachineError(
+            f"no space for {what} in {folder}: {as_size(nbytes)} are needed, {as_size(free)} free; {remedy}", code="no-space"
+        )
 
 
 @torch.no_grad()
 def run_teachers(
-    request: Request,
-    lessons: Lessons,
+    tune_config: TuneConfig,
+    teacher_targets: TeacherTargets,
     teachers: Mapping[str, Path],
     tokens: Mapping[str, Tokens],
     student: Any,
     device: str,
     advance: Callable[[int], None],
 ) -> None:
-    """Run every teacher over its sources; what an interrupted run has left is not made again. `advance` is told tokens.
+    """Run every teacher over its sources, except for targets that an interrupted run has left. `advance` receives tokens.
 
     `teachers` are folders by source, which `check_teachers` found fit; `student` is the trained model's config.
     """
-    settings, vocabulary = request.settings, int(student.get_text_config().vocab_size)
-    rows, impossible = settings.batch // settings.accumulation, _IMPOSSIBLE * max(1, settings.losses.distillation.temperature)
+    settings, vocabulary = tune_config.settings, int(student.get_text_config().vocab_size)
+    impossible = _IMPOSSIBLE * max(1, settings.losses.distillation.temperature)
+    files, rows = teacher_targets.files, settings.batch // settings.accumulation
     for folder in dict.fromkeys(teachers.values()):
-        names = [name for name in lessons.needed if teachers[name] == folder]
-        left = {name: [n for n in lessons.needed[name] if not lessons.files.file(f"{name}/{n}").exists()] for name in names}
-        advance(settings.length * sum(len(lessons.needed[name]) - len(left[name]) for name in names))
-        if not any(left.values()):
+        sources = [source for source in teacher_targets.needed if teachers[source] == folder]
+        missing = {source: teacher_targets.missing(source) for source in sources}
+        complete = sum(len(teacher_targets.needed[source]) - len(missing[source]) for source in sources)
+        advance(settings.length * complete)
+        if not any(missing.values()):
             continue
         teacher = load(folder, dtype=settings.dtype, device=device)
-        for name in names:
-            (lessons.files.folder / name).mkdir(exist_ok=True)
-            for start in range(0, len(left[name]), rows):
-                numbers = left[name][start : start + rows]
-                logits_BTV, states = _run(teacher.model, tokens[name], numbers, lessons.files.layers)
-                for row, number in enumerate(numbers):
-                    logits_TV = in_rows(logits_BTV[row], vocabulary, impossible)
-                    lessons.files.save(f"{name}/{number}", logits_TV, [state_BTH[row] for state_BTH in states])
-                advance(settings.length * len(numbers))
+        for source, numbers in _batches(missing, rows):
+            logits_BTV, states = _run(teacher.model, tokens[source], numbers, files.layers)
+            for row, number in enumerate(numbers):
+                logits_TV = pad_vocab(logits_BTV[row], vocabulary, impossible)
+                files.save(f"{source}/{number}", logits_TV, [state_BTH[row] for state_BTH in states])
+            advance(settings.length * len(numbers))
+
+
+def _batches(missing: Mapping[str, Sequence[int]], rows: int) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield (source, numbers of at most `rows` sequences)."""
+    for source, numbers in missing.items():
+        for start in range(0, len(numbers), rows):
+            yield source, numbers[start : start + rows]
 
 
 def _run(
@@ -115,14 +130,14 @@ def _run(
     return output.logits, tuple(output.hidden_states[layer] for layer in layers)
 
 
-def in_rows(logits_TV: torch.Tensor, rows: int, impossible: float) -> torch.Tensor:
+def pad_vocab(logits_TV: torch.Tensor, rows: int, impossible: float) -> torch.Tensor:
     """Logits [T, rows], as the student has: no token has the rows that it lacks; what the teacher lacks is impossible."""
     missing = rows - logits_TV.shape[1]
     return F.pad(logits_TV, (0, missing), value=impossible) if missing > 0 else logits_TV[:, :rows]
 
 
 def check_teachers(
-    request: Request, models: Mapping[str, Checkpoint], student: Any, vocabulary: Mapping[str, int], *, hidden: bool
+    tune_config: TuneConfig, models: Mapping[str, Checkpoint], student: Any, vocabulary: Mapping[str, int], *, hidden: bool
 ) -> None:
     """InputError that names the line of a teacher that cannot teach the model with this config. No weights are read.
 
@@ -136,10 +151,12 @@ def check_teachers(
         try:
             teacher, tokenizer = known.get(folder) or skeleton_of(folder)
         except InputError as error:
-            raise request.error(path, f": {error}") from None
+            raise tune_config.error(path, f": {error}", code=error.code) from None
         known[folder] = teacher, tokenizer
-        if problem := _unfit(teacher.config, student, request.settings.length, tokenizer.get_vocab(), vocabulary, hidden=hidden):
-            raise request.error(path, f": {checkpoint.location} {problem}")
+        if problem := _unfit(
+            teacher.config, student, tune_config.settings.length, tokenizer.get_vocab(), vocabulary, hidden=hidden
+        ):
+            raise tune_config.error(path, f": {checkpoint.location} {problem}")
 
 
 def _unfit(

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import InputError, MachineError
-from moerge.files import whole_file
+from moerge.extras import require
+from moerge.files import atomic_path
 from moerge.tensors.digest import running_digest
 from moerge.texts.documents import read_documents
 from moerge.texts.overlap import document_hash
 from moerge.tuning.settings import Source
 
 _DOCUMENTS = 64
-"""Documents tokenised at a time."""
+"""Documents tokenized at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ def documents_of(source: Source, folder: Path) -> Iterator[str]:
     if source.path is not None:
         yield from read_documents(source.path, relative_to=folder, field=source.field)
         return
-    try:
-        import datasets  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        raise InputError(f"reading the Hub dataset {source.hub} needs datasets: pip install 'moerge[tune]'") from None
+    require("tune", f"reading the Hub dataset {source.hub}", "datasets")
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
     try:
         rows = datasets.load_dataset(source.hub, source.subset, split=source.split, streaming=True)
         for row in rows:
@@ -82,7 +82,9 @@ def documents_of(source: Source, folder: Path) -> Iterator[str]:
             raise
         raise InputError(f"cannot read the dataset {source.hub}: {' '.join(str(error).split())[:200]}") from None
     except OSError as error:
-        raise MachineError(f"the dataset {source.hub} could not be fetched: {' '.join(str(error).split())[:200]}") from None
+        raise MachineError(
+            f"the dataset {source.hub} could not be fetched: {' '.join(str(error).split())[:200]}", code="no-network"
+        ) from None
 
 
 def tokenise(
@@ -120,6 +122,6 @@ def tokenise(
     if found < length:
         raise InputError(f"holds {found} tokens, less than one sequence of length {length}: add text or lower 'length'")
     tokens = Tokens(file, length, found, count, exhausted, digest.hexdigest())
-    with whole_file(facts) as beside:
+    with atomic_path(facts) as beside:
         beside.write_text(json.dumps({key: value for key, value in asdict(tokens).items() if key != "file"}), encoding="utf-8")
     return tokens

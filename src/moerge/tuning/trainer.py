@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from moerge.architecture.sequence import BY_SEQUENCE
-from moerge.distillation import Target, hidden_distance
+from moerge.distillation import DistillationTarget, hidden_distance
 from moerge.errors import InputError
 from moerge.tuning import losses
 from moerge.tuning.adapters import save_trained
@@ -24,10 +24,10 @@ from moerge.tuning.metrics import Metrics, not_finite
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import local, part_of
 from moerge.tuning.parts import Schedule, router_modules
+from moerge.tuning.run_directory import mark_complete
 from moerge.tuning.settings import Tuning
-from moerge.tuning.teachers import Lessons
+from moerge.tuning.teachers import TeacherTargets
 from moerge.tuning.tokens import Tokens
-from moerge.tuning.work import mark_complete
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 """Trainer's names in a training checkpoint."""
@@ -36,8 +36,8 @@ _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 class Sequences(Dataset[dict[str, torch.Tensor]]):
     """The run's sequences in their order: ids [T], the source's number, and the teacher's targets."""
 
-    def __init__(self, mixture: Mixture, tokens: Sequence[Tokens], lessons: Lessons | None) -> None:
-        self._mixture, self._tokens, self._lessons = mixture, tokens, lessons
+    def __init__(self, mixture: Mixture, tokens: Sequence[Tokens], teacher_targets: TeacherTargets | None) -> None:
+        self._mixture, self._tokens, self._teacher_targets = mixture, tokens, teacher_targets
         self._available = [found.sequences for found in tokens]
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Sequences(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         source, number = self._mixture.place(index, self._available)
         ids_T = torch.from_numpy(self._tokens[source].sequence(number))
-        targets = {} if self._lessons is None else self._lessons.of(self._mixture.names[source], number)
+        targets = {} if self._teacher_targets is None else self._teacher_targets.of(self._mixture.names[source], number)
         return {"input_ids": ids_T, "source": torch.tensor(source), **targets}
 
 
@@ -69,7 +69,7 @@ class TuneTrainer(Trainer):
     """transformers' Trainer on our losses and data.
 
     `schedule` says what is trained when; with `only_trained` checkpoints hold nothing else. `metrics` gets a row for each step,
-    `advance` is told the tokens done.
+    `advance` receives the number of tokens done.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class TuneTrainer(Trainer):
     def _distillation(self, logits_BTV: torch.Tensor, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         ids = inputs.get("target_ids")
         theirs = tuple(inputs[f"hidden.{layer}"] for layer in self._layers)
-        target = Target(inputs["target_logits"].flatten(0, 1), None if ids is None else ids.flatten(0, 1), theirs)
+        target = DistillationTarget(inputs["target_logits"].flatten(0, 1), None if ids is None else ids.flatten(0, 1), theirs)
         settings = self._settings.losses.distillation
         found = {"distillation": losses.forward_kl(logits_BTV.flatten(0, 1), target, settings.temperature)}
         if self._layers:
@@ -171,16 +171,16 @@ class TuneTrainer(Trainer):
         step.drawn_S = drawn_S if step.drawn_S is None else step.drawn_S + drawn_S
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run Trainer's step; what is still closed gets no gradient, so that AdamW leaves it and its moments alone.
+        """Run Trainer's step; what is still frozen gets no gradient, so that AdamW leaves it and its moments alone.
 
         An expert without a sequence has the gradient zero, as it has on several processes and as experts that lie in one tensor
         always have: its moments and weight decay go on.
         """
         loss: torch.Tensor = super().training_step(*args, **options)
-        closed, slices = self._schedule.closed(self.state.global_step), self._schedule.slices(self.state.global_step)
-        for name in self._schedule.ever:
+        frozen, slices = self._schedule.frozen(self.state.global_step), self._schedule.slices(self.state.global_step)
+        for name in self._schedule.ever_trained:
             parameter = self._parameters[name]
-            if name in closed:
+            if name in frozen:
                 parameter.grad = None
             elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -203,9 +203,9 @@ class TuneTrainer(Trainer):
     def _decay_slices(self, optimizer: Any, *args: Any) -> None:
         """AdamW's decoupled weight decay of open slices alone, before its step as there; what has no gradient does not move."""
         step = self.state.global_step
-        closed, slices = self._schedule.closed(step), self._schedule.slices(step)
+        frozen, slices = self._schedule.frozen(step), self._schedule.slices(step)
         factor = 1 - optimizer.param_groups[0]["lr"] * self._settings.weight_decay
-        for name in self._schedule.sliced - closed:
+        for name in self._schedule.sliced - frozen:
             parameter = self._parameters[name]
             open_E = _is_open(parameter, slices.get(name, range(len(parameter))))
             local(parameter).mul_(torch.where(open_E, factor, 1.0)[:, None, None])

@@ -19,5 +19,5 @@ class Median(TaskVectorMethod):
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     def combine(self, block: Block) -> None:
-        """`theta_KN` holds the experts' task vectors; what is left in `out_N` is multiplied by `scale` and added to the base."""
-        block.out_N[:] = np.median(block.theta_KN, axis=0)
+        """`theta_EN` holds the experts' task vectors; what is left in `out_N` is multiplied by `scale` and added to the base."""
+        block.out_N[:] = np.median(block.theta_EN, axis=0)

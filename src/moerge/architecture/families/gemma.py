@@ -117,10 +117,10 @@ GEMMA3 = Family(
     defaults=GEMMA3_TEXT.defaults,
     nested="text_config",
     derive=_derive_gemma3,
-    spellings=(
+    aliases=(
         (r"model\.language_model\.", f"{_LANGUAGE}model."),
         (r"lm_head\.", f"{_LANGUAGE}lm_head."),
         (r"model\.(?=vision_tower\.|multi_modal_projector\.)", ""),
     ),
-    untabled=(r"(vision_tower|multi_modal_projector)\..*",),
+    unmodeled=(r"(vision_tower|multi_modal_projector)\..*",),
 )

@@ -69,7 +69,7 @@ GPT2 = Family(
         "n_inner": "intermediate_size",
     },
     derive=_derive_gpt2,
-    spellings=((r"(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
+    aliases=((r"(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
 )
 
 _NEOX, _BIAS = "gpt_neox.layers.{layer}", "attention_bias"
@@ -104,5 +104,5 @@ GPT_NEOX = Family(
     },
     buffers=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
     keys={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
-    spellings=((r"lm_head\.", "embed_out."),),
+    aliases=((r"lm_head\.", "embed_out."),),
 )

@@ -90,6 +90,6 @@ GRANITEMOE_FORMAT = MoEFormat(
     frozenset({"granite", "llama"}),
     _convert,
     _obstacle,
-    last_resort=frozenset({"llama"}),
-    caution=_caution,
+    fallback_for=frozenset({"llama"}),
+    warning=_caution,
 )

@@ -169,8 +169,8 @@ QWEN2_MOE_FORMAT = MoEFormat(
     frozenset({"qwen2"}),
     _convert_qwen2,
     lambda config: None,
-    zeros=("ffn.shared",),
-    drawn=("ffn.shared_gate",),  # llama.cpp computes sigmoid(x) as silu(x) / x, which is NaN for 0
-    caution=_qwen2_caution,
+    zero_roles=("ffn.shared",),
+    random_roles=("ffn.shared_gate",),  # llama.cpp computes sigmoid(x) as silu(x) / x, which is NaN for 0
+    warning=_qwen2_caution,
 )
 QWEN3_MOE_FORMAT = MoEFormat("qwen3_moe", QWEN3_MOE, frozenset({"qwen3"}), _convert_qwen3, _qwen3_obstacle)

@@ -25,6 +25,6 @@ QWEN2_VL = Family(
     },
     derive=derive_windows,
     nested="text_config",
-    spellings=((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
-    untabled=(r"visual\..*",),
+    aliases=((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
+    unmodeled=(r"visual\..*",),
 )

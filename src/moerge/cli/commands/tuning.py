@@ -26,19 +26,19 @@ def tune(
     from moerge.errors import InputError
     from moerge.progress import TerminalProgress
     from moerge.tuning.launch import rank
-    from moerge.tuning.run import look
+    from moerge.tuning.run import plan_tune
     from moerge.tuning.run import tune as run_tune
-    from moerge.tuning.work import Work
+    from moerge.tuning.run_directory import RunDirectory
 
     if dry_run:
-        found = look(settings, seed=seed)
+        plan = plan_tune(settings, seed=seed)
         if rank() == 0:
-            views.outlook(found, as_json=json)
+            views.show_plan(plan, as_json=json)
         return
     if out is None:
         raise InputError("say where to write: moerge tune TUNE OUT, or --dry-run")
     quiet = quiet or rank() > 0
-    with TerminalProgress(quiet=quiet, muted=rank() > 0) as progress, resumable(lambda: Work(out).interrupted):
+    with TerminalProgress(quiet=quiet, muted=rank() > 0) as progress, resumable(lambda: RunDirectory(out).interrupted):
         result = run_tune(settings, out, resume=resume, force=force, seed=seed, progress=progress)
     if result is not None:
         views.tuned(result, quiet=quiet, as_json=json)

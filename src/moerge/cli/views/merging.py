@@ -32,8 +32,8 @@ def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
         table.add_row(row["action"], str(row["tensors"]), as_size(row["bytes"]), row["hyperparameters"])
     show_table(table)
     time = as_time(planned.seconds)
-    if planned.fittings:
-        titles = " and ".join(dict.fromkeys(fitting.fitter.title for fitting in planned.fittings))
+    if planned.fit_jobs:
+        titles = " and ".join(dict.fromkeys(fitting.fitter.title for fitting in planned.fit_jobs))
         time += f" ({titles} very roughly {as_time(planned.fitting_seconds)} of it)"
     say(
         f"reads {as_size(planned.input_bytes)}, writes {as_size(planned.output_bytes)}, "
@@ -126,7 +126,7 @@ def inspection(found: Inspection) -> None:
         made = found.manifest
         recipe = made["recipe"]
         method = recipe.get("merge_method") or (recipe.get("merge") or {}).get("method", "average")
-        how = f"whole models: {', '.join(made['models'])}" if found.wholes else f"{method} of {', '.join(made['models'])}"
+        how = f"whole models: {', '.join(made['models'])}" if found.expert_models else f"{method} of {', '.join(made['models'])}"
         how = f"tuned on {', '.join(made['tuning'])}" if "tuning" in made else how
         table.add_row("made by", f"moerge {made['versions']['moerge']}, {how}")
         if made["experts"]:

@@ -9,15 +9,15 @@ from moerge.cli.views.learning import note
 from moerge.formatting import as_count, as_size, as_time
 
 if TYPE_CHECKING:
-    from moerge.tuning.outlook import Outlook
-    from moerge.tuning.result import TuneResult
+    from moerge.tuning.tune_plan import TunePlan
+    from moerge.tuning.tune_result import TuneResult
 
-__all__ = ["note", "outlook", "tuned"]
+__all__ = ["note", "show_plan", "tuned"]
 
 
-def outlook(found: Outlook, *, as_json: bool) -> None:
+def show_plan(plan: TunePlan, *, as_json: bool) -> None:
     """Print the sources with their shares of tokens, what is trained, and sizes."""
-    figures = found.to_json()
+    figures = plan.to_json()
     if as_json:
         print_json(figures)
         return
@@ -40,8 +40,11 @@ def outlook(found: Outlook, *, as_json: bool) -> None:
 
 @view
 def tuned(result: TuneResult) -> None:
-    """Print where the result lies and what the last step was like."""
+    """Print the result's folder and the figures of the last step."""
     facts, last = result.facts, result.facts["last"]
+    if result.was_complete:
+        say(f"{result.folder} is complete already, of the same settings and models: nothing was done")
+        return
     say(
         f"{result.folder}: {facts['steps']:,} steps, {facts['tokens']:,} tokens in {as_time(facts['seconds'])}, "
         f"cross-entropy {last['cross_entropy']:.4f} in the last step",

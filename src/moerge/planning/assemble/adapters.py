@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moerge.architecture import Expected
+from moerge.architecture import ExpectedTensor
 from moerge.architecture.sequence import GATE, adapter_factors
 from moerge.checkpoint.adapter import AdaptedCheckpoint
 from moerge.errors import InputError
@@ -31,7 +31,7 @@ def kept_adapters(assembly: Assembly, dense: Mapping[str, Any]) -> tuple[dict[st
     separate = [tensor for tensor in assembly.candidates if _role(tensor.name) in recipe.moe.separate]
     for name in recipe.experts:
         model = assembly.models[name]
-        if not isinstance(model, AdaptedCheckpoint) or recipe.experts[name].adapter is not None:
+        if not isinstance(model.checkpoint, AdaptedCheckpoint) or recipe.experts[name].adapter is not None:
             raise InputError(
                 f"{recipe.source}: moe.adapters: {name} is a full model, and only adapters on the base can be kept: extract one "
                 f"with `moerge extract`, or {_MERGE}"
@@ -63,7 +63,7 @@ def _role(name: str) -> str | None:
         return None
 
 
-def _changed(assembly: Assembly, name: str, separate: Sequence[Expected]) -> Iterator[tuple[Expected, LowRankTensor]]:
+def _changed(assembly: Assembly, name: str, separate: Sequence[ExpectedTensor]) -> Iterator[tuple[ExpectedTensor, LowRankTensor]]:
     """The separate tensors that an expert changes."""
     model, base = assembly.models[name], assembly.models["base"]
     for tensor in separate:
@@ -91,7 +91,7 @@ def _problem(tensor: Tensor) -> str | None:
     return "transposes" if tensor.transposed else None
 
 
-def _adapted(tensor: Expected, expert: int, changed: LowRankTensor) -> Adapted:
+def _adapted(tensor: ExpectedTensor, expert: int, changed: LowRankTensor) -> Adapted:
     _, _, layer, module = tensor.name.removesuffix(".weight").split(".", 3)
     assert changed.a is not None
     return Adapted(expert, int(layer), module, changed.a.shape[0], changed.scale)

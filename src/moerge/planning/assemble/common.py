@@ -7,20 +7,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from moerge.architecture import Expected, Family
-from moerge.checkpoint.reader import Checkpoint
+from moerge.architecture import ExpectedTensor
 from moerge.errors import InputError
 from moerge.methods.average import Average
 from moerge.methods.method import MergeMethod, cancel
 from moerge.methods.passthrough import Passthrough
 from moerge.methods.statistical import StatisticsMethod
 from moerge.operations.operations import Copy, Merge, Operation, Output
-from moerge.planning.match import MethodChooser
+from moerge.planning.models import SourceModel
 from moerge.planning.precision import Precision
+from moerge.planning.resolver import MethodResolver
 from moerge.planning.statistics import Binder
 from moerge.planning.vocab.alignment import Alignment
-from moerge.recipe.rules import Place
+from moerge.planning.vocab.match import ResolvedVocabulary
+from moerge.recipe.rules import MethodChoice, TensorContext
 from moerge.recipe.schema import Recipe
+from moerge.statistics.files import Used
 from moerge.tensors.dtypes import FLOATS, DType
 from moerge.tensors.source import Source
 from moerge.tensors.views.joined import joined
@@ -41,6 +43,19 @@ class Assembled:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """Everything of a plan that depends on its kind. `files` are those beside tensors, config and tokenizer."""
+
+    assembled: Assembled
+    models: tuple[SourceModel, ...]
+    vocabulary: ResolvedVocabulary
+    warnings: Sequence[str]
+    notes: Sequence[str]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    statistics: tuple[Used, ...] = ()
+
+
+@dataclass(frozen=True)
 class Assembly:
     """The models by name, `candidates` that they have in common, and what the result's tensors are made of.
 
@@ -49,27 +64,31 @@ class Assembly:
     """
 
     recipe: Recipe
-    models: Mapping[str, Checkpoint]
-    family: Family | None
+    models: Mapping[str, SourceModel]
     dtype: DType
-    candidates: Sequence[Expected]
+    candidates: Sequence[ExpectedTensor]
     source: str
     binder: Binder | None = None
     alignment: Alignment | None = None
     owners: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def leader(self) -> SourceModel:
+        """The model whose config is used."""
+        return self.models[self.source]
+
     @cached_property
-    def chooser(self) -> MethodChooser:
+    def resolver(self) -> MethodResolver:
         """The recipe's rules."""
-        return MethodChooser(self.recipe)
+        return MethodResolver(self.recipe)
 
     @cached_property
     def precision(self) -> Precision:
         """Return the tensors that the models store wider than the rest."""
         models = self.models if self.alignment is None else self.alignment.models
-        return Precision(tuple(models.values()), self.dtype)
+        return Precision(tuple(model.checkpoint for model in models.values()), self.dtype)
 
-    def output(self, tensor: Expected, operation: Operation) -> Output:
+    def output(self, tensor: ExpectedTensor, operation: Operation) -> Output:
         """A tensor of the result. What is copied into another element type than its own is rounded to it."""
         dtype = self._dtype(tensor, operation)
         if isinstance(operation, Copy):
@@ -80,59 +99,65 @@ class Assembly:
                 operation = Merge(Average(), (operation.source,), (1.0,))
         return Output(tensor.name, tensor.role, dtype, tensor.shape, operation)
 
-    def _dtype(self, tensor: Expected, operation: Operation) -> DType:
+    def _dtype(self, tensor: ExpectedTensor, operation: Operation) -> DType:
         """Choose the element type: an override's, else the recipe's, else the wider one that all models store it in, else the
         result's.
         """
         roles = dict.fromkeys((tensor.role, tensor.dense_role))
-        asked = next(filter(None, (self.chooser.dtype(Place(role, tensor.name)) for role in roles)), self.recipe.dtype)
+        asked = next(filter(None, (self.resolver.dtype(TensorContext(role, tensor.name)) for role in roles)), self.recipe.dtype)
         return FLOATS[asked] if asked else self.precision.kept(operation) or self.dtype
 
     def copied(self, model: str, name: str) -> Operation:
         """A model's tensor."""
         return Copy(self._source(model, name))
 
-    def joined(self, tensor: Expected, models: Sequence[str], names: Sequence[str]) -> Operation:
+    def joined(self, tensor: ExpectedTensor, models: Sequence[str], names: Sequence[str]) -> Operation:
         """The tensors of these names, of the first model, then of the next, one after the other as one tensor."""
         return Copy(joined(tensor.name, tensor.shape, [self._source(m, name) for m in models for name in names]))
 
     def merged(
         self,
-        tensor: Expected,
+        tensor: ExpectedTensor,
         members: tuple[str, ...],
         *,
-        place: Place | None = None,
+        context: TensorContext | None = None,
         base: str = "base",
     ) -> Operation:
         """A merge over `members`; the base has no task vector, so methods that work on those leave it out.
 
-        `place` says where the tensor comes from, if not from the one of its own name in every model.
+        `context` says where the tensor comes from, if not from the one of its own name in every model.
         """
-        place = place or Place(tensor.role, tensor.name)
+        context = context or TensorContext(tensor.role, tensor.name)
         if tensor.name in self.owners:
-            return self._taken(tensor, place)
-        names = {model: place.inputs.get(model, tensor.name) for model in (*members, base, self.source)}
-        first = members[0] if place.inputs and self.source not in place.inputs else self.source
-        if not self._source(first, names[first]).tensor.dtype.is_float:
-            return self.copied(first, names[first])
-        choice = self.chooser.choose(place)
-        method = choice.method
-        if isinstance(method, Passthrough):
-            return self.copied(method.model, names.get(method.model, tensor.name))
-        base_source = None
-        if method.uses_task_vectors:
-            members, base_source = tuple(name for name in members if name != base), self._own(base, names[base])
+            return self._taken(context)
+        first = members[0] if context.inputs and self.source not in context.inputs else self.source
+        if not self._source(first, context.name_in(first)).tensor.dtype.is_float:
+            return self.copied(first, context.name_in(first))
+        choice = self.resolver.choose(context)
+        if isinstance(choice.method, Passthrough):
+            return self.copied(choice.method.model, context.name_in(choice.method.model))
+        if choice.method.uses_task_vectors:
+            members = tuple(name for name in members if name != base)
             if not members:
-                return self.copied(base, names[base])
+                return self.copied(base, context.name_in(base))
+        return self._completed(self._merge(context, choice, members, base), tensor.name)
+
+    def _merge(self, context: TensorContext, choice: MethodChoice, members: tuple[str, ...], base: str) -> Merge:
+        """The models' own tensors, merged by the method that was chosen."""
+        method = choice.method
         self._check_count(method, members)
-        method = method.for_experts(members)
         weights = tuple(choice.weights.get(name, 1.0) for name in members)
         if method.divides_by_weights and cancel(weights):
-            raise InputError(f"{self.recipe.source}: tensor {tensor.name!r}: the weights sum to zero: they cannot be normalised")
-        merge = Merge(method, tuple(self._own(name, names[name]) for name in members), weights, base_source)
-        merge = self.binder.bind(merge) if self.binder and isinstance(method, StatisticsMethod) else merge
-        has_tokens = self.alignment is not None and tensor.name in self.alignment.names
-        return self.alignment.aligned(merge, tensor.name) if self.alignment and has_tokens else merge
+            raise InputError(f"{self.recipe.source}: tensor {context.name!r}: the weights sum to zero: they cannot be normalized")
+        experts = tuple(self._own(name, context.name_in(name)) for name in members)
+        base_source = self._own(base, context.name_in(base)) if method.uses_task_vectors else None
+        return Merge(method.for_experts(members), experts, weights, base_source)
+
+    def _completed(self, merge: Merge, name: str) -> Merge:
+        """The merge with the statistics that its method needs, and with the result's rows where these are tokens."""
+        if self.binder and isinstance(merge.method, StatisticsMethod):
+            merge = self.binder.bind(merge)
+        return self.alignment.aligned(merge, name) if self.alignment and name in self.alignment.names else merge
 
     def _own(self, model: str, name: str) -> Source:
         """A model's tensor with the rows that it has itself."""
@@ -142,12 +167,12 @@ class Assembly:
     def _source(self, model: str, name: str) -> Source:
         return Source(model, self.models[model].tensors[name])
 
-    def _taken(self, tensor: Expected, place: Place) -> Operation:
+    def _taken(self, context: TensorContext) -> Operation:
         """A tensor that is one model's: the one that an override passes through, where it has it."""
-        method = self.chooser.choose(place).method
+        method = self.resolver.choose(context).method
         named = method.model if isinstance(method, Passthrough) else ""
-        has_it = named in self.models and tensor.name in self.models[named].tensors
-        return self.copied(named if has_it else self.owners[tensor.name], tensor.name)
+        has_it = named in self.models and context.name in self.models[named].tensors
+        return self.copied(named if has_it else self.owners[context.name], context.name)
 
     def _check_count(self, method: MergeMethod, members: Sequence[str]) -> None:
         if method.exact_experts not in (None, len(members)):

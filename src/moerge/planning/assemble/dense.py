@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moerge.architecture import Expected, Family
-from moerge.architecture.config import canonical, portable
-from moerge.checkpoint.reader import Checkpoint
+from moerge.architecture import ExpectedTensor
+from moerge.architecture.config import portable_config
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
-from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of
-from moerge.recipe.rules import Place
+from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of, relevant
+from moerge.planning.models import SourceModel
+from moerge.recipe.rules import TensorContext
 from moerge.recipe.schema import Recipe, Slice
+from moerge.tensors.tensor import Tensor
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _LAYER_LISTS = ("layer_types", "no_rope_layers")
@@ -31,43 +32,28 @@ def assemble_dense(assembly: Assembly) -> Assembled:
     for tensor in assembly.candidates:
         layer = _layer(tensor)
         inputs = dict.fromkeys(assembly.models, tensor.name)
-        place = Place(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, place=place)))
-    assembly.chooser.check_all_used()
-    config = assembly.models[assembly.source].config
-    return Assembled(portable(config, family=assembly.family, dtype=str(assembly.dtype.torch_name)), outputs)
+        context = TensorContext(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, context=context)))
+    assembly.resolver.check_all_used()
+    return Assembled(_portable_config(assembly, assembly.leader), outputs)
 
 
-def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe) -> Candidates:
+def _portable_config(assembly: Assembly, model: SourceModel) -> dict[str, Any]:
+    return portable_config(model.written, family=model.family, dtype=str(assembly.dtype.torch_name))
+
+
+def stacked_candidates(models: Sequence[SourceModel], recipe: Recipe) -> Candidates:
     """Check what models in slices have beside their tables; it comes from the first slice's first model.
 
     Each is checked by itself: their numbers of layers may differ.
 
     Raises InputError for a family that moerge does not know, a missing tensor, and layers that a model does not have.
     """
-    if family is None:
-        kind = models[0].model_type
-        raise InputError(f"{recipe.source}: slices need a family that moerge knows, and it does not know {kind!r}")
     warnings, beside = [], {}
     for model in models:
-        expected = {tensor.name: tensor for tensor in expected_of(family, model.config, model.name)}
-        check_present([model], {model.name: model.tensors}, list(expected.values()))
-        check_shapes([model], {model.name: model.tensors}, list(expected.values()))
-        extra = [name for name in model.tensors if name not in expected and not family.is_buffer(name)]
-        strange = [name for name in extra if not family.is_untabled(name)]
-        if strange:
-            warnings.append(
-                f"{model.name}: {len(strange)} tensors that {family.model_type} does not use are left out: {strange[0]}"
-            )
-        beside[model.name] = {name: model.tensors[name] for name in extra if family.is_untabled(name)}
-    by_name = {model.name: canonical(model.config, family)["num_hidden_layers"] for model in models}
-    for number, part in enumerate(recipe.slices):
-        for span in part.sources:
-            if span.stop > by_name[span.model]:
-                raise InputError(
-                    f"{recipe.source}: slice {number + 1} takes the layers {span.start} to {span.stop - 1} of {span.model}, "
-                    f"which has {by_name[span.model]} (counted from 0)"
-                )
+        beside[model.name], unused = _beside(model, recipe)
+        warnings += unused
+    _check_slices({model.name: model.config["num_hidden_layers"] for model in models}, recipe)
     first = tuple(span.model for span in recipe.slices[0].sources)
     own = beside[first[0]]
     alike = {name for name in own if all(name in beside[m] and beside[m][name].shape == own[name].shape for m in first)}
@@ -75,26 +61,51 @@ def check_alone(models: Sequence[Checkpoint], family: Family | None, recipe: Rec
     if owners:
         text = f"{len(owners)} tensors beside the layers that not all models of the first slice share are {first[0]}'s: "
         warnings.append(text + next(iter(owners)))
-    return Candidates([Expected("", name, tensor.shape) for name, tensor in own.items()], owners, warnings)
+    return Candidates([ExpectedTensor("", name, tensor.shape) for name, tensor in own.items()], owners, warnings)
+
+
+def _beside(model: SourceModel, recipe: Recipe) -> tuple[dict[str, Tensor], list[str]]:
+    """A model's tensors beside its table, which has to be complete, and a warning about those that its family does not have."""
+    family, expected = model.family, expected_of(model)
+    if family is None:
+        kind = model.model_type
+        raise InputError(f"{recipe.source}: slices need a family that moerge knows, and it does not know {kind!r}")
+    check_present([model], {model.name: model.tensors}, expected)
+    check_shapes([model], {model.name: model.tensors}, expected)
+    known = {tensor.name for tensor in expected}
+    other = {name: tensor for name, tensor in relevant(model).items() if name not in known}
+    unused = [name for name in other if not family.is_unmodeled(name)]
+    warning = f"{model.name}: {len(unused)} tensors that {family.model_type} does not use are left out: {', '.join(unused[:1])}"
+    return {name: tensor for name, tensor in other.items() if name not in unused}, [warning] if unused else []
+
+
+def _check_slices(layers: Mapping[str, int], recipe: Recipe) -> None:
+    """InputError for a slice of layers that its model, which has so many `layers`, does not have."""
+    for number, part in enumerate(recipe.slices):
+        for span in part.sources:
+            if span.stop > layers[span.model]:
+                raise InputError(
+                    f"{recipe.source}: slice {number + 1} takes the layers {span.start} to {span.stop - 1} of {span.model}, "
+                    f"which has {layers[span.model]} (counted from 0)"
+                )
 
 
 def _stacked(assembly: Assembly) -> Assembled:
     """The slices on top of one another; what comes before the layers is merged as the first slice, what follows as the last."""
-    family, slices = assembly.family, assembly.recipe.slices
-    assert family is not None
-    config = _stacked_config(assembly.models[assembly.source].config, family, slices)
-    names = {m: {t.role: t.name for t in expected_of(family, c.config, m)} for m, c in assembly.models.items()}
+    slices = assembly.recipe.slices
+    result = _with_layers_of(assembly.leader, slices)
+    names = {model.name: {t.role: t.name for t in expected_of(model)} for model in assembly.models.values()}
     outputs = []
     rows = [_Row(number, offset) for number, part in enumerate(slices) for offset in range(part.layers)]
-    places = [*_rows(expected_of(family, config, "the result"), rows), *((tensor, _Row(0)) for tensor in assembly.candidates)]
+    places = [*_rows(expected_of(result, "the result"), rows), *((tensor, _Row(0)) for tensor in assembly.candidates)]
     for tensor, row in places:
         part = slices[row.slice_index]
         inputs = {span.model: _input(names[span.model], tensor, span.start, row.offset) for span in part.sources}
-        place = Place(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
+        context = TensorContext(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
         members = tuple(span.model for span in part.sources)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, place=place, base=part.base or "base")))
-    assembly.chooser.check_all_used()
-    return Assembled(portable(config, family=family, dtype=str(assembly.dtype.torch_name)), outputs)
+        outputs.append(assembly.output(tensor, assembly.merged(tensor, members, context=context, base=part.base or "base")))
+    assembly.resolver.check_all_used()
+    return Assembled(_portable_config(assembly, result), outputs)
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class _Row:
         return 0.0 if self.offset is None else _depth(self.offset, layers)
 
 
-def _rows(tensors: Sequence[Expected], rows: Sequence[_Row]) -> Iterator[tuple[Expected, _Row]]:
+def _rows(tensors: Sequence[ExpectedTensor], rows: Sequence[_Row]) -> Iterator[tuple[ExpectedTensor, _Row]]:
     above = _Row(0)
     for tensor in tensors:
         layer = _layer(tensor)
@@ -119,28 +130,29 @@ def _rows(tensors: Sequence[Expected], rows: Sequence[_Row]) -> Iterator[tuple[E
             yield tensor, rows[layer]
 
 
-def _stacked_config(config: Mapping[str, Any], family: Family, slices: Sequence[Slice]) -> dict[str, Any]:
-    """`config` with as many layers as the slices have, and its lists by layer rearranged like them."""
-    nested = config.get(family.nested)
-    language = dict(nested if isinstance(nested, Mapping) else config)
+def _with_layers_of(model: SourceModel, slices: Sequence[Slice]) -> SourceModel:
+    """The model with as many layers in its config as the slices have, and lists by layer rearranged like them."""
+    family, nested = model.family, model.nested
+    assert family is not None
+    language = dict(nested if isinstance(nested, Mapping) else model.written)
     own_name = next((name for name, key in family.keys.items() if key == "num_hidden_layers" and name in language), None)
     language[own_name or "num_hidden_layers"] = sum(part.layers for part in slices)
-    spans, known = [part.sources[0] for part in slices], canonical(config, family)
+    spans = [part.sources[0] for part in slices]
     for listed in _LAYER_LISTS:
-        kinds = language.get(listed, known.get(listed))  # derived from other keys, they would not fit the new layers
+        kinds = language.get(listed, model.config.get(listed))  # derived from other keys, they would not fit the new layers
         if isinstance(kinds, list) and kinds and (listed in language or len(set(kinds)) > 1):
             language[listed] = [kinds[min(i, len(kinds) - 1)] for span in spans for i in range(span.start, span.stop)]
-    return {**config, family.nested: language} if isinstance(nested, Mapping) else language
+    return model.with_written({**model.written, family.nested: language} if isinstance(nested, Mapping) else language)
 
 
-def _input(names: Mapping[str, str], tensor: Expected, start: int, offset: int | None) -> str:
+def _input(names: Mapping[str, str], tensor: ExpectedTensor, start: int, offset: int | None) -> str:
     """Return a model's name for the tensor that a slice takes; its own name where it has no role."""
     if offset is None:
         return names.get(tensor.role, tensor.name)
     return names[re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)]
 
 
-def _layer(tensor: Expected) -> int | None:
+def _layer(tensor: ExpectedTensor) -> int | None:
     """The number of the layer that a tensor belongs to; guessed from its name in a family without roles."""
     if tensor.role:
         return int(tensor.role.split(".")[1]) if tensor.role.startswith("layers.") else None

@@ -6,84 +6,52 @@ with zeros to the largest width, and projectors lead into and out of every exper
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from moerge.architecture import Expected, family_of
-from moerge.architecture.config import STRUCTURAL, canonical, portable
-from moerge.architecture.heterogeneous import expert_tensors, projector_config, shared_tensors, whole_gate
+from moerge.architecture import ExpectedTensor
+from moerge.architecture.config import portable_config
+from moerge.architecture.heterogeneous import expert_tensors, heterogeneous_gate, projector_config, shared_tensors
 from moerge.architecture.sequence import HETEROGENEOUS
-from moerge.checkpoint.reader import Checkpoint
-from moerge.errors import InputError
 from moerge.modeling import HETEROGENEOUS_AUTO_MAP
 from moerge.operations.operations import Copy, Merge, Operation, Output
-from moerge.planning.assemble.common import Assembled, Assembly
-from moerge.planning.assemble.experts import WholeExpert, one_tokenizer, whole_experts
-from moerge.planning.vocab.match import OneVocabulary
+from moerge.planning.assemble.common import Assembled, Assembly, Draft
+from moerge.planning.assemble.experts import HeterogeneousExpert, heterogeneous_experts, resolve_tokenizer, tokenizer_source
+from moerge.planning.models import SourceModel
+from moerge.planning.precision import result_dtype
 from moerge.projectors.outputs import projector_outputs
-from moerge.recipe.document import dotted
 from moerge.recipe.schema import MoE, Recipe
-from moerge.recipe.whole_models import misfit
-from moerge.routers.sequence import LearnedRouting, RandomRouting, SequenceRouter
+from moerge.routers.sequence import SequenceRouter
 from moerge.tensors.dtypes import F32, DType
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import ArrayTensor, Tensor
 from moerge.tensors.views.rounded import rounded
 
 _CLASS = "MoergeHeterogeneousForCausalLM"
+_Computed = tuple[ExpectedTensor, Operation]
+
 _NOT_WRITTEN = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype")
 
 
-def stay_whole(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
-    """Return whether this recipe's experts stay whole models: it says so, or it routes sequences and they are too different."""
-    if recipe.moe is None or not recipe.moe.by_sequence:
-        return False
-    return recipe.moe.asks_for_whole_models or unlike(models)
-
-
-def unlike(models: Sequence[Checkpoint]) -> bool:
-    """Return whether these models differ in type or shape, so that they cannot be merged tensor by tensor."""
-    if len({model.model_type for model in models}) > 1:
-        return True
-    configs = [canonical(model.config, family_of(model.config)) for model in models]
-    return any(config.get(key) != configs[0].get(key) for key in STRUCTURAL - {"vocab_size"} for config in configs[1:])
-
-
-def settle(recipe: Recipe) -> Recipe:
-    """The recipe with what whole models make of its keys. InputError for a key that does not go with them.
-
-    `random` and `learned` both draw a gate, which is what the paper starts from.
-    """
-    problem, moe = misfit(recipe), recipe.moe
-    assert moe is not None
-    if problem:
-        raise InputError(f"{recipe.source}: {dotted(problem[0])}{problem[1]}")
-    changes: dict[str, Any] = {}
-    if isinstance(moe.router, RandomRouting):
-        changes["router"] = LearnedRouting(temperature=moe.router.temperature, seed=moe.router.seed)
-    if "top_k" not in moe.model_fields_set:
-        changes["top_k"] = min(moe.top_k, len(recipe.expert_names))
-    return recipe.model_copy(update={"moe": moe.model_copy(update=changes)})
-
-
-def assemble_heterogeneous(
-    recipe: Recipe, models: Sequence[Checkpoint], dtype: DType, *, tokenizer: str
-) -> tuple[Assembled, OneVocabulary]:
-    """The model, and the vocabulary of `tokenizer`'s that all experts get. `recipe` is settled.
+def draft_heterogeneous(recipe: Recipe, models: Sequence[SourceModel], *, bind: bool) -> Draft:
+    """The model, on the vocabulary of one tokenizer that all experts get. `recipe` is resolved; nothing in it takes statistics.
 
     Raises InputError for what is no decoder-only model, and where vocabularies have nothing in common.
     """
     by_name = {model.name: model for model in models}
-    experts = whole_experts([by_name[name] for name in recipe.expert_names], by_name[tokenizer])
-    building = _Building(recipe, experts, by_name[tokenizer], dtype)
+    chosen = by_name[tokenizer_source(models, recipe.tokenizer)]
+    dtype = result_dtype(recipe, by_name["base" if "base" in by_name else recipe.expert_names[0]].checkpoint)
+    experts = heterogeneous_experts([by_name[name] for name in recipe.expert_names], chosen)
+    building = _Building(recipe, experts, chosen, dtype)
     outputs = building.outputs()
-    notes = (*building.notes(), *building.assembly.precision.notes(outputs))
-    made = Assembled(building.config(), outputs, recipe.expert_names, building.warnings(), notes)
-    return made, one_tokenizer(recipe, experts, models, by_name[tokenizer])
+    vocabulary = resolve_tokenizer(recipe, experts, models, chosen)
+    notes = (*building.notes(), *building.assembly.precision.notes(outputs), vocabulary.origin, *vocabulary.notes)
+    assembled = Assembled(building.config(), outputs, recipe.expert_names)
+    return Draft(assembled, tuple(models), vocabulary, building.warnings(), notes)
 
 
 @dataclass(frozen=True)
@@ -91,8 +59,8 @@ class _Building:
     """One model in the making."""
 
     recipe: Recipe
-    experts: tuple[WholeExpert, ...]
-    chosen: Checkpoint
+    experts: tuple[HeterogeneousExpert, ...]
+    chosen: SourceModel
     dtype: DType
 
     @property
@@ -120,49 +88,65 @@ class _Building:
     @property
     def width(self) -> int:
         """The largest width."""
-        return max(expert.whole.width for expert in self.experts)
+        return max(expert.decoder.width for expert in self.experts)
 
     @property
     def head_bias(self) -> bool:
         """Return whether the shared head has a bias."""
-        return self.shared and any(expert.whole.head_bias for expert in self.experts)
+        return self.shared and any(expert.decoder.head_bias for expert in self.experts)
 
     @cached_property
     def assembly(self) -> Assembly:
         """For operations over the experts' tensors."""
         models = {expert.name: expert.model for expert in self.experts}
-        return Assembly(self.recipe, models, None, self.dtype, (), self.chosen.name)
+        return Assembly(self.recipe, models, self.dtype, (), self.chosen.name)
 
     def outputs(self) -> tuple[Output, ...]:
-        """All tensors: what comes first in the model first, what is fitted in the order in which it can be."""
-        assembly, bodies = self.assembly, []
-        for number, expert in enumerate(self.experts):
-            for tensor, own in expert_tensors(expert.whole, number, rows=None if self.shared else self.rows):
-                bodies.append(assembly.output(tensor, self._own(assembly, expert, own)))
-        gate_width = self.width if self.shared else sum(expert.whole.width for expert in self.experts)
-        gate = whole_gate(len(self.experts), gate_width)
-        routed = [(gate, self.router.operation(gate))] if self._routing()["kind"] == "learned" else []
-        if not self.shared:
-            return (*bodies, *(assembly.output(*each) for each in routed))
-        embedding, head = shared_tensors(self.rows, self.width, head_bias=self.head_bias)
-        tables = [expert.tables(self._scale(expert), self.dtype) for expert in self.experts]
-        projectors = projector_outputs(self.moe.projectors, tables, self.width, self.recipe.seed)
-        first = [(embedding, self._averaged([expert.embedded(self.width, self._scale(expert)) for expert in self.experts]))]
-        last = [(tensor, self._head(tensor)) for tensor in head]
-        rest = [assembly.output(*each) for each in (*projectors, *last, *routed)]
-        return (*(assembly.output(*each) for each in first), *bodies, *rest)
+        """All tensors: what comes first in the model first, and what is fitted in the order in which it can be."""
+        embedding, head = self._shared()
+        in_order = (*embedding, *self._bodies(), *self._projectors(), *head, *self._gate())
+        return tuple(self.assembly.output(tensor, operation) for tensor, operation in in_order)
 
-    def _own(self, assembly: Assembly, expert: WholeExpert, tensor: Expected) -> Operation:
-        outside = (expert.whole.embedding, expert.whole.head, expert.whole.head_bias)
+    def _bodies(self) -> Iterator[_Computed]:
+        """The experts' own tensors; with a shared embedding and head without theirs."""
+        for number, expert in enumerate(self.experts):
+            for tensor, own in expert_tensors(expert.decoder, number, rows=None if self.shared else self.rows):
+                yield tensor, self._own(self.assembly, expert, own)
+
+    def _shared(self) -> tuple[list[_Computed], list[_Computed]]:
+        """The shared embedding, and the head."""
+        if not self.shared:
+            return [], []
+        embedding, head = shared_tensors(self.rows, self.width, head_bias=self.head_bias)
+        tables = [expert.embedded(self.width, self._scale(expert)) for expert in self.experts]
+        return [(embedding, self._averaged(tables))], [(tensor, self._head(tensor)) for tensor in head]
+
+    def _projectors(self) -> Sequence[_Computed]:
+        """The projectors that lead into and out of the experts, where embedding and head are shared."""
+        if not self.shared:
+            return ()
+        tables = [expert.tables(self._scale(expert), self.dtype) for expert in self.experts]
+        return projector_outputs(self.moe.projectors, tables, self.width, self.recipe.seed)
+
+    def _gate(self) -> Sequence[_Computed]:
+        """The gate, which reads the shared embedding's states, or those of all experts side by side."""
+        if self._routing()["kind"] != "learned":
+            return ()
+        width = self.width if self.shared else sum(expert.decoder.width for expert in self.experts)
+        gate = heterogeneous_gate(len(self.experts), width)
+        return ((gate, self.router.operation(gate)),)
+
+    def _own(self, assembly: Assembly, expert: HeterogeneousExpert, tensor: ExpectedTensor) -> Operation:
+        outside = (expert.decoder.embedding, expert.decoder.head, expert.decoder.head_bias)
         if tensor.name in outside:
             return Copy(Source(expert.name, expert.mapped(tensor.name)))
         return assembly.copied(expert.name, tensor.name)
 
-    def _scale(self, expert: WholeExpert) -> float:
+    def _scale(self, expert: HeterogeneousExpert) -> float:
         """Return the factor of its embedding, as its own module has it: in the element type of the weights."""
-        return float(rounded(np.array(expert.whole.embedding_scale), self.dtype))
+        return float(rounded(np.array(expert.decoder.embedding_scale), self.dtype))
 
-    def _head(self, tensor: Expected) -> Operation:
+    def _head(self, tensor: ExpectedTensor) -> Operation:
         if len(tensor.shape) == 2:
             return self._averaged([expert.head(self.width) for expert in self.experts])
         zeros = ArrayTensor(tensor.name, F32, tensor.shape, np.zeros(self.rows, np.float32))
@@ -188,28 +172,27 @@ class _Building:
         config |= {"vocab_size": self.rows, "hidden_size": self.width, "embedding": self.moe.embedding}
         config["projectors"] = projector_config(self.moe.projectors, self.width) if self.shared else None
         config |= {"head_bias": self.head_bias, "routing": self._routing()}
-        known = canonical(self.chosen.config, family_of(self.chosen.config))
-        config |= {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config |= {key: self.chosen.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return {**config, "dtype": dtype}
 
     def warnings(self) -> tuple[str, ...]:
         """Return warnings about what is lost, and what is not ready for use."""
-        found = [text for expert in self.experts for text in expert.remarks(shared=self.shared)]
+        warnings = [text for expert in self.experts for text in expert.remarks(shared=self.shared)]
         if self.shared and self.moe.projectors == "random":
-            found.append("the projectors are random, as the paper starts: the model writes noise until it is fine-tuned")
+            warnings.append("the projectors are random, as the paper starts: the model writes noise until it is fine-tuned")
         merge = self.recipe.written.get("merge")
         if not self.shared and isinstance(merge, Mapping) and set(merge) - {"seed"}:
-            found.append("'merge' is not used: with 'embedding: separate' nothing is merged")
-        return tuple(found)
+            warnings.append("'merge' is not used: with 'embedding: separate' nothing is merged")
+        return tuple(warnings)
 
     def notes(self) -> tuple[str, ...]:
         """Return notes about its parts."""
-        described = (f"{expert.name} ({expert.whole.model_type}, width {expert.whole.width})" for expert in self.experts)
+        described = (f"{expert.name} ({expert.decoder.model_type}, width {expert.decoder.width})" for expert in self.experts)
         return (f"experts stay whole models: {', '.join(described)}",)
 
 
-def _expert_config(model: Checkpoint, dtype: str) -> dict[str, Any]:
+def _expert_config(model: SourceModel, dtype: str) -> dict[str, Any]:
     """An expert's own config.json, as transformers reads it today."""
-    family = family_of(model.config)
-    config = {**model.config, "dtype": dtype} if family is None else portable(model.config, family=family, dtype=dtype)
+    written, family = model.written, model.family
+    config = {**written, "dtype": dtype} if family is None else portable_config(written, family=family, dtype=dtype)
     return {key: value for key, value in config.items() if key not in _NOT_WRITTEN}

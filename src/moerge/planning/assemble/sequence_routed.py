@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moerge.architecture.config import portable
+from moerge.architecture.config import portable_config
 from moerge.architecture.sequence import MODEL_TYPE, expand, gate
 from moerge.errors import InputError
 from moerge.modeling import AUTO_MAP, FAMILIES, role_of
@@ -41,7 +41,7 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
         else:
             operation = assembly.merged(original, experts)
         outputs.append(assembly.output(tensor, operation))
-    assembly.chooser.check_all_used()
+    assembly.resolver.check_all_used()
     routing = moe.router.routing(moe.top_k)
     if routing["kind"] == "learned":
         router = gate(len(experts), dense["hidden_size"])
@@ -55,12 +55,12 @@ def assemble_sequence_routed(assembly: Assembly) -> Assembled:
 
 def _expert_config(assembly: Assembly, moe: MoE) -> dict[str, Any]:
     """The dense config that all experts share."""
-    model = assembly.models[assembly.source]
+    model = assembly.leader
     if model.model_type not in FAMILIES:
         raise InputError(
             f"moe.format: experts of type {model.model_type!r} cannot be routed by sequence (it takes: {', '.join(FAMILIES)})"
         )
-    dense = portable(model.config, family=assembly.family, dtype=str(assembly.dtype.torch_name))
+    dense = portable_config(model.written, family=model.family, dtype=str(assembly.dtype.torch_name))
     if dense.get("tie_word_embeddings") and ("embedding" in moe.separate) != ("head" in moe.separate):
         raise InputError("moe.separate: embedding and head are tied in these models: keep both separate or neither")
     layers = getattr(moe.router, "layers", None) or ()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from moerge.architecture import Expected, moe_format
-from moerge.architecture.config import canonical, portable
+from moerge.architecture import ExpectedTensor, moe_format
+from moerge.architecture.config import portable_config
 from moerge.architecture.moe_format import GROUPED_BYTES
 from moerge.architecture.parts import part_of
 from moerge.errors import InputError
@@ -19,7 +20,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     """The MoE in the recipe's format; InputError where the format has no place for what the experts have."""
     moe = assembly.recipe.moe
     assert moe is not None
-    config = canonical(assembly.models[assembly.source].config, assembly.family)
+    config = assembly.leader.config
     chosen = moe_format(moe.format, config)
     unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
     if unknown:
@@ -31,23 +32,23 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     if "head" not in dense and not converted.get("tie_word_embeddings"):
         raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
     outputs = []
-    for tensor in expected_of(chosen.family, converted, chosen.name):
+    for tensor in expected_of(replace(assembly.leader, family=chosen.family).with_written(converted), chosen.name):
         operation: Operation
         if tensor.role.endswith(".router"):
             operation = moe.router.operation(tensor)
-        elif _among(chosen.zeros, tensor):
+        elif _among(chosen.zero_roles, tensor):
             operation = Draw(seed=0, bound=0.0)
-        elif _among(chosen.drawn, tensor):
+        elif _among(chosen.random_roles, tensor):
             operation = Draw.of_linear(tensor.shape[-1])
         elif tensor.parts or tensor.expert is not None:
             operation = _kept(assembly, tensor, dense, experts)
         else:
             operation = assembly.merged(dense[tensor.role], experts)
         outputs.append(assembly.output(tensor, operation))
-    assembly.chooser.check_all_used()
-    made = portable(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
-    cautions = filter(None, (chosen.caution(config), _unaligned(outputs)))
-    return Assembled(made, outputs, experts, tuple(cautions))
+    assembly.resolver.check_all_used()
+    made = portable_config(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
+    warnings = filter(None, (chosen.warning(config), _unaligned(outputs)))
+    return Assembled(made, outputs, experts, tuple(warnings))
 
 
 def _unaligned(outputs: Sequence[Output]) -> str | None:
@@ -62,7 +63,7 @@ def _unaligned(outputs: Sequence[Output]) -> str | None:
     )
 
 
-def _kept(assembly: Assembly, tensor: Expected, dense: Mapping[str, Expected], experts: tuple[str, ...]) -> Operation:
+def _kept(assembly: Assembly, tensor: ExpectedTensor, dense: Mapping[str, ExpectedTensor], experts: tuple[str, ...]) -> Operation:
     """An expert's own tensor, or that of all experts joined where the format stores them as one."""
     if tensor.parts:
         return assembly.joined(tensor, experts, [dense[role].name for role in tensor.parts])
@@ -70,6 +71,6 @@ def _kept(assembly: Assembly, tensor: Expected, dense: Mapping[str, Expected], e
     return assembly.copied(experts[tensor.expert], dense[tensor.dense_role].name)
 
 
-def _among(beginnings: Sequence[str], tensor: Expected) -> bool:
+def _among(beginnings: Sequence[str], tensor: ExpectedTensor) -> bool:
     role = tensor.role.split(".", 2)[-1]
     return any(role == beginning or role.startswith(f"{beginning}.") for beginning in beginnings)

@@ -12,11 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-from moerge.checkpoint.reader import Checkpoint
 from moerge.operations.operations import Merge
+from moerge.planning.models import SourceModel
 from moerge.tensors.source import Source
 from moerge.tensors.tensor import Tensor
-from moerge.tensors.views.rows import ZERO, ExactRows, Holder, RowsTensor, count_holders, pick_rows
+from moerge.tensors.views.rows import ZERO, OverwriteRows, RowSource, RowsTensor, count_holders, pick_rows
 
 _LARGEST_MULTIPLE = 128
 
@@ -31,7 +31,7 @@ class Alignment:
     """
 
     source: str
-    models: Mapping[str, Checkpoint] = field(repr=False)
+    models: Mapping[str, SourceModel] = field(repr=False)
     rows: Mapping[str, np.ndarray] = field(repr=False)
     names: frozenset[str]
     plain: frozenset[str]
@@ -74,7 +74,7 @@ class Alignment:
             extras=tuple(
                 self._extra(source, extra) for source, extra in zip(merge.experts, merge.extras, strict=bool(merge.extras))
             ),
-            exact=ExactRows(owners, exact_V) if exact_V.any() else None,
+            exact=OverwriteRows(owners, exact_V) if exact_V.any() else None,
         )
 
     def _extra(self, source: Source, extra: Source | None) -> Source | None:
@@ -95,13 +95,13 @@ class Alignment:
     def _fallbacks(self) -> Sequence[str]:
         return (self.source, *(model for model in self.models if model != self.source))
 
-    def _holders(self, name: str, models: Iterable[str]) -> list[Holder]:
-        return [Holder(model, self.models[model].tensors[name], self.rows[model]) for model in models]
+    def _holders(self, name: str, models: Iterable[str]) -> list[RowSource]:
+        return [RowSource(model, self.models[model].tensors[name], self.rows[model]) for model in models]
 
 
-def with_rows(model: Checkpoint, alignment: Alignment, experts: Sequence[str]) -> Checkpoint:
+def with_rows(model: SourceModel, alignment: Alignment, experts: Sequence[str]) -> SourceModel:
     """The model as if it had the result's vocabulary."""
-    return replace(model, tensors=alignment.view(model.name, experts))
+    return model.with_tensors(alignment.view(model.name, experts))
 
 
 def own_rows(ids: Mapping[str, int], own: Mapping[str, int], size: int) -> np.ndarray:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from moerge.architecture import Family
 from moerge.checkpoint.companions import read_companions
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.files import read_file
-from moerge.planning.vocab.config import SPECIAL_IDS, find_key
+from moerge.planning.models import SourceModel
+from moerge.planning.vocab.config import SPECIAL_IDS
 from moerge.recipe.schema import Recipe
 from moerge.tokenizer import SETTINGS, TEMPLATES, Vocabulary, read_object, special_tokens, write_object
 
@@ -59,11 +58,11 @@ class Chat:
 class _Settings:
     """A model's own small files, its templates by name, and its special tokens."""
 
-    model: Checkpoint
+    model: SourceModel
     files: Mapping[str, bytes]
 
     @classmethod
-    def of(cls, model: Checkpoint) -> _Settings:
+    def of(cls, model: SourceModel) -> _Settings:
         return cls(model, read_companions(model.folder, (*SETTINGS, *TEMPLATES)))
 
     @property
@@ -92,10 +91,9 @@ def template_of(files: Mapping[str, bytes]) -> dict[str, str]:
 
 def settle_chat(
     recipe: Recipe,
-    models: Sequence[Checkpoint],
+    models: Sequence[SourceModel],
     source: str,
     files: Mapping[str, bytes],
-    family: Family | None,
     move: Move | None,
 ) -> Chat:
     """The template that the recipe names; by default that of `source`, the tokenizer's model, or the one that all others share.
@@ -107,11 +105,20 @@ def settle_chat(
     if wanted is not None and wanted not in settings:
         return _from_file(recipe, settings, source, files)
     donor, notes = (wanted, []) if wanted is not None else _default(settings, source, files, move)
-    taken = _Taking(settings, source, donor or source, family, move)
+    taken = _Taking(settings, source, donor or source, move)
     changed = taken.files(files) if taken.donor != source else files
     ids = taken.ids() if taken.donor != source else {}
     has = bool(template_of(changed))
     return Chat(changed, taken.donor, taken.donor if has else None, ids, (*notes, *taken.notes()))
+
+
+def without_others(chat: Chat, models: Sequence[SourceModel], source: str) -> Chat:
+    """The chat of a tokenizer's own model, with a note where it has no template and models with tokens of their own have one."""
+    others = [model.name for model in models if _Settings.of(model).template]
+    if chat.template is not None or not others:
+        return chat
+    note = f"the result has no chat template: {source} has none, and {', '.join(others)} may have other tokens"
+    return replace(chat, notes=(*chat.notes, f"{note} ('tokenizer: {others[0]}' takes both, 'chat_template: FILE' a template)"))
 
 
 def _default(
@@ -144,8 +151,11 @@ def _default(
 
 
 def _from_file(recipe: Recipe, settings: Mapping[str, _Settings], source: str, files: Mapping[str, bytes]) -> Chat:
-    """A template from a file of the user's; all else is that of the tokenizer's model."""
+    """A template of the user's, from a file or in the recipe; all else is that of the tokenizer's model."""
     assert recipe.chat_template is not None
+    if "{" in recipe.chat_template:
+        changed = {**_without_template(files), _FILE: recipe.chat_template.encode()}
+        return Chat(changed, source, recipe.source, {}, ("the chat template is the recipe's own",))
     path = recipe.folder / Path(recipe.chat_template).expanduser()
     try:
         text = read_file(path).decode("utf-8")
@@ -173,7 +183,6 @@ class _Taking:
     settings: Mapping[str, _Settings]
     source: str
     donor: str
-    family: Family | None
     move: Move | None
 
     @property
@@ -199,7 +208,7 @@ class _Taking:
 
     def ids(self) -> dict[str, Any]:
         """The donor's special tokens for config.json, by their ids in the result."""
-        found = {key: self._moved(find_key(self.own.model.config, self.family, key)) for key in SPECIAL_IDS}
+        found = {key: self._moved(self.own.model.find_key(key)) for key in SPECIAL_IDS}
         return {key: value for key, value in found.items() if value is not None}
 
     def _moved(self, value: Any) -> Any:
@@ -224,7 +233,7 @@ class _Taking:
         return notes
 
     def _end(self, own: _Settings) -> str:
-        numbers = read_object(own.files, _GENERATION).get("eos_token_id", find_key(own.model.config, self.family, "eos_token_id"))
+        numbers = read_object(own.files, _GENERATION).get("eos_token_id", own.model.find_key("eos_token_id"))
         numbers = [number for number in (numbers if isinstance(numbers, list) else [numbers]) if type(number) is int]
         here = [number if self.move is None else self.move.id_of(own.model.name, number) for number in numbers]
         shown = ", ".join(sorted({"another token" if number is None else str(number) for number in here}))

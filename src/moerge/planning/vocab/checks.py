@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moerge.architecture import Family
-from moerge.architecture.config import canonical
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.planning.models import SourceModel
 from moerge.recipe.schema import UNION
 from moerge.tokenizer import Vocabulary, special_tokens, token_ids
 
@@ -31,11 +29,12 @@ def check_kinds(vocabularies: Mapping[str, Vocabulary], source: str) -> None:
             raise InputError(
                 f"the tokenizers of {source} and {name} are of different kinds, so the same text is not the same token: {source} "
                 f"is {own.kind} ({own.shown}), {name} {vocabulary.spelling.kind} ({vocabulary.spelling.shown}); "
-                "such models have no common ancestor to merge from"
+                "such models have no common ancestor to merge from",
+                code="vocabularies-differ",
             )
 
 
-def check_roles(models: Sequence[Checkpoint], named: str | None) -> None:
+def check_roles(models: Sequence[SourceModel], named: str | None) -> None:
     """InputError if a token begins texts in one model and ends them in another, and no model is named whose roles hold."""
     if named is not None and named != UNION:
         return
@@ -47,7 +46,8 @@ def check_roles(models: Sequence[Checkpoint], named: str | None) -> None:
                 if one and other and not one & other:
                     raise InputError(
                         f"{token!r} is the {min(one)} of {first} and the {min(other)} of {second}: name the model whose special "
-                        f"tokens the result has, such as 'tokenizer: {first}'"
+                        f"tokens the result has, such as 'tokenizer: {first}'",
+                        code="vocabularies-differ",
                     )
 
 
@@ -67,7 +67,10 @@ def undecided(vocabularies: Mapping[str, Vocabulary], source: str) -> InputError
     parts += [f"{listed(map(ours.shown, moved[:_SHOWN]), len(moved))} have other ids"] if moved else []
     settings = [source, *(name for name, other in vocabularies.items() if other.ids != ours.ids), UNION]
     choices = ", ".join(f"'tokenizer: {setting}'" for setting in settings[:-1]) + f" or 'tokenizer: {UNION}'"
-    return InputError(f"the vocabularies of {source} and {name} differ: {'; '.join(parts)}; say whose tokens to keep: {choices}")
+    return InputError(
+        f"the vocabularies of {source} and {name} differ: {'; '.join(parts)}; say whose tokens to keep: {choices}",
+        code="vocabularies-differ",
+    )
 
 
 def no_tokenizers(sizes: Mapping[str, Any]) -> InputError:
@@ -75,7 +78,8 @@ def no_tokenizers(sizes: Mapping[str, Any]) -> InputError:
     described = ", ".join(f"{name}: {size!r}" for name, size in sizes.items())
     return InputError(
         f"vocab_size differs ({described}) and no model has a tokenizer to match the rows by: put each model's tokenizer.json "
-        "into its folder"
+        "into its folder",
+        code="vocabularies-differ",
     )
 
 
@@ -83,13 +87,14 @@ def not_readable(names: Sequence[str], source: str) -> InputError:
     """Return the error for a model with merge rules and no vocabulary, which cannot be compared with others."""
     return InputError(
         f"the tokenizers of the models differ, and that of {', '.join(names)} cannot be compared token by token: give it a "
-        f"tokenizer.json ({_SAVE})"
+        f"tokenizer.json ({_SAVE})",
+        code="vocabularies-differ",
     )
 
 
-def tokens_without_rows(model: Checkpoint, family: Family | None) -> list[str]:
+def tokens_without_rows(model: SourceModel) -> list[str]:
     """A warning if the tokenizer of `model` has tokens that the embedding, as its config has it, has no row for."""
-    rows = canonical(model.config, family).get("vocab_size")
+    rows = model.config.get("vocab_size")
     try:
         ids = token_ids(model.folder) or {}
     except InputError:  # where it has to be read, it says so

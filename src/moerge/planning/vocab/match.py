@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moerge.architecture import Family
-from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
+from moerge.planning.models import SourceModel
 from moerge.planning.vocab.alignment import Alignment, match_rows, own_rows, with_rows
 from moerge.planning.vocab.chat import Chat, Move, settle_chat
 from moerge.planning.vocab.checks import (
@@ -22,7 +21,7 @@ from moerge.planning.vocab.checks import (
     splitting_warnings,
     undecided,
 )
-from moerge.planning.vocab.config import with_special_ids, with_values
+from moerge.planning.vocab.config import with_special_ids
 from moerge.planning.vocab.token_tensors import sizes_of, token_tensors
 from moerge.recipe.schema import UNION, Recipe
 from moerge.tokenizer import (
@@ -43,14 +42,14 @@ _FAR = 1_000_000
 
 
 @dataclass(frozen=True)
-class OneVocabulary:
+class ResolvedVocabulary:
     """The models as if all had the result's tokens, and what comes of that.
 
     `models` are those to merge; `source` is the model whose tokenizer, generation config and special tokens the result has.
     Without an `alignment` all vocabularies were the same to begin with. `facts` are for the manifest.
     """
 
-    models: tuple[Checkpoint, ...]
+    models: tuple[SourceModel, ...]
     source: str
     files: Mapping[str, bytes]
     alignment: Alignment | None = None
@@ -69,15 +68,16 @@ class OneVocabulary:
             else f"tokenizer and generation config from {donor}"
         )
 
-    def with_chat(self, chat: Chat, family: Family | None) -> OneVocabulary:
+    def with_chat(self, chat: Chat) -> ResolvedVocabulary:
         """Return the vocabulary with a chat template, and the tokens that end an answer, in its files and configs."""
         own = {"chat_template": chat.template, "generation_config": chat.donor if chat.donor != self.source else None}
         facts = {**self.facts, **{key: value for key, value in own.items() if value}}
         notes = (*self.notes, *chat.notes)
-        return replace(self, models=with_values(self.models, family, chat.ids), files=chat.files, facts=facts, notes=notes)
+        models = tuple(model.with_values(chat.ids) for model in self.models)
+        return replace(self, models=models, files=chat.files, facts=facts, notes=notes)
 
 
-def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: Recipe, config_source: str) -> OneVocabulary:
+def resolve_vocabulary(models: Sequence[SourceModel], recipe: Recipe, config_source: str) -> ResolvedVocabulary:
     """Resolve the recipe's `tokenizer`, from configs and tokenizer files alone.
 
     Raises InputError where vocabularies differ and the recipe does not say whose counts, and where they cannot be matched.
@@ -85,33 +85,33 @@ def one_vocabulary(models: Sequence[Checkpoint], family: Family | None, recipe: 
     having = [model for model in models if has_tokenizer(model.folder)]
     source = _tokenizer_source(models, having, recipe, config_source)
     files = companion_files(next(model.folder for model in models if model.name == source))
-    sizes = sizes_of(models, family)
+    sizes = sizes_of(models)
     if not having:
         if _differ(sizes):
             raise no_tokenizers(sizes)
-        return OneVocabulary(tuple(models), source, files, warnings=(_NO_TOKENIZER,))
+        return ResolvedVocabulary(tuple(models), source, files, warnings=(_NO_TOKENIZER,))
     without = [model.name for model in models if model not in having]
     warnings = [f"{', '.join(without)}: no tokenizer, assumed to be that of {having[0].name}"] if without else []
     check_roles(having, recipe.tokenizer)
     if _differ(sizes):
-        token_tensors(models, family, sizes)  # so that they are the tensors' sizes, and not only the configs'
+        token_tensors(models, sizes)  # so that they are the tensors' sizes, and not only the configs'
     vocabularies = _read(models, having, sizes, source)
     same = _same_tokens(vocabularies, sizes)
     if same and not _differ(sizes):
         warnings += splitting_warnings(vocabularies, source)
-        settled = with_special_ids(models, family, source, config_source)
-        alike = OneVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
-        return alike.with_chat(settle_chat(recipe, models, source, files, family, None), family)
+        settled = with_special_ids(models, source, config_source)
+        alike = ResolvedVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
+        return alike.with_chat(settle_chat(recipe, models, source, files, None))
     if not same:
         check_kinds(vocabularies, source)
         if recipe.tokenizer is None:
             raise undecided(vocabularies, source)
-    matching = _Matching(models, family, recipe, config_source, source, vocabularies, sizes)
-    outcome, move = matching.outcome(files, warnings)
-    return outcome.with_chat(settle_chat(recipe, models, source, outcome.files, family, move), family)
+    matching = _VocabularyMatch(models, recipe, config_source, source, vocabularies, sizes)
+    resolved, move = matching.resolve(files, warnings)
+    return resolved.with_chat(settle_chat(recipe, models, source, resolved.files, move))
 
 
-def _tokenizer_source(models: Sequence[Checkpoint], having: Sequence[Checkpoint], recipe: Recipe, config_source: str) -> str:
+def _tokenizer_source(models: Sequence[SourceModel], having: Sequence[SourceModel], recipe: Recipe, config_source: str) -> str:
     """The model whose tokenizer the result has; for a union, that the others' tokens are added to."""
     names = [model.name for model in having]
     named = recipe.tokenizer
@@ -124,7 +124,7 @@ def _tokenizer_source(models: Sequence[Checkpoint], having: Sequence[Checkpoint]
 
 
 def _read(
-    models: Sequence[Checkpoint], having: Sequence[Checkpoint], sizes: Mapping[str, Any], source: str
+    models: Sequence[SourceModel], having: Sequence[SourceModel], sizes: Mapping[str, Any], source: str
 ) -> dict[str, Vocabulary]:
     """All vocabularies by model; those without have that of the first. What are the same files is read once, or by position."""
     first = having[0]
@@ -161,20 +161,43 @@ def _differ(sizes: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Matching:
+class _RowCounts:
+    """A model's tokens against the result's: how many are the same, how many it adds, which it lacks, which it loses."""
+
+    shared: int
+    added: int
+    missing: Sequence[str]
+    left_out: Sequence[str]
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """The counts, for the manifest."""
+        counts = {"shared": self.shared, "added": self.added}
+        return {**counts, "missing": len(self.missing), "left_out": len(self.left_out)}
+
+    def described(self, result: Vocabulary, own: Vocabulary) -> str:
+        """Describe it in a line, with the first few tokens as these vocabularies show them."""
+        parts = [f"has {self.shared:,} of them"]
+        parts += [f"brings {self.added:,}"] if self.added else []
+        parts += [f"lacks {listed(map(result.shown, self.missing[:4]), len(self.missing))}"] if self.missing else []
+        parts += [f"loses {listed(map(own.shown, self.left_out[:4]), len(self.left_out))}"] if self.left_out else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class _VocabularyMatch:
     """Models whose vocabularies differ, and whose tokens the result has."""
 
-    models: Sequence[Checkpoint]
-    family: Family | None
+    models: Sequence[SourceModel]
     recipe: Recipe
     config_source: str
     source: str
     vocabularies: Mapping[str, Vocabulary]
     sizes: Mapping[str, int]
 
-    def outcome(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[OneVocabulary, Move]:
+    def resolve(self, files: Mapping[str, bytes], warnings: Sequence[str]) -> tuple[ResolvedVocabulary, Move]:
         """The models with the rows of the result, and what gives their tokens their ids there."""
-        names = token_tensors(self.models, self.family, self.sizes)
+        names = token_tensors(self.models, self.sizes)
         self._check_ids()
         ids, brought = self._tokens(files)
         own = {name: own_rows(ids, vocabulary.ids, self.sizes[name]) for name, vocabulary in self.vocabularies.items()}
@@ -182,33 +205,21 @@ class _Matching:
         rows, plain = match_rows(self.source, own, numbers_T, self.sizes, self.vocabularies[self.source].next_id)
         alignment = Alignment(self.source, {model.name: model for model in self.models}, rows, names, plain)
         moved = {number: ids[text] for number, text in self.vocabularies[self.config_source].texts.items() if text in ids}
-        configured = with_special_ids(
-            self.models, self.family, self.source, self.config_source, moved=moved, vocab_size=alignment.size
-        )
-        left_out = {name: self._left_out(name, ids) for name in own}
-        shared = {name: int((rows_T >= 0).sum()) for name, rows_T in own.items()}
-        counts = {
-            name: {
-                "shared": shared[name],
-                "added": len(brought.get(name, ())),
-                "missing": len(ids) - shared[name],
-                "left_out": len(left_out[name]),
-            }
-            for name in own
-        }
-        lacking = {name: np.flatnonzero(rows_T < 0) for name, rows_T in own.items()}
-        notes = tuple(self._notes(alignment.size, list(ids), lacking, left_out, counts))
-        facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size, "models": counts}
-        found = OneVocabulary(
+        configured = with_special_ids(self.models, self.source, self.config_source, moved=moved, vocab_size=alignment.size)
+        counts = {name: self._counts(name, ids, rows_T, brought.get(name, ())) for name, rows_T in own.items()}
+        notes = tuple(self._notes(alignment.size, counts, ids))
+        facts = {"source": self.source, "union": self._union, "tokens": len(ids), "rows": alignment.size}
+        facts |= {"models": {name: count.facts for name, count in counts.items()}, "notes": list(notes)}
+        resolved = ResolvedVocabulary(
             tuple(with_rows(model, alignment, tuple(self.recipe.experts)) for model in configured),
             self.source,
             self._files(files, brought),
             alignment,
-            {**facts, "notes": list(notes)},
+            facts,
             notes,
             (*warnings, *self._union_warnings(brought), *splitting_warnings(self.vocabularies, self.source)),
         )
-        return found, Move(ids, self.vocabularies)
+        return resolved, Move(ids, self.vocabularies)
 
     @property
     def _union(self) -> bool:
@@ -220,7 +231,8 @@ class _Matching:
             if vocabulary.next_id > limit:
                 raise InputError(
                     f"{name}: the tokenizer gives a token the id {vocabulary.next_id - 1:,}, far beyond the embedding's "
-                    f"{self.sizes[name]:,} rows: it is damaged or another model's"
+                    f"{self.sizes[name]:,} rows: it is damaged or another model's",
+                    code="damaged-file",
                 )
 
     def _tokens(self, files: Mapping[str, bytes]) -> tuple[dict[str, int], dict[str, list[NewToken]]]:
@@ -263,32 +275,20 @@ class _Matching:
         vocabulary = self.vocabularies[self.source]
         return with_new_tokens(files, vocabulary.added, new, vocabulary.next_id)
 
-    def _left_out(self, name: str, ids: Mapping[str, int]) -> list[str]:
-        """A model's tokens that the result does not have."""
-        return [text for text, row in self.vocabularies[name].ids.items() if text not in ids and row < self.sizes[name]]
+    def _counts(self, name: str, ids: Mapping[str, int], rows_T: np.ndarray, brought: Sequence[NewToken]) -> _RowCounts:
+        """Compare a model's tokens with the result's, for which it has the rows `rows_T`."""
+        texts, vocabulary = list(ids), self.vocabularies[name]
+        missing = [texts[index] for index in np.flatnonzero(rows_T < 0)]
+        left_out = [text for text, row in vocabulary.ids.items() if text not in ids and row < self.sizes[name]]
+        return _RowCounts(int((rows_T >= 0).sum()), len(brought), missing, left_out)
 
-    def _notes(
-        self,
-        size: int,
-        texts: Sequence[str],
-        lacking: Mapping[str, np.ndarray],
-        left_out: Mapping[str, Sequence[str]],
-        counts: Mapping[str, Mapping[str, int]],
-    ) -> list[str]:
-        if not any(count["missing"] or count["left_out"] for count in counts.values()) and self.recipe.tokenizer is None:
+    def _notes(self, size: int, counts: Mapping[str, _RowCounts], ids: Mapping[str, int]) -> list[str]:
+        if not any(count.missing or count.left_out for count in counts.values()) and self.recipe.tokenizer is None:
             sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.sizes.items())
             return [f"embeddings differ by rows that are no token's only ({sizes}): the result has {size:,}, as {self.source}"]
-        notes, result = [f"the result has {len(texts):,} tokens in {size:,} rows"], self.vocabularies[self.source]
-        for name, count in counts.items():
-            vocabulary = self.vocabularies[name]
-            missing = [result.shown(texts[index]) for index in lacking[name][:4]]
-            dropped = [vocabulary.shown(text) for text in left_out[name][:4]]
-            parts = [f"has {count['shared']:,} of them"]
-            parts += [f"brings {count['added']:,}"] if count["added"] else []
-            parts += [f"lacks {listed(missing, count['missing'])}"] if count["missing"] else []
-            parts += [f"loses {listed(dropped, count['left_out'])}"] if count["left_out"] else []
-            notes.append(f"tokens: {name} {', '.join(parts)}")
-        return notes
+        result = self.vocabularies[self.source]
+        own = (f"tokens: {name} {count.described(result, self.vocabularies[name])}" for name, count in counts.items())
+        return [f"the result has {len(ids):,} tokens in {size:,} rows", *own]
 
     def _union_warnings(self, brought: Mapping[str, Sequence[NewToken]]) -> list[str]:
         ordinary = {name: sum(token.text not in self.vocabularies[name].added for token in new) for name, new in brought.items()}

@@ -9,6 +9,14 @@ from moerge.errors import suggest
 from moerge.recipe.document import Document, Key, short
 from moerge.recipe.mergekit.models import Reference, Roster, read_reference
 
+_AUTO = (
+    "differs from mergekit: 'chat_template: auto' takes that of the tokenizer's model, or the one that all others share; "
+    "mergekit takes the most frequent"
+)
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -16,7 +24,9 @@ def check_keys(document: Document, path: Key, section: Mapping[str, Any], known:
     """InputError for a key that mergekit would silently ignore."""
     for key in section:
         if key not in known:
-            raise document.error((*path, str(key)), f": unknown key in a mergekit file, {suggest(str(key), known)}")
+            raise document.error(
+                (*path, str(key)), f": unknown key in a mergekit file, {suggest(str(key), known)}", code="unknown-name"
+            )
 
 
 def listed(document: Document, path: Key, value: Any = None) -> list[Any]:
@@ -48,11 +58,9 @@ def read_seed(document: Document) -> int:
     return seed
 
 
-def read_tokenizer(document: Document, names: Mapping[str, str], warnings: list[str]) -> str | None:
-    """Our `tokenizer` from `tokenizer_source` or `tokenizer`, by the models' names here; a chat template is left to the user."""
+def read_tokenizer(document: Document, names: Mapping[str, str]) -> str | None:
+    """Our `tokenizer` from `tokenizer_source` or `tokenizer`, by the models' names here."""
     data = document.data
-    if data.get("chat_template") is not None:
-        warnings.append("'chat_template' is not applied: the plan says whose the result has; write your own into the result")
     if data.get("tokenizer_source") is not None and data.get("tokenizer") is not None:
         raise document.error(("tokenizer",), ": there is a 'tokenizer_source' already: remove one")
     path: Key = ("tokenizer_source",)
@@ -70,8 +78,22 @@ def read_tokenizer(document: Document, names: Mapping[str, str], warnings: list[
         return written
     reference = "base" if written == "base" else str(read_reference(document, path, written))
     if reference not in names:
-        raise document.error(path, f": {reference!r} is not a model of this file, {suggest(reference, [*names, 'union'])}")
+        raise document.error(
+            path, f": {reference!r} is not a model of this file, {suggest(reference, [*names, 'union'])}", code="unknown-name"
+        )
     return names[reference]
+
+
+def read_chat_template(document: Document, warnings: list[str]) -> str | None:
+    """Our `chat_template`: a template as it is, ChatML by its name; with `auto`, what our recipes do without the key."""
+    written = document.data.get("chat_template")
+    if written is None or written == "auto":
+        if written:
+            warnings.append(_AUTO)
+        return None
+    if not isinstance(written, str) or ("{" not in written and written != "chatml"):
+        raise document.error(("chat_template",), f" should be auto, chatml or a Jinja template itself, not {short(written)}")
+    return _CHATML if written == "chatml" else written
 
 
 def roster_models(roster: Roster, base: Reference | None, *, named_base: str | None) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from typing import Any
 
 from moerge.errors import suggest
 from moerge.recipe.document import Document, Key, short
-from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed, read_tokenizer, roster_models
+from moerge.recipe.mergekit.common import (
+    check_keys,
+    listed,
+    read_chat_template,
+    read_dtype,
+    read_seed,
+    read_tokenizer,
+    roster_models,
+)
 from moerge.recipe.mergekit.methods import METHODS, Foreign
 from moerge.recipe.mergekit.models import Reference, Roster, read_reference
 from moerge.recipe.mergekit.parameters import Setting, Settings, read_setting
@@ -40,7 +48,7 @@ def read_merge(document: Document, trail: tuple[str, ...] = ()) -> Recipe:
     donor = reader.base_name or next(iter(models["experts"]), "base")
     known = {name: model for reference, model in reader.roster.names.items() for name in (str(reference), model)}
     known |= {"base": donor} | ({str(base): donor} if base else {})
-    tokenizer = read_tokenizer(document, known, reader.warnings)
+    tokenizer = read_tokenizer(document, known)
     whole: dict[str, Any] = {
         **models,
         "recipes": _recipes(document, models, trail),
@@ -49,6 +57,7 @@ def read_merge(document: Document, trail: tuple[str, ...] = ()) -> Recipe:
         "slices": _slices(parts),
         "dtype": read_dtype(document),
         "tokenizer": tokenizer,
+        "chat_template": read_chat_template(document, reader.warnings),
         "config": donor,
         "source": document.source,
         "written": data,
@@ -200,7 +209,7 @@ class _Reader:
     def _without_effect(self, path: Key, key: str) -> None:
         known = {name for foreign in METHODS.values() for name in foreign.parameters}
         if key not in known:
-            raise self.document.error(path, f": unknown parameter, {suggest(key, known)}")
+            raise self.document.error(path, f": unknown parameter, {suggest(key, known)}", code="unknown-name")
         where = ": it belongs into the file's own 'parameters'" if key in self.foreign.parameters else ""
         warning = f"{key!r} has no effect on {self.method} here, as in mergekit{where}"
         if warning not in self.warnings:

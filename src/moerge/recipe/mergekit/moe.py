@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moerge.methods.average import Linear
 from moerge.methods.passthrough import Passthrough
 from moerge.recipe.document import Document, Key, short
 from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed
@@ -13,6 +14,7 @@ from moerge.routers.base import Router, router
 
 _KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture", "random_seed")
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+_ADDS = "ffn.down"
 _MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 _FORMATS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen moe": "qwen2_moe", "qwen3": "qwen3_moe", "qwen3 moe": "qwen3_moe"}
 _HIDDEN = (
@@ -34,7 +36,7 @@ def read_moe(document: Document) -> Recipe:
     base = read_reference(document, ("base_model",), data["base_model"])
     if data.get("shared_experts"):
         raise document.error(("shared_experts",), " are not supported: leave them out, or list them among the experts")
-    experts, prompts = _experts(document, base)
+    experts, prompts, recipes = _experts(document, base)
     chosen, warnings = _router(document, prompts)
     top_k = data.get("experts_per_token", 2)
     if type(top_k) is not int or not 1 <= top_k <= len(experts):
@@ -45,6 +47,7 @@ def read_moe(document: Document) -> Recipe:
         "base": base.model,
         "base_adapter": base.adapter,
         "experts": experts,
+        "recipes": recipes,
         "method": Passthrough(model="base"),
         "moe": {"include_base": False, "top_k": top_k, "router": chosen, "format": _format(document)},
         "dtype": read_dtype(document),
@@ -56,28 +59,49 @@ def read_moe(document: Document) -> Recipe:
     return document.build(Recipe, whole)
 
 
-def _experts(document: Document, base: Reference) -> tuple[dict[str, Any], dict[str, dict[str, list[str]]]]:
-    """Our experts by name, and their prompts where they have some."""
+def _experts(document: Document, base: Reference) -> tuple[dict[str, Any], dict[str, Any], dict[str, Recipe]]:
+    """Our experts by name, their prompts where they have some, and the recipes that they are."""
     experts: dict[str, Any] = {}
     prompts = {}
+    recipes: dict[str, Recipe] = {}
     for index, item in enumerate(listed(document, ("experts",))):
         path: Key = ("experts", index)
         section = document.mapping(path, item)
         check_keys(document, path, section, _EXPERT_KEYS)
         if "source_model" not in section:
             raise document.error(path, " needs a 'source_model'")
-        for key in ("noise_scale", "residual_scale"):
-            if section.get(key) is not None:
-                raise document.error((*path, key), " is not supported: experts are copied unchanged; remove it")
+        if section.get("noise_scale"):
+            raise document.error((*path, "noise_scale"), " is not supported: no noise is added to experts; remove it")
         reference = read_reference(document, (*path, "source_model"), section["source_model"])
         name = fresh_name(reference, experts)
         on_base = reference.adapter and not base.adapter and reference.model == base.model
         experts[name] = {"model": reference.adapter} if on_base else {"model": reference.model, "adapter": reference.adapter}
+        if section.get("residual_scale") is not None:
+            scale = section["residual_scale"]
+            if isinstance(scale, bool) or not isinstance(scale, int | float):
+                raise document.error((*path, "residual_scale"), f" should be a number, not {short(scale)}")
+            model = {"model": reference.model, "adapter": reference.adapter}
+            recipes[name], experts[name] = _scaled(document, name, model, float(scale)), {"model": str(reference)}
         kinds = ("positive", "negative")
         prompts[name] = {kind: _texts(document, (*path, f"{kind}_prompts"), section.get(f"{kind}_prompts")) for kind in kinds}
     if len(experts) < 2:
         raise document.error(("experts",), ": a MoE needs at least two experts")
-    return experts, prompts
+    return experts, prompts, recipes
+
+
+def _scaled(document: Document, name: str, model: dict[str, Any], scale: float) -> Recipe:
+    """An expert whose feed-forward layers add so many times as much to the residual stream."""
+    method, weights = Linear(normalize=False), {name: scale}
+    merge = {"method": "linear", "normalize": False, "overrides": [{"match": _ADDS, "weights": weights}]}
+    whole = {
+        "experts": {name: model},
+        "method": method,
+        "overrides": [{"match": _ADDS, "method": method, "weights": weights}],
+        "dtype": "float32",
+        "source": document.source,
+        "written": {"experts": {name: model}, "merge": merge, "dtype": "float32"},
+    }
+    return document.build(Recipe, whole)
 
 
 def _texts(document: Document, path: Key, written: Any) -> list[str]:

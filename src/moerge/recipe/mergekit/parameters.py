@@ -70,7 +70,9 @@ def read_setting(document: Document, path: Key, written: Any, kind: Kind) -> Set
 def _condition(document: Document, path: Key, written: dict[Any, Any], kind: Kind) -> tuple[str | None, tuple[Value, ...]]:
     for key in written:
         if key not in ("filter", "value"):
-            raise document.error((*path, str(key)), f": unknown key, {suggest(str(key), ('filter', 'value'))}")
+            raise document.error(
+                (*path, str(key)), f": unknown key, {suggest(str(key), ('filter', 'value'))}", code="unknown-name"
+            )
     wanted = written.get("filter")
     if wanted is not None and not isinstance(wanted, str):
         raise document.error((*path, "filter"), f" should be a part of tensor names, not {short(wanted)}")

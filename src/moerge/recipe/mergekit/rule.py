@@ -9,7 +9,7 @@ from moerge.methods.method import MergeMethod, merge_method
 from moerge.recipe.document import Document, Key
 from moerge.recipe.mergekit.methods import REQUIRED, Foreign, Values
 from moerge.recipe.mergekit.parameters import Settings, Value, resolve
-from moerge.recipe.rules import Choice, Place, Rule
+from moerge.recipe.rules import MethodChoice, MethodRule, TensorContext
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class MergekitRule(Rule):
+class MergekitRule(MethodRule):
     """Decides about every tensor, by the filters and gradients of a mergekit file."""
 
     name: str
@@ -54,13 +54,13 @@ class MergekitRule(Rule):
         target = self.foreign.target(nominal, [nominal])
         return (merge_method(target.method)(),)
 
-    def choose(self, place: Place) -> Choice:
+    def choose(self, context: TensorContext) -> MethodChoice:
         """The method with the settings for this tensor, and the weights of its models."""
-        part = self.parts[place.slice_index]
+        part = self.parts[context.slice_index]
         wide = (part.settings, self.settings)
         shared_keys = [key for key, parameter in self.foreign.parameters.items() if not parameter.each]
-        shared = {key: self._value(key, wide, place.name, place.depth) for key in shared_keys}
-        each = [self._values_of(source, wide, place) for source in part.merged]
+        shared = {key: self._value(key, wide, context.name, context.depth) for key in shared_keys}
+        each = [self._values_of(source, wide, context) for source in part.merged]
         target = self.foreign.target(shared, each)
         kind, settings = merge_method(target.method), dict(target.settings)
         if "seed" in kind.model_fields:
@@ -72,12 +72,12 @@ class MergekitRule(Rule):
         names = [source.model for source in part.merged]
         by_name = {key: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for key, v in settings.items()}
         method = self.document.build(kind, by_name, ("parameters",))
-        return Choice(method, dict(zip(names, target.weights, strict=True)))
+        return MethodChoice(method, dict(zip(names, target.weights, strict=True)))
 
-    def _values_of(self, source: Source, wide: Sequence[Settings], place: Place) -> Values:
-        scopes, name = (source.settings, *wide), place.inputs[source.model]
+    def _values_of(self, source: Source, wide: Sequence[Settings], context: TensorContext) -> Values:
+        scopes, name = (source.settings, *wide), context.inputs[source.model]
         own = [key for key, parameter in self.foreign.parameters.items() if parameter.each]
-        return {key: self._value(key, scopes, name, place.depth, source) for key in own}
+        return {key: self._value(key, scopes, name, context.depth, source) for key in own}
 
     def _value(self, key: str, scopes: Sequence[Settings], name: str, depth: float, source: Source | None = None) -> Value | None:
         found = resolve(key, scopes, name, depth)

@@ -10,7 +10,7 @@ import yaml
 
 from moerge.figures import lines
 from moerge.formatting import listed, short_names
-from moerge.learning.figure import draw
+from moerge.learning.coefficient_figure import draw
 from moerge.reporting.blocks import (
     Block,
     Code,

@@ -86,11 +86,11 @@ def joined(name: str, shape: tuple[int, ...], parts: Sequence[Source]) -> Source
     return Source(models, Joined(name, shape, tuple(parts)))
 
 
-def culprit(source: Source) -> Source:
+def nonfinite_source(source: Source) -> Source:
     """Find the source of NaN or infinity: of one that is made of `parts` the first that holds them."""
     parts: Sequence[Source] = getattr(source.tensor, "parts", ())
     found = next((part for part in parts if not _is_finite(part.tensor)), None)
-    return source if found is None else culprit(found)
+    return source if found is None else nonfinite_source(found)
 
 
 def _is_finite(tensor: Tensor) -> bool:

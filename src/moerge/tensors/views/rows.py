@@ -132,7 +132,7 @@ class RowsElements:
 
 
 @dataclass(frozen=True, eq=False)
-class ExactRows:
+class OverwriteRows:
     """Rows of a merged tensor that are those of `tensor`, to the last bit, whatever the method: those marked in `exact_V`."""
 
     tensor: RowsTensor
@@ -164,7 +164,7 @@ def _spans(marks_R: np.ndarray) -> Iterator[tuple[int, int]]:
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
-class Holder(NamedTuple):
+class RowSource(NamedTuple):
     """A model's tensor, and its row for each of the result's V rows, or -1 where it has none."""
 
     model: str
@@ -172,7 +172,9 @@ class Holder(NamedTuple):
     rows_V: np.ndarray
 
 
-def pick_rows(chain: Sequence[Holder], donors: Sequence[Holder], weights: Sequence[float], last: Sequence[Holder]) -> RowsTensor:
+def pick_rows(
+    chain: Sequence[RowSource], donors: Sequence[RowSource], weights: Sequence[float], last: Sequence[RowSource]
+) -> RowsTensor:
     """Rows of the first in `chain` that has them; else the weighted mean of the `donors` that do; else of the first in `last`.
 
     A row that one donor alone has is copied from it. The tensor gets the name that it has in the first model.
@@ -192,7 +194,7 @@ def pick_rows(chain: Sequence[Holder], donors: Sequence[Holder], weights: Sequen
     return _of_used(name, list(holders.values()), given, picks_V)
 
 
-def _of_used(name: str, holders: Sequence[Holder], given: Mapping[str, float], picks_V: np.ndarray) -> RowsTensor:
+def _of_used(name: str, holders: Sequence[RowSource], given: Mapping[str, float], picks_V: np.ndarray) -> RowsTensor:
     """Return the files of those sources alone that something is taken from; only those with a given weight take part in a
     mean.
     """
