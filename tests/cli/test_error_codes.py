@@ -40,6 +40,15 @@ def no_model(folder: Path) -> None:
     shutil.rmtree(folder / "math")
 
 
+def unknown_model(folder: Path) -> None:
+    write_recipe(folder, tokenizer="maths")
+
+
+def unknown_expert(folder: Path) -> None:
+    overrides = [{"match": "embedding", "method": "linear", "weights": {"maths": 2.0}}]
+    write_recipe(folder, merge={"method": "average", "overrides": overrides})
+
+
 def unknown_key(folder: Path) -> None:
     write_recipe(folder, merge={"method": "ties", "densty": 0.5})
 
@@ -63,6 +72,8 @@ def nothing(folder: Path) -> None:
         (no_model, "not-found", ()),
         (unknown_key, "unknown-name", ()),
         (unknown_method, "unknown-name", ()),
+        (unknown_model, "unknown-name", ()),
+        (unknown_expert, "unknown-name", ()),
         (nothing, "unknown-name", ("--for", "llama.ccp")),
         (nothing, "client-cannot-run", ("--for", "llama.cpp")),
         (nothing, "usage", ("--nope",)),

@@ -182,7 +182,7 @@ def _check(recipe: Recipe, document: Document) -> None:
     """InputError for the first problem of a recipe."""
     for check in _CHECKS:
         for key, problem in check(recipe):
-            raise document.error(key, problem)
+            raise document.error(key, problem, code="unknown-name" if check in _OF_NAMES else None)
     if recipe.moe is not None:
         _check_moe(recipe, document)
 
@@ -253,13 +253,17 @@ def _passed_through(recipe: Recipe) -> Problems:
             yield (*path, "model"), f": {method.model!r}{_unknown(method.model, names)}"
 
 
-def _weights_of_overrides(recipe: Recipe) -> Problems:
+def _weighed_experts(recipe: Recipe) -> Problems:
     for index, override in enumerate(recipe.overrides):
-        path: Key = (*_OVERRIDES, index, "weights")
         for name in override.weights:
             if name not in recipe.experts:
-                yield (*path, name), f" is not an expert, {suggest(name, recipe.experts)}"
+                yield (*_OVERRIDES, index, "weights", name), f" is not an expert, {suggest(name, recipe.experts)}"
+
+
+def _weights_of_overrides(recipe: Recipe) -> Problems:
+    for index, override in enumerate(recipe.overrides):
         if override.weights and not override.method.uses_weights:
+            path: Key = (*_OVERRIDES, index, "weights")
             yield path, f" have no effect on {override.method.name}, which ignores them: remove them"
 
 
@@ -278,9 +282,12 @@ _CHECKS = (
     _owners_of_texts,
     _needs_of_methods,
     _passed_through,
+    _weighed_experts,
     _weights_of_overrides,
     _ignored_weights,
 )
+_OF_NAMES = {_named_models, _owners_of_texts, _passed_through, _weighed_experts}
+"""The checks whose problems are all names that nothing has."""
 
 
 def _check_moe(recipe: Recipe, document: Document) -> None:
