@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moerge.architecture.config import canonical
+from moerge.architecture.config import normalized_config
 from moerge.architecture.families.llama import LLAMA
 from moerge.architecture.family import expected_tensors
 from moerge.checkpoint.header import build_header
@@ -64,7 +64,7 @@ def make(folder: Path, size: str, threads: int) -> dict[str, Path]:
     config = config_of(size)
     paths = {name: folder / size / name for name in NAMES}
     missing = {name: path for name, path in paths.items() if not (path / "config.json").exists()}
-    tensors = expected_tensors(LLAMA, canonical(config, LLAMA))
+    tensors = expected_tensors(LLAMA, normalized_config(config, LLAMA))
     header, offsets = build_header([(t.name, BF16, t.shape) for t in tensors], {"format": "pt"})
     files = {}
     for name, path in missing.items():

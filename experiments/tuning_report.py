@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moerge import figures
-from moerge.figures import chart, colour, new_figure
+from moerge.figures import chart, color, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,9 +170,9 @@ def _line(axes: Any, by_seed: Mapping[int, Curve], name: str, index: int) -> Non
     columns = list(zip(*([value for _, value in curve] for curve in by_seed.values()), strict=True))
     means = [statistics.fmean(column) for column in columns]
     style = {"marker": figures.MARKERS[index % 8], "linestyle": figures.DASHES[index % 4]}
-    axes.plot(tokens, means, color=colour(index), label=name, markersize=3, linewidth=1.2, **style)
+    axes.plot(tokens, means, color=color(index), label=name, markersize=3, linewidth=1.2, **style)
     if len(by_seed) > 1:
         low, high = zip(
             *((m - statistics.stdev(c), m + statistics.stdev(c)) for m, c in zip(means, columns, strict=True)), strict=True
         )
-        axes.fill_between(tokens, low, high, color=colour(index), alpha=0.08, linewidth=0)
+        axes.fill_between(tokens, low, high, color=color(index), alpha=0.08, linewidth=0)

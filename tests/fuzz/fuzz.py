@@ -197,12 +197,12 @@ def from_dict(folder: Path, rng: Random) -> None:
 
 
 def tuning(folder: Path, rng: Random) -> None:
-    from moerge.tuning.run import look
+    from moerge.tuning.run import plan_tune
     from moerge.tuning.settings import load_tuning
 
     load_tuning(folder / "tune.yaml")
     if rng.random() < 0.25:
-        look(folder / "tune.yaml")
+        plan_tune(folder / "tune.yaml")
 
 
 def resuming(folder: Path, rng: Random) -> None:
