@@ -34,13 +34,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str]:
 
 def test_all_models_are_evaluated_on_all_domains(demo: tuple[DemoResult, str]) -> None:
     result, told = demo
-    assert [row.kind for row in result.rows] == ["base"] + ["expert"] * 3 + ["dense"] * 3 + ["moe"] * 3
-    for row in result.rows:
-        assert list(row.perplexity) == ["general", "math", "code", "knowledge"]
-        assert all(1 < value < 10_000 for value in row.cells.values())
-        assert (result.out / row.path / "config.json").exists()
-        assert row.path in told
-        assert f"{row.cells['mean']:.2f}" in told
+    assert [row.kind for row in result.models] == ["base"] + ["expert"] * 3 + ["dense"] * 3 + ["moe"] * 3
+    for row in result.models:
+        assert list(row.perplexity) == ["general", "math", "code", "knowledge", "mean"]
+        assert all(1 < value < 10_000 for value in row.perplexity.values())
+        assert (result.out / row.model / "config.json").exists()
+        assert row.model in told
+        assert f"{row.perplexity['mean']:.2f}" in told
     table = told[told.index("Held-out perplexity") : told.index("Everything is in")]
     assert "…" not in table and max(map(len, table.splitlines())) <= 80
 

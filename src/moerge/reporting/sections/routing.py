@@ -65,7 +65,7 @@ def routing(found: Collected) -> Section | None:
     blocks += [_shares(name, route) for name, route in named]
     if any(text.best for _, route in named for text in route.texts.values()):
         blocks.append(Text(_THIN, "note"))
-    blocks.append(_weights(named))
+    blocks.append(_weights(named, "Shares, accuracy and entropy by model and text"))
     blocks += [Text(_PAPER[level], "note") for level in levels if level in _PAPER]
     if "sequence" in levels:
         blocks.append(Fold("The paper's table 2, to compare with", [_table_2()]))
@@ -79,10 +79,15 @@ def routing(found: Collected) -> Section | None:
 
 
 def _shares(name: str, route: Routes) -> Figure:
-    return Figure(f"{name}: mean weight of each expert", spoken(route), partial(draw, route), [_weights([(name, route)])])
+    return Figure(
+        f"{name}: mean weight of each expert",
+        spoken(route),
+        partial(draw, route),
+        [_weights([(name, route)], f"{name}: shares, accuracy and entropy")],
+    )
 
 
-def _weights(named: Sequence[tuple[str, Routes]]) -> Table:
+def _weights(named: Sequence[tuple[str, Routes]], caption: str) -> Table:
     experts = list(dict.fromkeys(expert for _, route in named for expert in route.experts))
     columns = [Column("model"), Column("text"), Column("documents", numeric=True)]
     columns += [Column(expert, "%", numeric=True) for expert in experts]
@@ -102,7 +107,7 @@ def _weights(named: Sequence[tuple[str, Routes]]) -> Table:
         "Accuracy: how often the expert with the largest weight is that of the text's own name. Oracle: how often it is the one "
     )
     note += "with the lowest loss on the document. The largest share of a row is bold."
-    return Table("Shares, accuracy and entropy by model and text", columns, rows, note)
+    return Table(caption, columns, rows, note)
 
 
 def _summary(named: Sequence[tuple[str, Routes]]) -> Table:
