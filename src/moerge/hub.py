@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moerge.checkpoint.companions import is_inside
-from moerge.checkpoint.locate import without_progress_bars
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import ADAPTER_CONFIG, INDEX, Checkpoint, open_folder
 from moerge.checkpoint.source_cards import CARD
@@ -20,6 +19,7 @@ from moerge.errors import InputError, MachineError
 from moerge.formatting import Displayed
 from moerge.inspection import verify
 from moerge.progress import Progress
+from moerge.quiet import without_hub_bars
 from moerge.tokenizer import companion_files
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _bars(shown: bool) -> Iterator[None]:
     if shown:
         yield
         return
-    with without_progress_bars():
+    with without_hub_bars():
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,7 @@ from moerge.checkpoint.reader import (
 )
 from moerge.errors import InputError, MachineError, MoergeError
 from moerge.files import SourceFile
+from moerge.quiet import without_hub_bars
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 """Files that hold a vocabulary."""
@@ -96,7 +96,7 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[s
     import huggingface_hub as hub
 
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else list(SMALL_FILES)
-    with nullcontext() if weights else without_progress_bars():
+    with nullcontext() if weights else without_hub_bars():
         fetched = hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=list(_SUBFOLDERS))
         snapshot = Path(str(fetched))
         if weights or _has_weights(snapshot):
@@ -110,25 +110,6 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> tuple[Path, dict[s
         for file, metadata in files.items()
         for name, info in metadata.tensors.items()
     }
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Nothing drawn by huggingface_hub inside the block."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled() or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _has_weights(snapshot: Path) -> bool:

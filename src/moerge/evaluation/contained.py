@@ -63,71 +63,73 @@ def move(path, place):
             folders[:] = [place + folder[len(path) :] if folder.startswith(path) else folder for folder in folders]
 
 
+_REFUSED = frozenset(
+    (
+        "os.fork",
+        "os.forkpty",
+        "os.posix_spawn",
+        "os.exec",
+        "os.spawn",
+        "os.system",
+        "subprocess.Popen",
+        "pty.spawn",
+        "os.kill",
+        "os.killpg",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.chmod",
+        "os.chown",
+        "os.setxattr",
+        "os.removexattr",
+        "os.utime",
+        "_thread.start_new_thread",
+        "sys.settrace",
+        "cpython.PyInterpreterState_New",
+    )
+)
+_PREFIXES = (
+    "socket.",
+    "shutil.",
+    "tempfile.",
+    "ftplib.",
+    "urllib.",
+    "http.",
+    "smtplib.",
+    "ctypes.",
+    "gc.",
+    "sqlite3.",
+    "_winapi.",
+)
+# what reaches memory or files without an audit event
+_MODULES = frozenset(
+    (
+        "ctypes",
+        "_ctypes",
+        "cffi",
+        "_cffi_backend",
+        "_xxsubinterpreters",
+        "_interpreters",
+        "_sqlite3",
+        "_dbm",
+        "_gdbm",
+        "readline",
+    )
+)
+
+
 def make_guard(main_frame):
     """The audit hook. All that it needs are defaults: bound early, and in no cell that a program could write to."""
-    refused = frozenset(
-        (
-            "os.fork",
-            "os.forkpty",
-            "os.posix_spawn",
-            "os.exec",
-            "os.spawn",
-            "os.system",
-            "subprocess.Popen",
-            "pty.spawn",
-            "os.kill",
-            "os.killpg",
-            "os.remove",
-            "os.rename",
-            "os.rmdir",
-            "os.link",
-            "os.symlink",
-            "os.truncate",
-            "os.chmod",
-            "os.chown",
-            "os.setxattr",
-            "os.removexattr",
-            "os.utime",
-            "_thread.start_new_thread",
-            "sys.settrace",
-            "cpython.PyInterpreterState_New",
-        )
-    )
-    prefixes = (
-        "socket.",
-        "shutil.",
-        "tempfile.",
-        "ftplib.",
-        "urllib.",
-        "http.",
-        "smtplib.",
-        "ctypes.",
-        "gc.",
-        "sqlite3.",
-        "_winapi.",
-    )
-    # what reaches memory or files without an audit event
-    modules = frozenset(
-        (
-            "ctypes",
-            "_ctypes",
-            "cffi",
-            "_cffi_backend",
-            "_xxsubinterpreters",
-            "_interpreters",
-            "_sqlite3",
-            "_dbm",
-            "_gdbm",
-            "readline",
-        )
-    )
 
     def guard(
         event,
         arguments,
-        refused=refused,
-        prefixes=prefixes,
-        modules=modules,
+        refused=_REFUSED,
+        prefixes=_PREFIXES,
+        modules=_MODULES,
         readable=tuple(READABLE),
         writing=os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND,
         success=(succeed.__code__, main_frame),

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
-
 from moerge.operations.operations import Copy, Output
 from moerge.planning.plan import Plan
-from moerge.tensors.digest import CHUNK
+from moerge.tensors.streams import same_values
 from moerge.tensors.tensor import Tensor
 
 
@@ -36,12 +34,4 @@ def _unlike(plan: Plan, output: Output, chosen: str, tensor: Tensor) -> Iterator
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype is not other.dtype:
-        return False
-    readers = [tensor.open() for tensor in (one, other)]
-    for start in range(0, one.size, CHUNK):
-        count = min(CHUNK, one.size - start)
-        first_N, second_N = (reader.read(start, np.empty(count, one.dtype.storage)) for reader in readers)
-        if not np.array_equal(first_N, second_N):
-            return False
-    return True
+    return one.dtype is other.dtype and same_values(one, other)

@@ -10,7 +10,7 @@ from typing import Any
 from moerge.checkpoint.manifest import FORMAT
 from moerge.checkpoint.staging import Staging
 from moerge.planning.plan import Plan
-from moerge.tensors.digest import combined_digest
+from moerge.tensors.digest import DEFINITION, combined_digest
 from moerge.tensors.views.joined import SEPARATOR
 
 
@@ -54,7 +54,7 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
         "plan": plan.fingerprint,
         "warnings": list(plan.warnings),
         "nonfinite_inputs": staging.nonfinite,
-        "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
+        "digest": DEFINITION,
         "tensors": {output.name: staging.digests[output.name] for output in plan.outputs},
         "files": dict(files),
     }

@@ -8,18 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from moerge.architecture.config import nested_key
 from moerge.planning.models import SourceModel
-from moerge.tensors.codec import decode
-from moerge.tensors.tensor import Tensor
+from moerge.tensors.streams import same_values
 
 _KEY = "tie_word_embeddings"
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight")
 _HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight")
-_PIECE = 1 << 20
-"""Elements that are compared at a time."""
 
 
 def settle_head(model: SourceModel) -> SourceModel:
@@ -38,7 +33,7 @@ def settle_head(model: SourceModel) -> SourceModel:
             f"{model.name}: whether its stored head {head!r} is its embedding, as config.json says, shows once it is downloaded"
         )
         return _without(model, head).warned(asked)
-    if _same(model.tensors[embedding], model.tensors[head]):
+    if same_values(model.tensors[embedding], model.tensors[head]):
         return _without(model, head) if model.family is not None else model
     differs = (
         f"{model.name}: config.json ties head and embedding, and the stored {head!r} differs from {embedding!r}: read as untied, "
@@ -116,24 +111,3 @@ def _without(model: SourceModel, head: str) -> SourceModel:
 
 def _renamed(name: str, head: str, embedding: str | None) -> str:
     return embedding if name == head and embedding is not None else name
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors have the same values; they are read piece by piece, up to the first difference."""
-    if first is second or first.shape != second.shape:
-        return first is second
-    pair = [(tensor, tensor.open()) for tensor in (first, second)]
-    for start in range(0, first.size, _PIECE):
-        count = min(_PIECE, first.size - start)
-        pieces = [elements.read(start, np.empty(count, tensor.dtype.storage)) for tensor, elements in pair]
-        if first.dtype is not second.dtype:
-            pieces = [_floats(piece, tensor) for piece, (tensor, _) in zip(pieces, pair, strict=True)]
-        if pieces[0].tobytes() != pieces[1].tobytes():
-            return False
-    return True
-
-
-def _floats(piece: np.ndarray, tensor: Tensor) -> np.ndarray:
-    values = np.empty(piece.size, np.float32)
-    decode(piece, tensor.dtype, values)
-    return values

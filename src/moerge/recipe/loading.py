@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moerge.architecture import moe_formats
-from moerge.errors import InputError, suggest
+from moerge.errors import Code, InputError, suggest
 from moerge.files import as_path
 from moerge.methods.coefficients import Coefficients
 from moerge.methods.method import MergeMethod, cancel, merge_method
@@ -180,9 +180,9 @@ Problems = Iterator[tuple[Key, str]]
 
 def _check(recipe: Recipe, document: Document) -> None:
     """InputError for the first problem of a recipe."""
-    for check in _CHECKS:
+    for check, code in _CHECKS:
         for key, problem in check(recipe):
-            raise document.error(key, problem, code="unknown-name" if check in _OF_NAMES else None)
+            raise document.error(key, problem, code=code)
     if recipe.moe is not None:
         _check_moe(recipe, document)
 
@@ -274,20 +274,19 @@ def _ignored_weights(recipe: Recipe) -> Problems:
         yield ("experts", weighted[0]), ignored
 
 
-_CHECKS = (
-    _expert_called_base,
-    _conflicts_of_heterogeneous,
-    _named_models,
-    _experts_called_keywords,
-    _owners_of_texts,
-    _needs_of_methods,
-    _passed_through,
-    _weighed_experts,
-    _weights_of_overrides,
-    _ignored_weights,
+_CHECKS: tuple[tuple[Callable[[Recipe], Problems], Code | None], ...] = (
+    (_expert_called_base, None),
+    (_conflicts_of_heterogeneous, None),
+    (_named_models, "unknown-name"),
+    (_experts_called_keywords, None),
+    (_owners_of_texts, "unknown-name"),
+    (_needs_of_methods, None),
+    (_passed_through, "unknown-name"),
+    (_weighed_experts, "unknown-name"),
+    (_weights_of_overrides, None),
+    (_ignored_weights, None),
 )
-_OF_NAMES = {_named_models, _owners_of_texts, _passed_through, _weighed_experts}
-"""The checks whose problems are all names that nothing has."""
+"""Checks of a recipe, and the code of their errors."""
 
 
 def _check_moe(recipe: Recipe, document: Document) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -146,8 +145,3 @@ def number(value: float | None, digits: int = 3, tone: str = "", heat: float | N
 def percent(share: float | None, digits: int = 0, tone: str = "") -> Cell:
     """A fraction as a percentage, whose unit is in the column's heading."""
     return number(None if share is None else 100 * share, digits, tone)
-
-
-def slug(text: str) -> str:
-    """An anchor."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"

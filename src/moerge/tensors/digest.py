@@ -14,6 +14,8 @@ import xxhash
 
 CHUNK = 1 << 20
 """Elements a chunk; part of the definition of a tensor's digest."""
+DEFINITION = f"xxh3-128 of the xxh3-128 of every {CHUNK} elements"
+"""A tensor's digest in words, for manifests."""
 
 
 def chunk_digest(data: Any) -> bytes:

@@ -10,6 +10,7 @@ from moerge.errors import InputError
 from moerge.tensors.codec import decode
 from moerge.tensors.digest import CHUNK, TensorDigest, running_digest
 from moerge.tensors.source import Source
+from moerge.tensors.tensor import Tensor, windows
 from moerge.tensors.views.joined import nonfinite_source
 
 BLOCK = 1 << 17
@@ -87,4 +88,25 @@ def read_values(source: Source, base_N: np.ndarray | None = None, out_N: np.ndar
     """
     values_N = np.empty(source.tensor.size, np.float32) if out_N is None else out_N
     Stream(source, digested=False).fill_finite(values_N, base_N)
+    return values_N
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have the same values; they are read window by window, up to the first difference.
+
+    Elements of one type are compared by their bits, those of different float types as float32.
+    """
+    if first is second or first.shape != second.shape:
+        return first is second
+    for one_N, other_N in zip(windows(first, CHUNK), windows(second, CHUNK), strict=True):
+        if first.dtype is not second.dtype:
+            one_N, other_N = _as_float32(one_N, first), _as_float32(other_N, second)
+        if one_N.tobytes() != other_N.tobytes():
+            return False
+    return True
+
+
+def _as_float32(stored_N: np.ndarray, tensor: Tensor) -> np.ndarray:
+    values_N = np.empty(stored_N.size, np.float32)
+    decode(stored_N, tensor.dtype, values_N)
     return values_N

@@ -96,6 +96,13 @@ class ArrayTensor(Sized):
         return self.flat[start : start + out_N.size]
 
 
+def windows(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
+    """Read a tensor's elements in order, in storage type, at most `size` at a time."""
+    elements = tensor.open()
+    for start in range(0, tensor.size, size):
+        yield elements.read(start, np.empty(min(size, tensor.size - start), tensor.dtype.storage))
+
+
 def rectangles(out_N: np.ndarray, start: int, columns: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """Elements `start` and following of a matrix as the end of a row, whole rows, and the beginning of one: row, column, view."""
     done = 0

@@ -13,8 +13,8 @@ from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint, open_folder
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
 from moerge.tensors.codec import decode
-from moerge.tensors.digest import TensorDigest, file_digest
-from moerge.tensors.tensor import Tensor
+from moerge.tensors.digest import DEFINITION, TensorDigest, file_digest
+from moerge.tensors.tensor import Tensor, windows
 from moerge.tuning.tune_plan import TunePlan
 
 MOST_DOCUMENTS = 100_000
@@ -42,7 +42,7 @@ def tuned_manifest(
         **{key: before[key] for key in ("calibration", "statistics", "vocabulary") if key in before},
         "tuning": _texts(plan, before),
         "warnings": list(plan.warnings),
-        "digest": "xxh3-128 of the xxh3-128 of every 1048576 elements",
+        "digest": DEFINITION,
         "tensors": {name: _digest(tensor) for name, tensor in open_folder(folder).tensors.items()},
         "files": {path.name: file_digest(path.read_bytes()) for path in sorted(folder.iterdir()) if _beside(path)},
     }
@@ -68,12 +68,10 @@ def _seen(plan: TunePlan, index: int) -> dict[str, Any]:
 
 def _digest(tensor: Tensor) -> str:
     """InputError for a tensor of floats that are not all finite."""
-    elements, digest = tensor.open(), TensorDigest()
+    digest = TensorDigest()
     values_N = np.empty(min(_WINDOW, tensor.size), np.float32)
-    for start in range(0, tensor.size, _WINDOW):
-        count = min(_WINDOW, tensor.size - start)
-        stored_N = elements.read(start, np.empty(count, tensor.dtype.storage))
-        if tensor.dtype.is_float and not decode(stored_N, tensor.dtype, values_N[:count]):
+    for stored_N in windows(tensor, _WINDOW):
+        if tensor.dtype.is_float and not decode(stored_N, tensor.dtype, values_N[: stored_N.size]):
             raise InputError(
                 f"{tensor.name} has come to hold NaN or infinity, as {tensor.dtype.name} stores it: lower learning_rate, or "
                 "choose another save_dtype"

@@ -13,7 +13,7 @@ from moerge.files import SourceFile
 from moerge.tensors.codec import all_finite, decode
 from moerge.tensors.dtypes import F32, DType
 from moerge.tensors.source import Source
-from moerge.tensors.tensor import Elements, Sized, Tensor
+from moerge.tensors.tensor import Elements, Sized, Tensor, windows
 
 SEPARATOR = "+"
 """Between the names of the models that a joined tensor stems from; no name has it."""
@@ -94,7 +94,4 @@ def nonfinite_source(source: Source) -> Source:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    elements = tensor.open()
-    starts = range(0, tensor.size, _PIECE)
-    pieces = (elements.read(start, np.empty(min(_PIECE, tensor.size - start), tensor.dtype.storage)) for start in starts)
-    return all(all_finite(piece_N, tensor.dtype) for piece_N in pieces)
+    return all(all_finite(piece_N, tensor.dtype) for piece_N in windows(tensor, _PIECE))
