@@ -85,9 +85,9 @@ def run_seed(seed: int, scale: float, folder: Path) -> dict[str, Measured]:
         found |= _training_free(folder, seed, measure)
         for texts in TEXTS:
             scales = _tuned(folder, corpora, texts)
-            for method, scale in scales.items():
-                measured = measure(f"merged/{_slug(f'{method}, scale {scale:g}')}")
-                found[f"{method}, tuned on {texts} texts"] = {**measured, "scale": scale}
+            for method, best in scales.items():
+                measured = measure(f"merged/{_slug(f'{method}, scale {best:g}')}")
+                found[f"{method}, tuned on {texts} texts"] = {**measured, "scale": best}
             found |= _learned(folder, seed, texts, scales, measure)
         return found
 

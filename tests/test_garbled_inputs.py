@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import moerge as package
-import moerge.cli as cli
+from moerge import cli
 from moerge.checkpoint.staging import JOURNAL, staging_folder
 from moerge.errors import InputError
 from moerge.merging.card import code

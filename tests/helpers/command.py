@@ -46,8 +46,7 @@ def moerge(*arguments: object) -> Result:
         ):
             main()
     except SystemExit as exit_:
-        assert isinstance(exit_.code, int)
-        return Result(exit_.code, out.getvalue(), err.getvalue())
+        return Result(int(exit_.code or 0), out.getvalue(), err.getvalue())
     finally:
         signal.signal(signal.SIGTERM, handler)
 

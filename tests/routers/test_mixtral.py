@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +212,10 @@ def test_tensors_on_disk_are_per_expert_as_other_programs_expect(tmp_path: Path)
 
 
 @pytest.fixture
-def biased(tmp_path: Path) -> Iterator[dict[str, str]]:
+def biased(tmp_path: Path) -> dict[str, str]:
     config = transformers.LlamaConfig(**SIZES, attention_bias=True)
     save_model(config, tmp_path / "biased", 0)
-    yield {"a": str(tmp_path / "biased"), "b": str(tmp_path / "biased")}
+    return {"a": str(tmp_path / "biased"), "b": str(tmp_path / "biased")}
 
 
 def test_biases_are_refused_not_dropped(biased: dict[str, str], tmp_path: Path) -> None:

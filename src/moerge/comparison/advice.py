@@ -101,23 +101,29 @@ def _answer(pairs: Sequence[Pair], rows: Sequence[Expert]) -> tuple[Answer, str]
     apart = f"{furthest.a} and {furthest.b} are {short(distance)} of their norm apart"
     if distance >= FAR:
         return "keep separate", f"{apart}: little or nothing of what they learned survives a merge"
-    opposed = min(pairs, key=lambda pair: 1.0 if pair.cosine is None else pair.cosine)
     kept = [row.averaged for row in rows if row.averaged is not None]
-    if kept and opposed.cosine is not None and opposed.cosine <= OPPOSED:
-        return "merge with care", (
-            f"{opposed.a} and {opposed.b} undo each other (cosine of their task vectors {short(opposed.cosine)}): "
-            "let ties elect signs"
-        )
-    faint, loud = min(rows, key=lambda row: row.norm), max(rows, key=lambda row: row.norm)
-    if kept and faint.norm and loud.norm > UNEQUAL * faint.norm:
-        return "merge with care", (
-            f"{loud.expert} changed {loud.norm / faint.norm:.1f} times as much as {faint.expert}, which it will outvote: "
-            f"give {faint.expert} a larger weight"
-        )
+    care = _care(pairs, rows) if kept else None
+    if care:
+        return "merge with care", care
     if distance <= CLOSE:
         return "merge", f"no two experts are further than {short(distance)} of their norm apart"
     share = f" (the average {100 * sum(kept) / len(kept):.0f}% of its task vector)" if kept else ""
     return "merge with care", f"{apart}: a merge keeps a part of what each learned{share}, a separate copy keeps all"
+
+
+def _care(pairs: Sequence[Pair], rows: Sequence[Expert]) -> str | None:
+    """The reason why a plain average of these task vectors would lose much, and what to do about it."""
+    opposed = min(pairs, key=lambda pair: 1.0 if pair.cosine is None else pair.cosine)
+    if opposed.cosine is not None and opposed.cosine <= OPPOSED:
+        cosine = short(opposed.cosine)
+        return f"{opposed.a} and {opposed.b} undo each other (cosine of their task vectors {cosine}): let ties elect signs"
+    faint, loud = min(rows, key=lambda row: row.norm), max(rows, key=lambda row: row.norm)
+    if faint.norm and loud.norm > UNEQUAL * faint.norm:
+        return (
+            f"{loud.expert} changed {loud.norm / faint.norm:.1f} times as much as {faint.expert}, which it will outvote: "
+            f"give {faint.expert} a larger weight"
+        )
+    return None
 
 
 def _assess_norms(found: Similarity, others: Sequence[MergeAdvice]) -> MergeAdvice:

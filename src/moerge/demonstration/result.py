@@ -65,7 +65,7 @@ class DemoResult(Result):
         for heading in COLUMNS:
             table.add_column(heading, justify="right", no_wrap=True)
         for row, following in zip(self.models, (*self.models[1:], None), strict=True):
-            ends_section = following is None or (following.kind != row.kind and row.kind != "base")
+            ends_section = following is None or row.kind not in {following.kind, "base"}
             table.add_row(row.model, *self._values(row), end_section=ends_section)
         return table
 

@@ -28,6 +28,11 @@ def settle_head(model: SourceModel) -> SourceModel:
         return _tied(model.with_tensors({_renamed(name, head, embedding): t for name, t in model.tensors.items()}), True)
     if head not in model.tensors:
         return _tied(model, True)
+    return _settle_copy(model, embedding, head)
+
+
+def _settle_copy(model: SourceModel, embedding: str, head: str) -> SourceModel:
+    """The model whose config ties the two, and which stores both."""
     if not model.checkpoint.complete:
         asked = (
             f"{model.name}: whether its stored head {head!r} is its embedding, as config.json says, shows once it is downloaded"
