@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from moerge.checkpoint.expert import expert_of, split_reference
 from moerge.checkpoint.header import stored_tensor
 from moerge.checkpoint.reader import (
     ADAPTER_CONFIG,
@@ -48,12 +49,21 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 def locate(
     location: str, *, name: str = "", relative_to: Path | None = None, weights: bool = True, commit: str | None = None
 ) -> Checkpoint:
-    """Open a model given as a folder (relative to `relative_to`) or as a Hub id `owner/name[@revision]`.
+    """Open a model given as a folder (relative to `relative_to`) or as a Hub id `owner/name[@revision]`, or an expert of it.
 
     With `weights=False` a Hub model's configuration and headers are fetched, its weights are not. `commit` pins what an
     earlier look at the Hub found, in case the revision has moved since.
-    Raises InputError if there is no such model, MachineError if the Hub cannot be reached.
+    Raises InputError if there is no such model or expert, MachineError if the Hub cannot be reached.
     """
+    try:
+        model, expert = split_reference(location, relative_to or Path())
+    except (OSError, RuntimeError):  # `_locate` says why this is no path
+        model, expert = location, None
+    found = _locate(model, name=name, relative_to=relative_to, weights=weights, commit=commit)
+    return found if expert is None else expert_of(found, expert, location)
+
+
+def _locate(location: str, *, name: str, relative_to: Path | None, weights: bool, commit: str | None) -> Checkpoint:
     label = f"{name}: " if name else ""
     try:
         folder = (relative_to or Path()) / Path(location).expanduser()

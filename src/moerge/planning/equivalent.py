@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.checkpoint.adapter import AdaptedCheckpoint
+from moerge.checkpoint.expert import SEPARATOR, split_reference
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.methods.average import Average
@@ -77,8 +78,10 @@ def _model_of(plan: Plan, model: Checkpoint) -> Any:
 
 
 def _place(location: str, folder: Path) -> str:
-    path = folder / Path(location).expanduser()
-    return os.path.abspath(path) if path.exists() else location
+    model, expert = split_reference(location, folder)
+    path = folder / Path(model).expanduser()
+    place = os.path.abspath(path) if path.exists() else model
+    return place if expert is None else f"{place}{SEPARATOR}{expert}"
 
 
 def _is_float(output: Output) -> bool:

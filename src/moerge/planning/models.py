@@ -13,6 +13,7 @@ from moerge.architecture import Family
 from moerge.architecture.config import changed, nested_key, normalized_config
 from moerge.architecture.stored import stored_family, unwrapped
 from moerge.checkpoint.adapter import apply_adapter
+from moerge.checkpoint.expert import ExpertCheckpoint, expert_of
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.quantised import refuse_quantised
 from moerge.checkpoint.reader import Checkpoint, is_adapter
@@ -134,6 +135,7 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Bui
             found[name] = merged_checkpoint(build(recipe.recipes[name], _inside(commits, name)), name, location)
         else:
             found[name] = locate(location, name=name, relative_to=recipe.folder, weights=weights, commit=commits.get(name))
+    found = _experts_alike(found)
     for model in found.values():
         refuse_quantised(model)
     base = found.get("base")
@@ -146,6 +148,15 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Bui
         if expert.adapter is not None:
             models[name] = _adapted(recipe, models[name], expert.adapter, weights, commits)
     return tuple(models.values())
+
+
+def _experts_alike(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models with experts of mixtures as the dense type that the others are, where several types fit the mixture."""
+    types = tuple(dict.fromkeys(m.model_type for m in models.values() if not isinstance(m, ExpertCheckpoint)))
+    return {
+        name: expert_of(m.mixture, m.expert, m.location, types) if isinstance(m, ExpertCheckpoint) and types else m
+        for name, m in models.items()
+    }
 
 
 def _inside(commits: Commits, name: str) -> Commits:
