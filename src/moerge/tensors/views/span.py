@@ -57,7 +57,7 @@ def same_elements(first: Tensor, second: Tensor) -> bool:
 
 
 def _origin(tensor: Tensor) -> tuple[Tensor, int]:
-    start = 0
-    while isinstance(tensor, SpanTensor):
-        tensor, start = tensor.inner, start + tensor.start
-    return tensor, start
+    if not isinstance(tensor, SpanTensor):
+        return tensor, 0
+    inner, start = _origin(tensor.inner)
+    return inner, start + tensor.start
