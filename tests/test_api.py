@@ -15,7 +15,7 @@ from moerge.registry import Registry
 from tests.helpers.tiny import make_models, write_recipe
 
 RECIPES = ["plan", "merge", "compare", "learn", "stats"]
-CHECKPOINTS = ["verify", "inspect", "route", "generate", "evaluate", "push", "extract"]
+CHECKPOINTS = ["verify", "inspect", "route", "generate", "evaluate", "push", "extract", "refresh"]
 VERBS = [*RECIPES, *CHECKPOINTS, "tune", "report", "demo"]
 ZERO = {"w": np.zeros(5, np.float32)}
 EXPERTS = [{"w": np.arange(5, dtype=np.float32) * factor} for factor in (1, -2, 7)]

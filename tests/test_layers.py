@@ -17,7 +17,7 @@ FLOORS = """
 cli
 reporting
 demonstration hub doctor
-learning tuning evaluation extraction inspection comparison inference gather refresh
+learning tuning evaluation extraction inspection comparison inference gather renewal
 merging
 clients
 planning
@@ -99,6 +99,6 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 def test_the_core_needs_no_extra() -> None:
     extras = ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "matplotlib")
-    core = ("cli.app", "merging.pipeline", "inspection", "comparison", "extraction", "refresh", "hub", "doctor")
+    core = ("cli.app", "merging.pipeline", "inspection", "comparison", "extraction", "renewal", "hub", "doctor")
     code = f"import sys; sys.modules |= dict.fromkeys({extras}); import " + ", ".join(f"moerge.{name}" for name in core)
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,3 +105,34 @@ def test_what_has_no_code_of_ours_is_refused(published: Path, old: Path) -> None
     (old / "cache_moerge.py").symlink_to(published / "cache_moerge.py")
     before, result = contents(old), command("refresh", old)
     assert result.code == 2 and "cache_moerge.py is a link" in result.err and contents(old) == before
+
+
+@pytest.mark.parametrize("renames", range(4))
+def test_a_kill_between_two_renames_is_seen_and_repaired(old: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three files are renamed and one is removed: whatever of that is done, the tensors are untouched and `refresh` completes it."""
+    weights = {name: content for name, content in contents(old).items() if name.endswith(".safetensors")}
+    replace, unlink, left = os.replace, Path.unlink, [renames]
+
+    def once(act: Callable[..., None]) -> Callable[..., None]:
+        def acts(*arguments: Any, **options: Any) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            act(*arguments, **options)
+
+        return acts
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", once(replace))
+        patch.setattr(
+            Path,
+            "unlink",
+            lambda path, **options: once(unlink)(path) if path.name == "older_moerge.py" else unlink(path, **options),
+        )
+        moerge.refresh(old)
+    assert not [name for name in contents(old) if name.startswith(".")]
+    assert command("verify", old).code == {0: 0, 1: 2, 2: 2, 3: 0}[renames]
+    assert command("refresh", old).code == 0
+    assert command("verify", old).code == 0
+    assert {name: content for name, content in contents(old).items() if name.endswith(".py")} == CURRENT
+    assert {name: content for name, content in contents(old).items() if name.endswith(".safetensors")} == weights

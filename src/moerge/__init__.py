@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moerge.planning.plan import Plan
     from moerge.progress import Progress
     from moerge.recipe import Recipe, load_recipe
+    from moerge.renewal import refresh
     from moerge.reporting import report
     from moerge.tuning.run import tune
 
@@ -59,6 +60,7 @@ _HOMES = {
     "merge_methods": "moerge.methods.method",
     "plan": "moerge.merging.pipeline",
     "push": "moerge.hub",
+    "refresh": "moerge.renewal",
     "report": "moerge.reporting",
     "route": "moerge.inference.routes",
     "stats": "moerge.gather.gather",
@@ -89,6 +91,7 @@ __all__ = [
     "method",
     "plan",
     "push",
+    "refresh",
     "report",
     "route",
     "stats",

@@ -97,7 +97,7 @@ def refresh(
 ) -> None:
     """Replace the code that a sequence-routed checkpoint carries by this moerge's, for a newer transformers."""
     from moerge.cli.views import merging as views
-    from moerge.refresh import refresh as run_refresh
+    from moerge.renewal import refresh as run_refresh
 
     views.refreshed(run_refresh(checkpoint), quiet=quiet, as_json=json)
 

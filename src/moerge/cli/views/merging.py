@@ -12,7 +12,7 @@ from moerge.formatting import as_count, as_size, as_time
 from moerge.inspection import Inspection, Verification
 from moerge.merging.pipeline import MergeResult
 from moerge.planning.plan import Plan
-from moerge.refresh import Refreshed
+from moerge.renewal import Refreshed
 
 
 def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
