@@ -39,8 +39,11 @@ class Refreshed:
 def refresh(location: str | Path) -> Refreshed:
     """Replace the code of a routed checkpoint by this moerge's, and its digests in the manifest; no tensor is read or written.
 
-    The manifest is replaced last: after an interruption `verify` names what differs, and running again completes it. Raises
-    InputError for checkpoints that run by code of transformers, and for links, whose targets belong to others.
+    The manifest is replaced first, marked as unfinished, and last: after an interruption `verify` names what differs, and running
+    again completes it.
+
+    Raises:
+        InputError: the checkpoint runs by code of transformers, or one of its files is a link, whose target belongs to others.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -58,11 +61,13 @@ def refresh(location: str | Path) -> Refreshed:
     before = {path.name: read_file(path) for path in _replaceable(folder, {*current, MANIFEST})}
     written = {name: content for name, content in current.items() if before.get(name) != content}
     removed = sorted(before.keys() - current.keys())
-    digests = manifest["files"] if manifest else {}
+    unfinished = bool(manifest) and manifest.get("refreshed", {}).get("unfinished", False)
+    digests = manifest["files"] if manifest and not unfinished else {}
     code = [name for name in (*written, *removed) if name in before and name in digests and name != _CONFIG]
     edited = [name for name in code if digests[name] != file_digest(before[name])]
-    if written or removed:
-        _write(folder, written | _manifest(manifest, written, removed), removed)
+    if written or removed or unfinished:
+        _write(folder, _manifest(manifest, written, removed, unfinished=True) | written, removed)
+        _write(folder, _manifest(manifest, written, removed), [])
     return Refreshed(
         folder,
         tuple(sorted(written)),
@@ -80,19 +85,22 @@ def _replaceable(folder: Path, names: set[str]) -> list[Path]:
     return [path for path in found if path.name != MANIFEST]
 
 
-def _manifest(manifest: Mapping[str, Any] | None, written: Mapping[str, bytes], removed: list[str]) -> dict[str, bytes]:
+def _manifest(
+    manifest: Mapping[str, Any] | None, written: Mapping[str, bytes], removed: list[str], **state: bool
+) -> dict[str, bytes]:
     if manifest is None:
         return {}
     files = {name: digest for name, digest in manifest["files"].items() if name not in removed}
     files |= {name: file_digest(content) for name, content in written.items()}
-    return {MANIFEST: sealed({**manifest, "files": dict(sorted(files.items())), "refreshed": {"moerge": version("moerge")}})}
+    refreshed = {"moerge": version("moerge"), **state}
+    return {MANIFEST: sealed({**manifest, "files": dict(sorted(files.items())), "refreshed": refreshed})}
 
 
 def _write(folder: Path, contents: Mapping[str, bytes], removed: list[str]) -> None:
-    """Write all of them beside what they replace, then rename one after the other, the first one last."""
+    """Write all of them beside what they replace, then rename one after the other and remove the rest."""
     try:
         with ExitStack() as renames:
-            for name, content in list(contents.items())[::-1]:
+            for name, content in reversed(contents.items()):
                 renames.enter_context(atomic_path(folder / name)).write_bytes(content)
         for name in removed:
             (folder / name).unlink()
