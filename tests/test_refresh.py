@@ -109,7 +109,7 @@ def test_what_has_no_code_of_ours_is_refused(published: Path, old: Path) -> None
 
 @pytest.mark.parametrize("renames", range(5))
 def test_a_kill_between_two_renames_is_seen_and_repaired(old: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three files are renamed and one is removed: whatever of that is done, the tensors are untouched and `refresh` completes it."""
+    """Three files are renamed and one is removed: whatever of that is done, the tensors stay and `refresh` completes it."""
     weights = {name: content for name, content in contents(old).items() if name.endswith(".safetensors")}
     replace, unlink, left = os.replace, Path.unlink, [renames]
 

@@ -61,8 +61,8 @@ def refresh(location: str | Path) -> Refreshed:
     before = {path.name: read_file(path) for path in _replaceable(folder, {*current, MANIFEST})}
     written = {name: content for name, content in current.items() if before.get(name) != content}
     removed = sorted(before.keys() - current.keys())
-    unfinished = bool(manifest) and manifest.get("refreshed", {}).get("unfinished", False)
-    digests = manifest["files"] if manifest and not unfinished else {}
+    unfinished = manifest is not None and bool(manifest.get("refreshed", {}).get("unfinished"))
+    digests = manifest["files"] if manifest is not None and not unfinished else {}
     code = [name for name in (*written, *removed) if name in before and name in digests and name != _CONFIG]
     edited = [name for name in code if digests[name] != file_digest(before[name])]
     if written or removed or unfinished:
@@ -100,7 +100,7 @@ def _write(folder: Path, contents: Mapping[str, bytes], removed: list[str]) -> N
     """Write all of them beside what they replace, then rename one after the other and remove the rest."""
     try:
         with ExitStack() as renames:
-            for name, content in reversed(contents.items()):
+            for name, content in reversed(list(contents.items())):
                 renames.enter_context(atomic_path(folder / name)).write_bytes(content)
         for name in removed:
             (folder / name).unlink()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moerge.checkpoint.companions import is_inside
 from moerge.checkpoint.reader import read_json
@@ -19,17 +21,50 @@ FORMAT = 1
 _SEAL = "manifest_digest"
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Texts(_Part):
+    location: str | None = None
+    digest: str | None = None
+    documents: list[str] | None = None
+
+
+class _Recipe(_Part):
+    merge: dict[str, Any] | None = None
+    merge_method: str | None = None
+    moe: dict[str, Any] | None = None
+
+
+class _Manifest(_Part):
+    """The keys that moerge reads again; more are written for people."""
+
+    format: Literal[1]
+    versions: dict[str, str]
+    recipe: _Recipe
+    models: dict[str, dict[str, Any]]
+    experts: list[str]
+    tensors: dict[str, str]
+    files: dict[str, str]
+    calibration: dict[str, _Texts] = Field(default_factory=dict)
+    tuning: dict[str, _Texts] = Field(default_factory=dict)
+    refreshed: dict[str, Any] = Field(default_factory=dict)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, None if moerge did not make it."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     manifest = read_json(path)
-    parts = {"versions": dict, "recipe": dict, "models": dict, "experts": list, "tensors": dict, "files": dict}
-    if manifest.get("format") != FORMAT or not all(isinstance(manifest.get(key), kind) for key, kind in parts.items()):
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
         raise InputError(
-            f"{path} is damaged, or was written by a newer moerge: merge again or update moerge", code="damaged-file"
-        )
+            f"{path} is damaged at {place!r}, or was written by a newer moerge: merge again or update moerge", code="damaged-file"
+        ) from None
     return manifest
 
 
@@ -40,6 +75,7 @@ def weights_digest(manifest: Mapping[str, Any]) -> str:
 
 def sealed(manifest: Mapping[str, Any]) -> bytes:
     """A manifest's file, with a digest of all that it says."""
+    _Manifest.model_validate(manifest)
     said = {key: value for key, value in manifest.items() if key != _SEAL}
     return to_json({**said, _SEAL: _seal(said)})
 
