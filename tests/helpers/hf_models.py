@@ -79,7 +79,8 @@ def _qwen2_vl(*, tie_word_embeddings: bool = False, **more: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 2e4, "mrope_section": [2, 1, 1]}
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
     text = {**GROUPED, "rope_parameters": rope, **more}
-    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie_word_embeddings)
+    tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie_word_embeddings, **tokens)
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {
@@ -150,9 +151,12 @@ TOKENS = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manua
 
 
 def auto_class(config: Any) -> Any:
-    """What loads a model with this config."""
+    """What loads a model with this config, whole."""
+    whole = transformers.AutoModelForImageTextToText
+    if hasattr(config, "vision_config") and type(config) in whole._model_mapping:
+        return whole
     known = type(config) in transformers.AutoModelForCausalLM._model_mapping or config.model_type == "moerge"
-    return transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM if known else whole
 
 
 def random_model(config: Any, seed: int, *, near: Any = None, dtype: Any = None) -> Any:

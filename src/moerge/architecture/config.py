@@ -32,6 +32,10 @@ _HARMLESS = frozenset(
 )
 """Keys that do not change what a causal forward pass computes."""
 
+_OF_THE_WHOLE = frozenset({"model_type", "architectures", "auto_map", "tie_word_embeddings", "dtype", "torch_dtype"})
+"""Keys that a config of several models answers for all of them; of others the language model's part counts, as it does where
+transformers makes the model (PaliGemma's config has another `hidden_size` outside)."""
+
 
 def normalized_config(config: Mapping[str, Any], family: Family | None) -> dict[str, Any]:
     """The config in one form, whoever wrote it: other families' names for keys, the family's defaults and what its code
@@ -40,7 +44,8 @@ def normalized_config(config: Mapping[str, Any], family: Family | None) -> dict[
     own, nested = dict(config), nested_key(config, family)
     if nested:
         inner = own.pop(nested, None)
-        own = {**(inner if isinstance(inner, Mapping) else {}), **own}
+        language = inner.items() if isinstance(inner, Mapping) else ()
+        own |= {key: value for key, value in language if key not in own or (key not in _OF_THE_WHOLE and value is not None)}
     if family is not None:
         own = {**family.defaults, **{family.keys.get(key, key): value for key, value in own.items()}}
     flatten_rope(own)

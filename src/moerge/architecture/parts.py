@@ -6,15 +6,26 @@ import re
 from fnmatch import fnmatchcase
 
 PARTS = {
-    "vision": r"vision_tower|visual|vision_model|vision_encoder|multi_modal_projector|mm_projector|embed_vision",
-    "audio": r"audio_tower|audio_model|audio_encoder|audio_projector|embed_audio",
+    "vision": (
+        r"vision_(tower|model|encoder|backbone|adapter|embed_tokens)|visual|visual_embeddings_table|image_tower|video_tower|embed_vision|"
+        r"vqmodel|vpm|high_res_vision_(model|neck|proj)"
+    ),
+    "projector": (
+        r"multi_modal_projector|mm_projector|projector|connector|aligner|merger|resampler|resampler_model|vision_projection|"
+        r"language_projection|image_to_text_projection|qformer|query_tokens|image_newline|view_seperator"
+    ),
+    "audio": r"audio_(tower|model|encoder|projector)|embed_audio",
     "mtp": r"mtp|mtp_layers|nextn_predict_layers",
     "score": r"score|classifier|qa_outputs",
     "value": r"v_head|value_head",
 }
 """What modules are called at the beginning of a name, by the part that they are."""
+SENSES = ("vision", "projector", "audio")
+"""Parts that take in what is no text."""
+_WIDER = {"projector": "vision"}
+"""Parts that belong to a wider one where nothing is said about themselves."""
 
-_START = re.compile(r"(?:model\.)?(\w+)\.")
+_START = re.compile(r"(?:(?:model|thinker)\.)*(\w+)(?:\.|$)")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -35,4 +46,5 @@ def means_part(pattern: str, name: str, layers: int | None) -> bool:
     """Return whether `pattern` is the part that a tensor belongs to, a name with `*`, or the beginning of the name up to a
     dot.
     """
-    return pattern == part_of(name, layers) or fnmatchcase(name, pattern) or f"{name}.".startswith(f"{pattern}.")
+    part = part_of(name, layers)
+    return pattern in (part, _WIDER.get(part)) or fnmatchcase(name, pattern) or f"{name}.".startswith(f"{pattern}.")

@@ -15,18 +15,19 @@ class Names:
         self._known = dict.fromkeys(known)
         self._plain: dict[str, list[str]] = {}
         for name in self._known:
-            self._plain.setdefault(_plain(name), []).append(name)
+            self._plain.setdefault(plain_name(name), []).append(name)
 
     def find(self, name: str) -> str | None:
         """The known name, None where there is none or several may be meant."""
         if name in self._known:
             return name
         shorter = name.partition(".")[2]
-        found = self._plain.get(_plain(name)) or [
+        found = self._plain.get(plain_name(name)) or [
             known for known in self._known if known == shorter or known.endswith(f".{name}")
         ]
         return found[0] if len(found) == 1 else None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name without what wraps the parts of a model."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

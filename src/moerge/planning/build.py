@@ -11,13 +11,13 @@ from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
 from moerge.operations.operations import FitJob, fit_jobs
+from moerge.planning.alike import with_alike_names
 from moerge.planning.assemble.common import Draft
 from moerge.planning.assemble.dense import assemble_dense
 from moerge.planning.assemble.heterogeneous import draft_heterogeneous
 from moerge.planning.assemble.one_architecture import draft_of_one_architecture
 from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
 from moerge.planning.assemble.token_routed import assemble_token_routed
-from moerge.planning.checks import with_alike_names
 from moerge.planning.heads import settle_head
 from moerge.planning.kinds import Kind, kind, resolve
 from moerge.planning.models import Commits, SourceModel, locate_models
@@ -60,7 +60,7 @@ def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str 
 
     checkpoints = locate_models(recipe, weights=weights, commits=commits or {}, build=build)
     models = tuple(map(SourceModel.of, checkpoints))
-    return tuple(map(settle_head, with_alike_names(models, recipe.config or models[0].name)))
+    return tuple(map(settle_head, with_alike_names(models, recipe.config or models[0].name, across=recipe.moe is None)))
 
 
 def _planned(recipe: Recipe, draft: Draft) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,31 +18,6 @@ _ANY_DEPTH = {"num_hidden_layers": None, "layer_types": None, "moe_layers": None
 
 KEEP_WHOLE = "a 'moe' section with 'format: moerge' keeps them whole and routes between them"
 """What can be made of models that cannot be merged tensor by tensor."""
-
-
-def with_alike_names(models: Sequence[SourceModel], source: str) -> tuple[SourceModel, ...]:
-    """The models with names that begin as those of `source`, where only that differs: `model.` is lost or added in some saves."""
-    leader = next(model for model in models if model.name == source)
-    return tuple(_prefixed(model, leader) if model.model_type == leader.model_type else model for model in models)
-
-
-def _prefixed(model: SourceModel, leader: SourceModel) -> SourceModel:
-    if _most(leader, model.tensors):
-        return model
-    starts = sorted({name.partition(".")[0] + "." for name in (*leader.tensors, *model.tensors)})
-    for said, rename in (("lack", str.__add__), ("have", lambda start, name: name.removeprefix(start))):
-        for start in starts:
-            names = {name: new if (new := rename(start, name)) in leader.tensors else name for name in model.tensors}
-            if _most(leader, names.values()) and len(set(names.values())) == len(names):
-                warning = f"{model.name}: its tensors {said} the prefix {start!r}, unlike {leader.name}'s: read with its names"
-                renamed = model.with_tensors({names[name]: tensor for name, tensor in model.tensors.items()})
-                return SourceModel.of(renamed.warned(warning).checkpoint)
-    return model
-
-
-def _most(leader: SourceModel, names: Collection[str]) -> bool:
-    """Return whether more than half of the names are the leader's."""
-    return sum(name in leader.tensors for name in names) * 2 > len(names)
 
 
 def check_models(models: Sequence[SourceModel]) -> None:

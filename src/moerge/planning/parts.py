@@ -41,7 +41,9 @@ class Parts:
         Raises InputError for a tensor without which a model is damaged.
         """
         having = [model for model, tensors in self.stored.items() if name in tensors]
-        pattern = next((p for p in self.recipe.parts if means_part(p, name, self.layers) or matches(p, role, name)), None)
+        part = part_of(name, self.layers)
+        patterns = sorted(self.recipe.parts, key=lambda pattern: pattern != part)  # the narrower of two parts first
+        pattern = next((p for p in patterns if means_part(p, name, self.layers) or matches(p, role, name)), None)
         if pattern is not None:
             self._used.add(pattern)
             self._ask(name, pattern, self.recipe.parts[pattern], having)
