@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,18 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
+class SharedSlot:
+    """A format's place for an expert that every token goes through, beside the routed ones: the roles `ffn.shared.*`.
+
+    `keys(config)` are those of the MoE's config, made of a dense normalized one, that give it the width of an expert. Where it
+    is `gated`, its output is multiplied by the sigmoid of what `ffn.shared_gate` says.
+    """
+
+    keys: Callable[[Mapping[str, Any]], dict[str, Any]]
+    gated: bool = False
+
+
+@dataclass(frozen=True)
 class MoEFormat:
     """A native token-routed MoE that dense experts can be assembled into.
 
@@ -29,6 +41,9 @@ class MoEFormat:
     values do not matter but must not be zero. `fallback_for` are those of the sources that map to another format as well,
     which is preferred where it can be. `warning(config)` says which readers of the result get something else than the dense
     config says, or None.
+
+    `shared` is the place for a shared expert. `layers(chosen)` are the config's keys that say which layers are mixtures, None
+    where the format cannot say just these; without it a format has experts in every layer.
     """
 
     name: str
@@ -40,6 +55,8 @@ class MoEFormat:
     random_roles: tuple[str, ...] = ()
     fallback_for: frozenset[str] = frozenset()
     warning: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    shared: SharedSlot | None = None
+    layers: Callable[[Sequence[bool]], dict[str, Any] | None] = lambda chosen: None
 
 
 def native_config(family: Family, config: Mapping[str, Any], **own: Any) -> dict[str, Any]:

@@ -152,10 +152,15 @@ def _moe(plan: Plan) -> list[str]:
         ]
     router = "untrained: fine-tune it before use" if moe.router.needs_training else "computed, not trained"
     return [
-        "Feed-forward layers are kept separate, everything else is merged as above (Branch-Train-Mix; MergeME, section 3.1.1). "
-        f"Experts by index: {order}. Each token goes to {moe.top_k} of {len(plan.experts)}. Router: {moe.router.kind}, {router}.",
+        f"Feed-forward layers are kept separate{f' in the layers {moe.layers}' if moe.layers else ''}, everything else is merged "
+        f"as above (Branch-Train-Mix; MergeME, section 3.1.1). Experts by index: {order}. Each token goes to {moe.top_k} of "
+        f"{len(plan.experts)}{_shared(moe)}. Router: {moe.router.kind}, {router}.",
         *_calibration(plan),
     ]
+
+
+def _shared(moe: MoE) -> str:
+    return f"; every token also goes through {moe.shared}, which makes up {moe.shared_weight:g} of a layer" if moe.shared else ""
 
 
 def _whole_models(plan: Plan, moe: MoE, order: str) -> str:

@@ -301,10 +301,31 @@ def _check_moe(recipe: Recipe, document: Document) -> None:
         raise document.error(("moe", "top_k"), f" is {recipe.moe.top_k}, but there are only {count} experts")
     if isinstance(recipe.moe.router, SequenceRouter):
         _check_by_sequence(recipe.moe, recipe.moe.router, recipe.expert_names, document)
+        _refuse_keys(recipe.moe, _TOKEN_KEYS, f" is for models that route tokens: remove it, or 'format: {FORMAT}'", document)
         if recipe.moe.adapters == "keep":
             _check_kept_adapters(recipe.moe, recipe.base, document)
     else:
         _check_by_token(recipe.moe, document)
+        _check_shared(recipe, recipe.moe, document)
+
+
+_TOKEN_KEYS = ("shared", "shared_weight", "layers")
+"""Keys of `moe` that are for models that route tokens."""
+
+
+def _refuse_keys(moe: MoE, keys: Sequence[str], why: str, document: Document) -> None:
+    for key in keys:
+        if key in moe.model_fields_set:
+            raise document.error(("moe", key), why)
+
+
+def _check_shared(recipe: Recipe, moe: MoE, document: Document) -> None:
+    if moe.shared is None:
+        _refuse_keys(moe, ("shared_weight",), " has no effect without 'shared': remove it", document)
+    models = [*(["base"] if recipe.base else []), *recipe.experts]
+    if moe.shared is not None and moe.shared not in models:
+        message = f": {moe.shared!r} is no model of this recipe, {suggest(moe.shared, models)}"
+        raise document.error(("moe", "shared"), message, code="unknown-name")
 
 
 def _check_by_token(moe: MoE, document: Document) -> None:
@@ -312,9 +333,8 @@ def _check_by_token(moe: MoE, document: Document) -> None:
     if other is not None:
         message = f": native formats keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
         raise document.error(("moe", "separate", other), message)
-    for key in ("mix", "adapters", *HETEROGENEOUS_KEYS):
-        if key in moe.model_fields_set:
-            raise document.error(("moe", key), f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it")
+    why = f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it"
+    _refuse_keys(moe, ("mix", "adapters", *HETEROGENEOUS_KEYS), why, document)
 
 
 def _check_kept_adapters(moe: MoE, base: str | None, document: Document) -> None:

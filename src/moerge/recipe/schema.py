@@ -29,6 +29,26 @@ HETEROGENEOUS_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
 """Keys of `moe` that are for experts that stay whole models."""
 
 
+def _text_of_number(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+Layers = Annotated[str, BeforeValidator(_text_of_number), Field(pattern=r"^\d+(-\d*)?(,\d+(-\d*)?)*$")]
+"""Layers by number, from 0: `8-`, `0-3`, `2,5,7-9`."""
+
+
+def layers_in(layers: str, count: int) -> list[bool]:
+    """Return for each of `count` layers if `layers` name it. ValueError if they name one that is not there."""
+    chosen = [False] * count
+    for span in layers.split(","):
+        first, dash, last = span.partition("-")
+        start, stop = int(first), int(last) if last else count - 1 if dash else int(first)
+        if not start <= stop < count:
+            raise ValueError(f"{span!r} is no span of the {count} layers, which are counted from 0")
+        chosen[start : stop + 1] = [True] * (stop + 1 - start)
+    return chosen
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,6 +72,10 @@ class MoE(_Strict):
     roles other than ffn in `separate`, are for sequence-routed models. `adapters: keep` leaves experts that are LoRA adapters
     adapters, on one copy of the base (Self-MoE).
 
+    Token-routed models may have a `shared` expert, by its model's name, that every token goes through and that makes up
+    `shared_weight` of a layer's output (a base that is shared is no routed expert by default); and experts in some `layers` only
+    (`8-`, `0-3,6`).
+
     `projectors`, `embedding`, `route_on` and `prefix_tokens` are for experts that stay whole models, whatever their architecture
     (section 3.2); naming one of them makes them stay whole even if they are alike.
     """
@@ -63,6 +87,9 @@ class MoE(_Strict):
     top_k: int = Field(default=2, ge=1, strict=True)
     router: InstanceOf[Router]
     format: str = "auto"
+    shared: str | None = Field(default=None, min_length=1)
+    shared_weight: float = Field(default=0.5, gt=0, lt=1, strict=True)
+    layers: Layers | None = None
     projectors: Literal["fitted", "random"] = "fitted"
     embedding: Literal["shared", "separate"] = "shared"
     route_on: Literal["prefix", "sequence"] = "prefix"
@@ -157,7 +184,9 @@ class Recipe(_Strict):
         """Return whether the base is one of the MoE's experts."""
         if self.moe is None:
             return False
-        return self.base is not None if self.moe.include_base is None else self.moe.include_base
+        if self.moe.include_base is None:
+            return self.base is not None and self.moe.shared != "base"
+        return self.moe.include_base
 
     @property
     def expert_names(self) -> tuple[str, ...]:

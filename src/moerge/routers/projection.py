@@ -91,7 +91,8 @@ class ProjectionRouter(ModelRouter):
         hidden = context.outputs[0].shape[1]
         if expert == "base":
             return np.zeros((hidden, 1), np.float32)
-        roles = [f"layers.{layer}.ffn.{part}" for part in ("gate", "up")]
+        block = context.outputs[layer].role.removesuffix(".router")
+        roles = [f"{block}.ffn.{part}" for part in ("gate", "up")]
         tau_RH = np.concatenate([context.read(expert, role) - context.read("base", role) for role in roles])
         if not tau_RH.any():
             return np.zeros((hidden, 1), np.float32)
@@ -115,7 +116,7 @@ def _mean_signs(context: FitContext) -> Callable[[int, np.ndarray], np.ndarray]:
     mean_H = (embedding_VH / np.maximum(scale_V1, 1e-12)).mean(axis=0)
 
     def signs(layer: int, scaled_HK: np.ndarray) -> np.ndarray:
-        norm = f"layers.{layer}.norm.ffn"
+        norm = f"{context.outputs[layer].role.removesuffix('.router')}.norm.ffn"
         typical_H = mean_H * context.read("base", norm) if context.has("base", norm) else mean_H
         return _signs((typical_H @ scaled_HK)[None])
 

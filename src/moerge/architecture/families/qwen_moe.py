@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moerge.architecture.families.llama import (
@@ -19,7 +19,7 @@ from moerge.architecture.families.llama import (
 from moerge.architecture.families.mixtral import FUSED
 from moerge.architecture.families.qwen import FULL, SLIDING
 from moerge.architecture.family import Family, TensorRule
-from moerge.architecture.moe_format import MoEFormat, native_config
+from moerge.architecture.moe_format import MoEFormat, SharedSlot, native_config
 from moerge.architecture.sizes import layer_count
 
 SHARED_SIZE = 64
@@ -140,6 +140,16 @@ def _routed(config: Mapping[str, Any], experts: int, top_k: int) -> dict[str, An
     }
 
 
+def dense_layers(chosen: Sequence[bool]) -> dict[str, Any]:
+    """Return the keys that list the layers without experts, whichever they are."""
+    return {"mlp_only_layers": [layer for layer, has_experts in enumerate(chosen) if not has_experts]}
+
+
+def shared_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that make the shared expert as wide as a dense module."""
+    return {"shared_expert_intermediate_size": config.get("intermediate_size")}
+
+
 def _convert_qwen2(config: Mapping[str, Any], experts: int, top_k: int) -> dict[str, Any]:
     windows = {"layer_types": config.get("layer_types"), "max_window_layers": config.get("max_window_layers") or 0}
     own = {**_routed(config, experts, top_k), **windows, "shared_expert_intermediate_size": SHARED_SIZE, "qkv_bias": True}
@@ -172,5 +182,7 @@ QWEN2_MOE_FORMAT = MoEFormat(
     zero_roles=("ffn.shared",),
     random_roles=("ffn.shared_gate",),  # llama.cpp computes sigmoid(x) as silu(x) / x, which is NaN for 0
     warning=_qwen2_caution,
+    shared=SharedSlot(shared_width, gated=True),
+    layers=dense_layers,
 )
-QWEN3_MOE_FORMAT = MoEFormat("qwen3_moe", QWEN3_MOE, frozenset({"qwen3"}), _convert_qwen3, _qwen3_obstacle)
+QWEN3_MOE_FORMAT = MoEFormat("qwen3_moe", QWEN3_MOE, frozenset({"qwen3"}), _convert_qwen3, _qwen3_obstacle, layers=dense_layers)

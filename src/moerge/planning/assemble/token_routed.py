@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from moerge.architecture import ExpectedTensor, moe_format
 from moerge.architecture.config import portable_config
-from moerge.architecture.moe_format import GROUPED_BYTES
+from moerge.architecture.moe_format import GROUPED_BYTES, MoEFormat
 from moerge.architecture.parts import part_of
 from moerge.errors import InputError
+from moerge.methods.average import Linear
 from moerge.operations.fitter import MODULE
-from moerge.operations.operations import Draw, Operation, Output
+from moerge.operations.operations import Copy, Draw, Merge, Operation, Output
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.checks import expected_of
+from moerge.recipe.schema import MoE, layers_in
+
+_SHARED, _SHARED_GATE = "ffn.shared.", "ffn.shared_gate"
+_OUTPUT = re.compile(r"\.down(\.bias)?$")
+_HALF_OPEN = 1e-6
+"""The deviation of a shared expert's gate: its sigmoid is 1/2 to five digits, and llama.cpp cannot compute that of 0."""
 
 
 def assemble_token_routed(assembly: Assembly) -> Assembled:
@@ -27,28 +36,90 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         way = f"'parts: {{{part_of(unknown, config.get('num_hidden_layers'))}: drop}}' leaves its part out"
         raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}: {way}")
     experts = assembly.recipe.expert_names
-    converted = chosen.convert(config, len(experts), moe.top_k)
+    converted = chosen.convert(config, len(experts), moe.top_k) | _shared(moe, chosen, config) | _layers(moe, chosen, config)
     dense = {tensor.role: tensor for tensor in assembly.candidates}
     if "head" not in dense and not converted.get("tie_word_embeddings"):
         raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
-    outputs = []
-    for tensor in expected_of(replace(assembly.leader, family=chosen.family).with_written(converted), chosen.name):
-        operation: Operation
-        if tensor.role.endswith(".router"):
-            operation = moe.router.operation(tensor)
-        elif _among(chosen.zero_roles, tensor):
-            operation = Draw(seed=0, bound=0.0)
-        elif _among(chosen.random_roles, tensor):
-            operation = Draw.of_linear(tensor.shape[-1])
-        elif tensor.parts or tensor.expert is not None:
-            operation = _kept(assembly, tensor, dense, experts)
-        else:
-            operation = assembly.merged(dense[tensor.role], experts)
-        outputs.append(assembly.output(tensor, operation))
+    tensors = expected_of(replace(assembly.leader, family=chosen.family).with_written(converted), chosen.name)
+    block = _Block(assembly, moe, chosen, dense)
+    outputs = [assembly.output(tensor, block.operation(tensor)) for tensor in tensors]
     assembly.resolver.check_all_used()
     made = portable_config(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
     warnings = filter(None, (chosen.warning(config), _unaligned(outputs)))
     return Assembled(made, outputs, experts, tuple(warnings))
+
+
+def _shared(moe: MoE, chosen: MoEFormat, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's keys for the recipe's shared expert, none without one."""
+    if moe.shared is None:
+        return {}
+    if chosen.shared is None:
+        raise InputError(f"moe.shared: {chosen.name} has no place for a shared expert: remove 'shared', or choose another format")
+    return chosen.shared.keys(config)
+
+
+def _layers(moe: MoE, chosen: MoEFormat, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's keys for mixtures in the recipe's layers, none for all layers."""
+    if moe.layers is None:
+        return {}
+    try:
+        keys = chosen.layers(layers_in(moe.layers, config["num_hidden_layers"]))
+    except ValueError as error:
+        raise InputError(f"moe.layers: {error}") from None
+    if keys is None:
+        raise InputError(f"moe.layers: {chosen.name} cannot have experts in the layers {moe.layers} only: remove 'layers'")
+    return keys
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Makes the operations of a MoE's tensors; `dense` are those of the models, by role."""
+
+    assembly: Assembly
+    moe: MoE
+    format: MoEFormat
+    dense: Mapping[str, ExpectedTensor]
+
+    def operation(self, tensor: ExpectedTensor) -> Operation:
+        """The operation that fills a tensor of the MoE."""
+        role = tensor.role.split(".", 2)[-1]
+        if role == "router":
+            return self.moe.router.operation(tensor)
+        if self.moe.shared is not None and role.startswith((_SHARED, _SHARED_GATE)):
+            return self._of_shared(tensor)
+        if _among(self.format.zero_roles, role):
+            return Draw(seed=0, bound=0.0)
+        if _among(self.format.random_roles, role):
+            return Draw.of_linear(tensor.shape[-1])
+        if tensor.parts or tensor.expert is not None:
+            return self._scaled(self._of_experts(tensor), tensor, 1 - self.moe.shared_weight if self.moe.shared else 1)
+        return self.assembly.merged(self.dense[tensor.role], self.assembly.recipe.expert_names)
+
+    def _of_experts(self, tensor: ExpectedTensor) -> Operation:
+        """An expert's own tensor, or that of all experts joined where the format stores them as one."""
+        experts = self.assembly.recipe.expert_names
+        if tensor.parts:
+            return self.assembly.joined(tensor, experts, [self.dense[role].name for role in tensor.parts])
+        assert tensor.expert is not None
+        return self.assembly.copied(experts[tensor.expert], self.dense[tensor.dense_role].name)
+
+    def _of_shared(self, tensor: ExpectedTensor) -> Operation:
+        """A tensor of the expert that every token goes through; its gate stays half open, as its output's scale assumes."""
+        assert self.moe.shared is not None and self.format.shared is not None
+        if tensor.role.endswith(_SHARED_GATE):
+            return Draw.of_linear(tensor.shape[-1], std=_HALF_OPEN)
+        roles = tensor.parts or (tensor.role,)
+        names = [self.dense[role.replace(f".{_SHARED}", ".ffn.")].name for role in roles]
+        own = self.moe.shared
+        copied = self.assembly.joined(tensor, [own], names) if tensor.parts else self.assembly.copied(own, names[0])
+        return self._scaled(copied, tensor, self.moe.shared_weight * (2 if self.format.shared.gated else 1))
+
+    def _scaled(self, copied: Operation, tensor: ExpectedTensor, scale: float) -> Operation:
+        """The operation, or where it makes what a module ends with, its result times `scale`."""
+        if scale == 1 or not _OUTPUT.search(tensor.parts[0] if tensor.parts else tensor.role):
+            return copied
+        assert isinstance(copied, Copy)
+        return Merge(Linear(normalize=False), (copied.source,), (scale,))
 
 
 def _unaligned(outputs: Sequence[Output]) -> str | None:
@@ -63,14 +134,5 @@ def _unaligned(outputs: Sequence[Output]) -> str | None:
     )
 
 
-def _kept(assembly: Assembly, tensor: ExpectedTensor, dense: Mapping[str, ExpectedTensor], experts: tuple[str, ...]) -> Operation:
-    """An expert's own tensor, or that of all experts joined where the format stores them as one."""
-    if tensor.parts:
-        return assembly.joined(tensor, experts, [dense[role].name for role in tensor.parts])
-    assert tensor.expert is not None
-    return assembly.copied(experts[tensor.expert], dense[tensor.dense_role].name)
-
-
-def _among(beginnings: Sequence[str], tensor: ExpectedTensor) -> bool:
-    role = tensor.role.split(".", 2)[-1]
+def _among(beginnings: Sequence[str], role: str) -> bool:
     return any(role == beginning or role.startswith(f"{beginning}.") for beginning in beginnings)
