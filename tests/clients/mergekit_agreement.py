@@ -26,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import moerge
 from moerge.tensors.dtypes import BF16
-from tests.helpers import adapters, tiny
+from tests.helpers import adapters, hf_models, multimodal, tiny
 
 VERSION = "0.1.5"
 EXPERTS = ("math", "code", "knowledge")
@@ -213,6 +213,53 @@ base_model: words/base
 merge_method: task_arithmetic
 tokenizer_source: %s
 """
+MODULES = """
+modules:
+  text_decoder:
+    models:
+      - {model: vision/math, parameters: {weight: [0.2, 0.8]}}
+      - {model: vision/code, parameters: {weight: 0.3}}
+    parameters: {lambda: 0.5}
+  vision_tower:
+    models:
+      - {model: vision/knowledge, parameters: {weight: [0.4, 0.9]}}
+  multi_modal_projector:
+    models:
+      - {model: vision/math}
+      - {model: vision/knowledge, parameters: {weight: 0.1}}
+base_model: vision/base
+merge_method: task_arithmetic
+parameters: {weight: 1}
+"""
+ONE_MODULE = """
+modules:
+  default:
+    slices:
+      - sources:
+          - {model: models/math, layer_range: [0, 3], parameters: {weight: [0.2, 1]}}
+          - {model: models/base, layer_range: [0, 3]}
+      - sources:
+          - {model: models/code, layer_range: [2, 5], parameters: {weight: 0.4}}
+          - {model: models/base, layer_range: [2, 5]}
+        parameters: {lambda: 0.25}
+    parameters: {lambda: 0.5}
+base_model: models/base
+merge_method: task_arithmetic
+parameters: {weight: 1, lambda: 0.75}
+"""
+TOKENS = """
+tokenizer:
+  source: union
+  pad_to_multiple_of: 32
+  tokens:
+    w7: {source: words/code, force: true}
+    sin: {source: {kind: model_token, model: words/base, token: w9}}
+    w4: {source: {kind: zero}}
+    w8: {source: {kind: model_token, model: words/math, token_id: 5}, force: true}
+    <new>: {source: {kind: model_token, model: words/math, token: cos}}
+    <none>: {source: {kind: zero}, force: true}
+"""
+VOCABULARIES_TOKENS = VOCABULARIES.replace("tokenizer_source: %s\n", "") + TOKENS
 VOCABULARIES_LINEAR = VOCABULARIES.replace("task_arithmetic", "linear\nparameters: {weight: 1}") % "base"
 
 CASES = [
@@ -261,9 +308,14 @@ CASES = [
     case("model_stock, one task", ALIKE),
     case("other vocabularies, base", VOCABULARIES % "base"),
     case("other vocabularies, union", VOCABULARIES % "union"),
+    case("modules of a model of several parts", MODULES),
+    case("a module of slices", ONE_MODULE),
+    case("other vocabularies, rows of tokens and padding", VOCABULARIES_TOKENS),
+    case("one vocabulary, rows of tokens and padding", VOCABULARIES_TOKENS.replace("words/", "models/").replace("cos", "w20")),
     case("other vocabularies, linear", VOCABULARIES_LINEAR, "a model without a token does not take part in its row"),
     case("mergekit-moe", MOE, dtype=""),
     case("mergekit-moe, residual_scale", MOE.replace("w8 w9], ", "w8 w9], residual_scale: 0.3, "), dtype=""),
+    case("mergekit-moe, noise_scale", MOE.replace("w8 w9], ", "w8 w9], noise_scale: 0.3, "), "another random draw", dtype=""),
     case("mergekit-moe, hidden", MOE.replace("cheap_embed", "hidden"), "gates: see docs/mergekit.md", dtype=""),
     case("mergekit-moe, uniform_random", MOE.replace("cheap_embed", "uniform_random"), "gates: another random draw", dtype=""),
     case("dare_linear, density 1", generalized("dare_linear", models=dense(MODELS))),
@@ -312,6 +364,8 @@ def more_models(work: Path) -> None:
         own = tiny.llama_tensors(whole, expert=index)
         tensors = base if name == "base" else {key: common[key] + 0.5 * (own[key] - base[key]) for key in base}
         tiny.write_checkpoint(work / "alike" / name, tensors, whole, dtype="F32")
+    for index, name in enumerate(("base", *EXPERTS)):
+        hf_models.save(hf_models.random_model(multimodal.MULTIMODAL["qwen2_5_vl"](), index), work / "vision" / name)
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, tiny.VOCABULARY))]
     theirs = {"base": words, "math": [*words, "sin", "cos"], "code": [*words[:3], *reversed(words[6:])]}
     for index, (name, tokens) in enumerate(theirs.items()):
@@ -399,7 +453,11 @@ def by_token(folder: Path) -> dict[str, np.ndarray]:
     ids = {**stored["model"]["vocab"], **{token["content"]: token["id"] for token in stored["added_tokens"]}}
     rows = [ids[token] for token in sorted(ids)]
     tensors = tiny.read_tensors(folder)
-    return {name: value[rows] if "embed_tokens" in name or "lm_head" in name else value for name, value in tensors.items()}
+    table = ("embed_tokens", "lm_head")
+    return {
+        name: value[[*rows, *range(max(rows) + 1, len(value))]] if any(part in name for part in table) else value
+        for name, value in tensors.items()
+    }
 
 
 def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -132,7 +132,7 @@ def test_rows_equal_a_dictionary_of_tokens(models: dict[str, Any], setting: str,
 
 
 SETTINGS: dict[str, dict[str, Any]] = {"linear": {}, "dare": {"scale": 1.0}}
-NEEDS_MORE = {"fisher", "regmean", "passthrough", "coefficients", "nearswap", "arcee_fusion"}
+NEEDS_MORE = {"fisher", "regmean", "passthrough", "coefficients", "nearswap", "noise", "arcee_fusion"}
 """Methods that want statistics, a model's name or a file, or that take one expert only."""
 
 

@@ -57,7 +57,7 @@ BAD = [
     ("base_model: base\nmodels: [{model: math}]\n", "", "", "merge_method is missing: name one, such as 'merge_method: ties'"),
     (TIES, "ties", "karchers", f"line 1: merge_method: moerge does not have 'karchers'; of mergekit's methods it has {HAS}"),
     (TIES, "ties", "nearswap", "line 3: models: nearswap takes exactly 2, not 3 (math, code, base)"),
-    (TIES, "models:", "modules:", "line 3: modules: models of several parts, such as vision and text, are not supported"),
+    (TIES, "models:", "modules:", "line 3: modules should be a mapping"),
     (
         TIES,
         "base_model: base",
@@ -131,8 +131,8 @@ BAD = [
         "base_model: base\ntokenizer_source: base\ntokenizer: {}",
         "line 4: tokenizer: there is a 'tokenizer_source' already: remove one",
     ),
-    (TIES, "base_model: base", "base_model: base\ntokenizer: {tokens: {a: {}}}", "line 3: tokenizer.tokens is not supported"),
-    (TIES, "base_model: base", "base_model: base\ntokenizer: {sauce: base}", "tokenizer.sauce: unknown key in a mergekit file"),
+    (TIES, "base_model: base", "base_model: base\ntokenizer: {tokens: {a: {}}}", "line 3: tokenizer.tokens.a.source is missing"),
+    (TIES, "base_model: base", "base_model: base\ntokenizer: {sauce: base}", "tokenizer.sauce: unknown key"),
     # a MoE
     (HIDDEN, "base_model: base", "", "base_model is missing: name the model whose attention, norms and embeddings are taken"),
     (HIDDEN, "gate_mode: hidden", "gate_mode: learned", "line 3: gate_mode should be one of hidden, hidden_avg, hidden_last"),
@@ -161,7 +161,8 @@ BAD = [
         "source_model: other+lora",
         "lora: there is no folder other: check the path",
     ),
-    (HIDDEN, "source_model: code", "source_model: code\n    noise_scale: 0.1", "experts[1].noise_scale is not supported"),
+    (HIDDEN, "source_model: code", "source_model: code\n    noise_scale: -0.1", "experts[1].noise_scale should not be negative"),
+    (HIDDEN, "source_model: code", "source_model: code\n    noise_scale: lots", "experts[1].noise_scale should be a number"),
     (HIDDEN, "source_model: code", "source_model: kode", "kode: there is no folder kode: did you mean 'code'?"),
 ]
 

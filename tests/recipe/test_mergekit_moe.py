@@ -118,6 +118,26 @@ def test_residual_scale_multiplies_what_an_expert_adds(here: Path) -> None:
         np.testing.assert_array_equal(other[name], values * factor, err_msg=name)
 
 
+def test_noise_comes_before_residual_scale_and_differs_between_experts(here: Path) -> None:
+    plain, noisy = (yaml.safe_load(MOE.replace("{mode}", "uniform_random")) for _ in range(2))
+    for expert, noise in zip(noisy["experts"], (0.5, 0.0, 0.5), strict=True):
+        expert["noise_scale"] = noise
+    noisy["experts"][0]["residual_scale"] = 0.25
+    one, other = (tiny.read_values(moerge.merge(file, out).folder) for file, out in ((plain, "plain"), (noisy, "noisy")))
+    noises: dict[str, list[np.ndarray]] = {"0": [], "2": []}
+    for name, values in one.items():
+        number = name.split(".experts.")[1][0] if ".experts." in name else ""
+        if number not in noises:
+            np.testing.assert_array_equal(other[name], values, err_msg=name)
+            continue
+        scale = 0.25 if number == "0" and ".w2." in name else 1
+        noises[number].append((other[name] / scale - values).reshape(-1))
+    first, third = (np.concatenate(noises[number]) for number in noises)
+    for noise_N in (first, third):
+        assert abs(noise_N.std() / 0.5 - 1) < 0.05 and abs(noise_N.mean()) < 0.03
+    assert abs(np.corrcoef(first, third)[0, 1]) < 0.05
+
+
 def test_threads_do_not_matter(here: Path) -> None:
     made = [moerge.merge(write("hidden"), f"out-{threads}", threads=threads).folder for threads in (1, 3)]
     first, second = (tiny.read_tensors(folder) for folder in made)

@@ -19,7 +19,8 @@ from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.plan import Plan
 from moerge.recipe.mergekit import is_mergekit
 from moerge.recipe.rules import matches
-from moerge.recipe.schema import MoE
+from moerge.recipe.schema import MoE, Recipe
+from moerge.recipe.tokens import TokenRow
 
 Section = dict[str, Any]
 
@@ -35,6 +36,8 @@ def equivalent_recipe(plan: Plan) -> dict[str, Any]:
         return recipe.written
     if recipe.slices and not _in_place(plan):
         raise InputError(f"{recipe.source}: moerge's own recipes cannot move layers as these slices do: keep this file as it is")
+    if len({_members(output) for output in plan.outputs if isinstance(output.operation, Merge)}) > 1 and not recipe.slices:
+        raise InputError(f"{recipe.source}: moerge's own recipes merge all tensors from the same models: keep this file as it is")
     places = {model.name: _model_of(plan, model) for model in plan.models}
     sections = {output.name: _section(output) for output in plan.outputs if _is_float(output)} if recipe.moe is None else {}
     weights, merge = _usual(sections.values()) if sections else ({}, {"method": recipe.method.name, **dict(recipe.method)})
@@ -49,8 +52,30 @@ def equivalent_recipe(plan: Plan) -> dict[str, Any]:
         "experts": experts,
         "merge": {**merge, **({"overrides": overrides} if overrides else {})},
         **({"moe": _moe(recipe.moe)} if recipe.moe else {}),
-        **{key: value for key in ("dtype", "tokenizer", "config") if (value := getattr(recipe, key)) is not None},
+        **{key: value for key in ("dtype", "config") if (value := getattr(recipe, key)) is not None},
+        **_tokenizer(recipe),
     }
+
+
+def _tokenizer(recipe: Recipe) -> dict[str, Any]:
+    """The `tokenizer` key, a section where rows or padding are given."""
+    if not recipe.tokens and not recipe.pad_to_multiple_of:
+        return {"tokenizer": recipe.tokenizer} if recipe.tokenizer else {}
+    tokens = {text: _row(row) for text, row in recipe.tokens.items()}
+    section = {"source": recipe.tokenizer, "tokens": tokens, "pad_to_multiple_of": recipe.pad_to_multiple_of}
+    return {"tokenizer": {key: value for key, value in section.items() if value}}
+
+
+def _row(row: TokenRow) -> dict[str, Any]:
+    given = {"token": row.token, "token_id": row.row}
+    named = {key: value for key, value in given.items() if value is not None}
+    source: Any = {"kind": "model_token", "model": row.model, **named} if named else row.model or {"kind": "zero"}
+    return {"source": source, "force": row.force}
+
+
+def _members(output: Output) -> tuple[str, ...]:
+    """The models that a tensor is merged from."""
+    return tuple(source.model for source in output.operation.sources)
 
 
 def _in_place(plan: Plan) -> bool:

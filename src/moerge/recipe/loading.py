@@ -21,6 +21,7 @@ from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
 from moerge.recipe.schema import DROP, HETEROGENEOUS_KEYS, UNION, MoE, Override, Recipe
+from moerge.recipe.tokens import read_tokenizer_section
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
@@ -75,6 +76,9 @@ def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipe
             raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}", code="unknown-name")
     fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
     method, overrides, seed = _merge_section(document)
+    if isinstance(data.get("tokenizer"), dict):
+        section = read_tokenizer_section(document, partial(_model_named, document))
+        fields |= {"tokenizer": section.source, "tokens": section.tokens, "pad_to_multiple_of": section.pad_to_multiple_of}
     if data.get("moe") is not None:
         fields["moe"] = _moe_section(document)
     whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder, "recipes": dict(recipes)}
@@ -83,6 +87,12 @@ def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipe
         recipe = recipe.model_copy(update={"learned": read_rule(method, folder, tuple(recipe.experts))})
     _check(recipe, document)
     return recipe
+
+
+def _model_named(document: Document, path: Key, written: Any) -> str:
+    if not isinstance(written, str):
+        raise document.error(path, f" should be a model's name, not {written!r}")
+    return written
 
 
 def _merge_section(document: Document) -> tuple[MergeMethod, tuple[Override, ...], int]:
@@ -211,6 +221,9 @@ def _named_models(recipe: Recipe) -> Problems:
         named = getattr(recipe, key)
         if named is not None and named not in choices:
             yield (key,), f": {named!r}{_unknown(named, choices)}"
+    for text, row in recipe.tokens.items():
+        if row.model is not None and row.model not in names:
+            yield ("tokenizer", "tokens", text), f": {row.model!r}{_unknown(row.model, names)}"
     for part, owner in recipe.parts.items():
         if owner not in (*names, DROP):
             yield ("parts", part), f": {owner!r}{_unknown(owner, [*names, DROP])}"

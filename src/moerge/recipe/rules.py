@@ -36,12 +36,14 @@ class TensorContext:
 class MethodChoice:
     """The merge of a tensor. An expert that `weights` does not name has its own weight from the recipe.
 
-    `dtype` is its element type in the result, where that is not left to the recipe and the models.
+    `dtype` is its element type in the result, where that is not left to the recipe and the models, `members` the models that
+    it is merged from, where these are not all.
     """
 
     method: MergeMethod
     weights: Mapping[str, float] = field(default_factory=dict)
     dtype: str | None = None
+    members: tuple[str, ...] | None = None
 
 
 class MethodRule:

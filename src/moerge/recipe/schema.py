@@ -12,6 +12,7 @@ from moerge.files import LONGEST_LABEL
 from moerge.methods.method import Finite, MergeMethod
 from moerge.recipe.learning import Learning
 from moerge.recipe.rules import MethodChoice, MethodRule, PatternRule
+from moerge.recipe.tokens import TokenRow
 from moerge.routers.base import Router
 from moerge.routers.sequence import FORMAT
 from moerge.texts import TextRequest
@@ -145,6 +146,9 @@ class Recipe(_Strict):
 
     `parts` are models by what is theirs alone: a part such as `vision`, or tensors by name; `drop` leaves it out.
 
+    `tokens` are rows of single tokens, and `pad_to_multiple_of` what the number of rows is rounded up to; both stand in the
+    `tokenizer` of a file.
+
     `seed` is that of `merge`, for whatever is drawn outside of methods and routers.
 
     Models that are recipes themselves stand in `recipes` by name. A file of another program's gives `settings`, which decide
@@ -164,6 +168,8 @@ class Recipe(_Strict):
     dtype: Float | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
+    tokens: dict[str, TokenRow] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
     chat_template: str | None = Field(default=None, min_length=1)
     config: str | None = None
     parts: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)

@@ -50,6 +50,15 @@ def uniform(key: np.uint64, start: int, count: int) -> np.ndarray:
     return out_N
 
 
+def normal(key: np.uint64, start: int, out_N: np.ndarray) -> None:
+    """Fill `out_N` with elements `start` and following of a standard normal stream (Box and Muller 1958), as float32.
+
+    `start` must be even. The pair of elements 2j and 2j + 1 comes from the two halves of output j.
+    """
+    assert start % 2 == 0
+    _normal(np.uint64(key), np.uint64(start // 2), out_N)
+
+
 @kernel
 def splitmix64(key: np.uint64, position: np.uint64) -> np.uint64:
     """Output number `position` of the stream with this key."""
@@ -91,3 +100,15 @@ def _uniform(key: np.uint64, first: np.uint64, out_N: np.ndarray) -> None:
         bits = splitmix64(key, first + np.uint64(i // 2))
         half = (bits >> _S32) if i % 2 else (bits & _LOW)
         out_N[i] = np.float32(np.int64(half >> np.uint64(8)) - (1 << 23)) / np.float32(1 << 23)
+
+
+@kernel
+def _normal(key: np.uint64, first: np.uint64, out_N: np.ndarray) -> None:
+    for i in range(0, out_N.size, 2):
+        bits = splitmix64(key, first + np.uint64(i // 2))
+        share = (np.float64(bits >> _S32) + 0.5) / 4294967296.0
+        angle = 2 * np.pi * np.float64(bits & _LOW) / 4294967296.0
+        radius = np.sqrt(-2 * np.log(share))
+        out_N[i] = np.float32(radius * np.cos(angle))
+        if i + 1 < out_N.size:
+            out_N[i + 1] = np.float32(radius * np.sin(angle))

@@ -134,6 +134,7 @@ class Assembly:
         if not self._source(first, context.name_in(first)).tensor.dtype.is_float:
             return self.copied(first, context.name_in(first))
         choice = self.resolver.choose(context)
+        members = choice.members or members
         if isinstance(choice.method, Passthrough):
             return self.copied(choice.method.model, context.name_in(choice.method.model))
         if choice.method.uses_task_vectors:

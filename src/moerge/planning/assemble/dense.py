@@ -27,12 +27,13 @@ def assemble_dense(assembly: Assembly) -> Assembled:
     if assembly.recipe.slices:
         return _stacked(assembly)
     experts = tuple(assembly.recipe.experts)
-    last = max((_layer(tensor) or 0 for tensor in assembly.candidates), default=0)
+    last = _last_layers(assembly.candidates)
     outputs = []
     for tensor in assembly.candidates:
         layer = _layer(tensor)
         inputs = dict.fromkeys(assembly.models, tensor.name)
-        context = TensorContext(tensor.role, tensor.name, 0, 0.0 if layer is None else _depth(layer, last + 1), inputs)
+        depth = 0.0 if layer is None else _depth(layer, last[_stack(tensor)] + 1)
+        context = TensorContext(tensor.role, tensor.name, 0, depth, inputs)
         outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, context=context)))
     assembly.resolver.check_all_used()
     return Assembled(_portable_config(assembly, assembly.leader), outputs)
@@ -158,6 +159,21 @@ def _layer(tensor: ExpectedTensor) -> int | None:
         return int(tensor.role.split(".")[1]) if tensor.role.startswith("layers.") else None
     found = _LAYER.search(tensor.name)
     return int(found[1]) if found else None
+
+
+def _stack(tensor: ExpectedTensor) -> str:
+    """The beginning of the names of a tensor's layers, which those of a vision tower do not share; "" where it has a role."""
+    found = None if tensor.role else _LAYER.search(tensor.name)
+    return tensor.name[: found.start()] if found else ""
+
+
+def _last_layers(tensors: Sequence[ExpectedTensor]) -> dict[str, int]:
+    """The number of the last layer of every stack of layers."""
+    last: dict[str, int] = {}
+    for tensor in tensors:
+        stack = _stack(tensor)
+        last[stack] = max(last.get(stack, 0), _layer(tensor) or 0)
+    return last
 
 
 def _depth(layer: int, layers: int) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moerge.errors import InputError
 from moerge.planning.models import SourceModel
-from moerge.planning.vocab.alignment import Alignment, match_rows, own_rows, with_rows
+from moerge.planning.vocab.alignment import Alignment, GivenRows, match_rows, own_rows, with_rows
 from moerge.planning.vocab.chat import Chat, Move, settle_chat
 from moerge.planning.vocab.checks import (
     check_kinds,
@@ -24,9 +24,11 @@ from moerge.planning.vocab.checks import (
 from moerge.planning.vocab.config import with_special_ids
 from moerge.planning.vocab.token_tensors import sizes_of, token_tensors
 from moerge.recipe.schema import UNION, Recipe
+from moerge.recipe.tokens import TokenRow
 from moerge.tokenizer import (
     NewToken,
     Vocabulary,
+    added_entry,
     by_position,
     companion_files,
     has_tokenizer,
@@ -37,6 +39,8 @@ from moerge.tokenizer import (
 )
 
 _NO_TOKENIZER = "no model has a tokenizer: the merged checkpoint will have none either"
+_GIVEN = ""
+"""In place of the model that brings tokens: those that the recipe alone names."""
 _FAR = 1_000_000
 """A token whose id lies further beyond the embedding than this is damage."""
 
@@ -86,18 +90,21 @@ def resolve_vocabulary(models: Sequence[SourceModel], recipe: Recipe, config_sou
     source = _tokenizer_source(models, having, recipe, config_source)
     files = companion_files(next(model.folder for model in models if model.name == source))
     sizes = sizes_of(models)
+    rows_change = bool(recipe.tokens or recipe.pad_to_multiple_of)
     if not having:
+        if rows_change:
+            raise InputError("tokenizer: no model has tokenizer files, which rows of tokens and padding need: add them")
         if _differ(sizes):
             raise no_tokenizers(sizes)
         return ResolvedVocabulary(tuple(models), source, files, warnings=(_NO_TOKENIZER,))
     without = [model.name for model in models if model not in having]
     warnings = [f"{', '.join(without)}: no tokenizer, assumed to be that of {having[0].name}"] if without else []
     check_roles(having, recipe.tokenizer)
-    if _differ(sizes):
+    if _differ(sizes) or rows_change:
         token_tensors(models, sizes)  # so that they are the tensors' sizes, and not only the configs'
-    vocabularies = _read(models, having, sizes, source)
+    vocabularies = _read(models, having, sizes, source, positions=not rows_change)
     same = _same_tokens(vocabularies, sizes)
-    if same and not _differ(sizes):
+    if same and not _differ(sizes) and not rows_change:
         warnings += splitting_warnings(vocabularies, source)
         settled = with_special_ids(models, source, config_source)
         alike = ResolvedVocabulary(settled, source, files, facts={"source": source}, warnings=tuple(warnings))
@@ -124,14 +131,16 @@ def _tokenizer_source(models: Sequence[SourceModel], having: Sequence[SourceMode
 
 
 def _read(
-    models: Sequence[SourceModel], having: Sequence[SourceModel], sizes: Mapping[str, Any], source: str
+    models: Sequence[SourceModel], having: Sequence[SourceModel], sizes: Mapping[str, Any], source: str, *, positions: bool
 ) -> dict[str, Vocabulary]:
-    """All vocabularies by model; those without have that of the first. What are the same files is read once, or by position."""
+    """All vocabularies by model; those without have that of the first. What are the same files is read once, or by position
+    where `positions` say enough.
+    """
     first = having[0]
     found: dict[str, Vocabulary | None] = {}
     if all(same_files(first.folder, model.folder) for model in having[1:]):
         rows = min((size for size in sizes.values() if type(size) is int), default=0)
-        read = read_vocabulary(first.folder) if _differ(sizes) else by_position(0)
+        read = read_vocabulary(first.folder) if _differ(sizes) or not positions else by_position(0)
         found[first.name] = read or by_position(rows)
     else:
         found = {model.name: read_vocabulary(model.folder) for model in having}
@@ -154,6 +163,13 @@ def _same_tokens(vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, Any
         return False
     tokens = [{text: row for text, row in v.ids.items() if row < sizes[name]} for name, v in vocabularies.items()]
     return all(ids == tokens[0] for ids in tokens[1:])
+
+
+def _row_numbers(size: int, numbers: Mapping[int, int]) -> np.ndarray:
+    """The numbers [V] of rows by their place in the result, -1 elsewhere."""
+    rows_V = np.full(size, -1, np.int32)
+    rows_V[list(numbers)] = list(numbers.values())
+    return rows_V
 
 
 def _differ(sizes: Mapping[str, Any]) -> bool:
@@ -201,9 +217,7 @@ class _VocabularyMatch:
         self._check_ids()
         ids, brought = self._tokens(files)
         own = {name: own_rows(ids, vocabulary.ids, self.sizes[name]) for name, vocabulary in self.vocabularies.items()}
-        numbers_T = np.fromiter(ids.values(), np.int64, len(ids))
-        rows, plain = match_rows(self.source, own, numbers_T, self.sizes, self.vocabularies[self.source].next_id)
-        alignment = Alignment(self.source, {model.name: model for model in self.models}, rows, names, plain)
+        alignment = self._alignment(names, ids, own)
         moved = {number: ids[text] for number, text in self.vocabularies[self.config_source].texts.items() if text in ids}
         configured = with_special_ids(self.models, self.source, self.config_source, moved=moved, vocab_size=alignment.size)
         counts = {name: self._counts(name, ids, rows_T, brought.get(name, ())) for name, rows_T in own.items()}
@@ -220,6 +234,53 @@ class _VocabularyMatch:
             (*warnings, *self._union_warnings(brought), *splitting_warnings(self.vocabularies, self.source)),
         )
         return resolved, Move(ids, self.vocabularies)
+
+    def _alignment(self, names: frozenset[str], ids: Mapping[str, int], own: Mapping[str, np.ndarray]) -> Alignment:
+        numbers_T = np.fromiter(ids.values(), np.int64, len(ids))
+        multiple, given = self.recipe.pad_to_multiple_of, self._given(ids)
+        given_T = np.isin(numbers_T, [number for numbers in given.values() for number in numbers])
+        rows, plain = match_rows(
+            self.source,
+            own,
+            numbers_T,
+            self.sizes,
+            self.vocabularies[self.source].next_id,
+            given_T=given_T,
+            padded=multiple is not None,
+        )
+        size, models = len(rows[self.source]), {model.name: model for model in self.models}
+        padding = -size % multiple if multiple else 0
+        if given or multiple:
+            plain = frozenset()
+        listed_rows = tuple(GivenRows(model, force, _row_numbers(size, numbers)) for (model, force), numbers in given.items())
+        return Alignment(self.source, models, rows, names, plain, listed_rows, padding)
+
+    def _given(self, ids: Mapping[str, int]) -> dict[tuple[str | None, bool], dict[int, int]]:
+        """The rows that the recipe gives to tokens, by their ids in the result, for each model and with or without `force`."""
+        found: dict[tuple[str | None, bool], dict[int, int]] = {}
+        for text, row in self.recipe.tokens.items():
+            number = ids[self._spelled(self.source, text)]
+            found.setdefault((row.model, row.force), {})[number] = self._row_of(text, row)
+        return found
+
+    def _row_of(self, text: str, given: TokenRow) -> int:
+        """The number of the row that a token gets; of zeros 0."""
+        if given.model is None:
+            return 0
+        wanted, size = text if given.token is None else given.token, self.sizes[given.model]
+        row = given.row
+        if row is None:
+            row = self.vocabularies[given.model].ids.get(self._spelled(given.model, wanted), size)
+            if row >= size:
+                raise InputError(f"tokenizer.tokens: {given.model} has no token {wanted!r}: name another model or token")
+        if row >= size:
+            raise InputError(f"tokenizer.tokens: {text!r}: {given.model} has {size:,} rows, none with the number {row}")
+        return row
+
+    def _spelled(self, model: str, text: str) -> str:
+        """A token's text as the model's vocabulary has it; it may be given so already."""
+        vocabulary = self.vocabularies[model]
+        return text if text in vocabulary.ids else vocabulary.spelling.spell(text)
 
     @property
     def _union(self) -> bool:
@@ -246,6 +307,12 @@ class _VocabularyMatch:
             brought[name] = [token for token in tokens if token is not None and self._can_be_added(token)]
             ids |= {token.text: number + index for index, token in enumerate(brought[name])}
             number += len(brought[name])
+        spelled = {self._spelled(self.source, text): text for text in self.recipe.tokens}
+        new = [NewToken(own, added_entry(text, {})) for own, text in spelled.items() if own not in ids]
+        if new:
+            brought[_GIVEN] = new
+            ids |= {token.text: number + index for index, token in enumerate(new)}
+            number += len(new)
         if number > first:
             self._check_extensible(files, first)
         return ids, brought
@@ -291,7 +358,8 @@ class _VocabularyMatch:
         return [f"the result has {len(ids):,} tokens in {size:,} rows", *own]
 
     def _union_warnings(self, brought: Mapping[str, Sequence[NewToken]]) -> list[str]:
-        ordinary = {name: sum(token.text not in self.vocabularies[name].added for token in new) for name, new in brought.items()}
+        by_model = {name: new for name, new in brought.items() if name != _GIVEN}
+        ordinary = {name: sum(token.text not in self.vocabularies[name].added for token in new) for name, new in by_model.items()}
         return [
             f"{count:,} of the tokens that {name} brings are ordinary ones there: as added tokens they are cut out of any text "
             f"before it is split, so the result splits text otherwise than {name} and {self.source} do"

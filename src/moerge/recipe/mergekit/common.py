@@ -8,6 +8,7 @@ from typing import Any
 from moerge.errors import suggest
 from moerge.recipe.document import Document, Key, short
 from moerge.recipe.mergekit.models import Reference, Roster, read_reference
+from moerge.recipe.tokens import TokenizerSection, read_tokenizer_section
 
 _AUTO = (
     "differs from mergekit: 'chat_template: auto' takes that of the tokenizer's model, or the one that all others share; "
@@ -31,7 +32,7 @@ def check_keys(document: Document, path: Key, section: Mapping[str, Any], known:
 
 def listed(document: Document, path: Key, value: Any = None) -> list[Any]:
     """A list that is not empty; without `value` the one at the top level."""
-    value = document.data.get(str(path[0])) if len(path) == 1 else value
+    value = document.data.get(str(path[0])) if len(path) == 1 and value is None else value
     if not isinstance(value, list) or not value:
         raise document.error(path, f" should be a list of models, not {short(value)}")
     return value
@@ -58,8 +59,16 @@ def read_seed(document: Document) -> int:
     return seed
 
 
-def read_tokenizer(document: Document, names: Mapping[str, str]) -> str | None:
+def read_tokenizer(document: Document, names: Mapping[str, str]) -> TokenizerSection:
     """Our `tokenizer` from `tokenizer_source` or `tokenizer`, by the models' names here."""
+
+    def model_at(path: Key, written: Any) -> str:
+        reference = "base" if written == "base" else str(read_reference(document, path, written))
+        if reference not in names:
+            near = suggest(reference, [*names, "union"])
+            raise document.error(path, f": {reference!r} is not a model of this file, {near}", code="unknown-name")
+        return names[reference]
+
     data = document.data
     if data.get("tokenizer_source") is not None and data.get("tokenizer") is not None:
         raise document.error(("tokenizer",), ": there is a 'tokenizer_source' already: remove one")
@@ -68,20 +77,10 @@ def read_tokenizer(document: Document, names: Mapping[str, str]) -> str | None:
     if isinstance(data.get("tokenizer"), str):  # as in our recipes, whose messages suggest it
         path, written = ("tokenizer",), data["tokenizer"]
     elif data.get("tokenizer") is not None:
-        section = document.mapping(("tokenizer",), data["tokenizer"])
-        check_keys(document, ("tokenizer",), section, ("source", "tokens", "pad_to_multiple_of"))
-        for key in ("tokens", "pad_to_multiple_of"):
-            if section.get(key):
-                raise document.error(("tokenizer", key), " is not supported: moerge matches rows by token and keeps their number")
-        path, written = ("tokenizer", "source"), section.get("source", "union")
-    if written in (None, "union"):
-        return written
-    reference = "base" if written == "base" else str(read_reference(document, path, written))
-    if reference not in names:
-        raise document.error(
-            path, f": {reference!r} is not a model of this file, {suggest(reference, [*names, 'union'])}", code="unknown-name"
-        )
-    return names[reference]
+        section = read_tokenizer_section(document, model_at)
+        whose = section.source
+        return section._replace(source="union" if whose in (None, "union") else model_at(("tokenizer", "source"), whose))
+    return TokenizerSection(written if written in (None, "union") else model_at(path, written))
 
 
 def read_chat_template(document: Document, warnings: list[str]) -> str | None:

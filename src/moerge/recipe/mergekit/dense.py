@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moerge.errors import suggest
@@ -56,7 +56,9 @@ def read_merge(document: Document, trail: tuple[str, ...] = ()) -> Recipe:
         "settings": rule,
         "slices": _slices(parts),
         "dtype": read_dtype(document),
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer.source,
+        "tokens": tokenizer.tokens,
+        "pad_to_multiple_of": tokenizer.pad_to_multiple_of,
         "chat_template": read_chat_template(document, reader.warnings),
         "config": donor,
         "source": document.source,
@@ -122,18 +124,39 @@ class _Reader:
         if len(given) > 1:
             raise self.document.error((given[1],), f": there are {given[0]!r} already: remove one of the two")
         if given == ["modules"]:
-            raise self.document.error(("modules",), ": models of several parts, such as vision and text, are not supported")
+            return self._modules(self.document.mapping(("modules",), data["modules"]))
         if given == ["models"]:
-            return (self._models(),)
-        return tuple(self._slice(("slices", index), item) for index, item in enumerate(listed(self.document, ("slices",))))
+            return (self._models(("models",), data["models"], {}),)
+        return self._slices(("slices",), data["slices"])
 
-    def _models(self) -> Part:
+    def _modules(self, written: Mapping[str, Any]) -> tuple[Part, ...]:
+        """Models, and their parameters, for each part of the model; of an only one they may be slices."""
+        found: list[Part] = []
+        for name, item in written.items():
+            path: Key = ("modules", name)
+            section = self.document.mapping(path, item)
+            check_keys(self.document, path, section, ("name", "models", "slices", "parameters"))
+            settings = self.settings((*path, "parameters"), section.get("parameters"), shared=True)
+            if section.get("slices") is None:
+                found.append(replace(self._models((*path, "models"), section.get("models"), settings), module=name))
+            elif section.get("models") is not None or len(written) > 1:
+                raise self.document.error((*path, "slices"), " are for a model of one module, without 'models': remove one of the two")
+            else:
+                found += [replace(part, wider=settings) for part in self._slices((*path, "slices"), section["slices"])]
+        if not found:
+            raise self.document.error(("modules",), " is empty: name the parts of the model there, each with its 'models'")
+        return tuple(found)
+
+    def _slices(self, path: Key, written: Any) -> tuple[Part, ...]:
+        return tuple(self._slice((*path, index), item) for index, item in enumerate(listed(self.document, path, written)))
+
+    def _models(self, path: Key, written: Any, settings: Settings) -> Part:
         """The models, with the base among them, as mergekit adds it."""
-        items = enumerate(listed(self.document, ("models",)))
-        found = [self._source(("models", index), item, ("model", "parameters")) for index, item in items]
+        items = enumerate(listed(self.document, path, written))
+        found = [self._source((*path, index), item, ("model", "parameters")) for index, item in items]
         if self.base is not None and all(reference != self.base for reference, _ in found):
             found.append((self.base, Source("", None, {}, ("base_model",))))
-        return self._part((), found, {}, self.base)
+        return self._part(() if path == ("models",) else path, found, settings, self.base)
 
     def _slice(self, path: Key, written: Any) -> Part:
         section = self.document.mapping(path, written)

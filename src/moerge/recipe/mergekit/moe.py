@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moerge.methods.average import Linear
+from moerge.methods.noise import Noise
 from moerge.methods.passthrough import Passthrough
 from moerge.recipe.document import Document, Key, short
 from moerge.recipe.mergekit.common import check_keys, listed, read_dtype, read_seed
@@ -70,18 +72,13 @@ def _experts(document: Document, base: Reference) -> tuple[dict[str, Any], dict[
         check_keys(document, path, section, _EXPERT_KEYS)
         if "source_model" not in section:
             raise document.error(path, " needs a 'source_model'")
-        if section.get("noise_scale"):
-            raise document.error((*path, "noise_scale"), " is not supported: no noise is added to experts; remove it")
         reference = read_reference(document, (*path, "source_model"), section["source_model"])
         name = fresh_name(reference, experts)
         on_base = reference.adapter and not base.adapter and reference.model == base.model
         experts[name] = {"model": reference.adapter} if on_base else {"model": reference.model, "adapter": reference.adapter}
-        if section.get("residual_scale") is not None:
-            scale = section["residual_scale"]
-            if isinstance(scale, bool) or not isinstance(scale, int | float):
-                raise document.error((*path, "residual_scale"), f" should be a number, not {short(scale)}")
-            model = {"model": reference.model, "adapter": reference.adapter}
-            recipes[name], experts[name] = _scaled(document, name, model, float(scale)), {"model": str(reference)}
+        changed = _changed(document, path, section, name, reference)
+        if changed is not None:
+            recipes[name], experts[name] = changed, {"model": str(reference)}
         kinds = ("positive", "negative")
         prompts[name] = {kind: _texts(document, (*path, f"{kind}_prompts"), section.get(f"{kind}_prompts")) for kind in kinds}
     if len(experts) < 2:
@@ -89,19 +86,38 @@ def _experts(document: Document, base: Reference) -> tuple[dict[str, Any], dict[
     return experts, prompts, recipes
 
 
-def _scaled(document: Document, name: str, model: dict[str, Any], scale: float) -> Recipe:
-    """An expert whose feed-forward layers add so many times as much to the residual stream."""
-    method, weights = Linear(normalize=False), {name: scale}
-    merge = {"method": "linear", "normalize": False, "overrides": [{"match": _ADDS, "weights": weights}]}
-    whole = {
-        "experts": {name: model},
-        "method": method,
-        "overrides": [{"match": _ADDS, "method": method, "weights": weights}],
-        "dtype": "float32",
-        "source": document.source,
-        "written": {"experts": {name: model}, "merge": merge, "dtype": "float32"},
-    }
-    return document.build(Recipe, whole)
+def _changed(document: Document, path: Key, section: Mapping[str, Any], name: str, reference: Reference) -> Recipe | None:
+    """The recipe of an expert with noise, or whose feed-forward layers add so many times as much to the residual stream."""
+    changed: Recipe | None = None
+    model: dict[str, Any] = {"model": reference.model, "adapter": reference.adapter}
+    noise, scale = (_number(document, (*path, key), section.get(key)) for key in ("noise_scale", "residual_scale"))
+    if noise:
+        if noise < 0:
+            raise document.error((*path, "noise_scale"), f" should not be negative, but it is {noise}")
+        written = {"method": "noise", "scale": noise, "seed": read_seed(document)}
+        changed = _of_one(document, name, model, None, written, method=Noise(scale=noise, seed=read_seed(document)))
+    if scale is not None:
+        method, weights = Linear(normalize=False), {name: scale}
+        written = {"method": "linear", "normalize": False, "overrides": [{"match": _ADDS, "weights": weights}]}
+        overrides = [{"match": _ADDS, "method": method, "weights": weights}]
+        changed = _of_one(document, name, model, changed, written, method=method, overrides=overrides)
+    return changed
+
+
+def _of_one(
+    document: Document, name: str, model: dict[str, Any], inner: Recipe | None, merge: dict[str, Any], **fields: Any
+) -> Recipe:
+    """A recipe of one model, or of one that is a recipe itself."""
+    expert = model if inner is None else {"model": f"{name} with noise"}
+    written = {"experts": {name: model if inner is None else inner.written}, "merge": merge, "dtype": "float32"}
+    whole = {"experts": {name: expert}, "recipes": {} if inner is None else {name: inner}, "dtype": "float32", **fields}
+    return document.build(Recipe, {**whole, "source": document.source, "written": written})
+
+
+def _number(document: Document, path: Key, written: Any) -> float | None:
+    if written is not None and (isinstance(written, bool) or not isinstance(written, int | float)):
+        raise document.error(path, f" should be a number, not {short(written)}")
+    return None if written is None else float(written)
 
 
 def _texts(document: Document, path: Key, written: Any) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moerge.methods.method import MergeMethod, merge_method
 from moerge.recipe.document import Document, Key
 from moerge.recipe.mergekit.methods import REQUIRED, Foreign, Values
+from moerge.recipe.mergekit.modules import module_of
 from moerge.recipe.mergekit.parameters import Settings, Value, resolve
 from moerge.recipe.rules import MethodChoice, MethodRule, TensorContext
 
@@ -24,11 +25,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """A slice, or all models of a file without slices; `base` is the model that the others are compared with."""
+    """A slice, a module, or all models of a file without either; `base` is the model that the others are compared with.
+
+    `wider` are the settings of the module that a slice belongs to.
+    """
 
     sources: tuple[Source, ...]
     settings: Settings
     base: str | None
+    module: str = ""
+    wider: Settings = field(default_factory=dict)
 
     @property
     def merged(self) -> tuple[Source, ...]:
@@ -56,8 +62,8 @@ class MergekitRule(MethodRule):
 
     def choose(self, context: TensorContext) -> MethodChoice:
         """The method with the settings for this tensor, and the weights of its models."""
-        part = self.parts[context.slice_index]
-        wide = (part.settings, self.settings)
+        part = self._part(context)
+        wide = (part.settings, part.wider, self.settings)
         shared_keys = [key for key, parameter in self.foreign.parameters.items() if not parameter.each]
         shared = {key: self._value(key, wide, context.name, context.depth) for key in shared_keys}
         each = [self._values_of(source, wide, context) for source in part.merged]
@@ -72,7 +78,19 @@ class MergekitRule(MethodRule):
         names = [source.model for source in part.merged]
         by_name = {key: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for key, v in settings.items()}
         method = self.document.build(kind, by_name, ("parameters",))
-        return MethodChoice(method, dict(zip(names, target.weights, strict=True)))
+        members = tuple(source.model for source in part.sources) if part.module else None
+        return MethodChoice(method, dict(zip(names, target.weights, strict=True)), members=members)
+
+    def _part(self, context: TensorContext) -> Part:
+        modules = {part.module: part for part in self.parts if part.module}
+        if not modules:
+            return self.parts[context.slice_index]
+        module = module_of(context.name, list(modules))
+        if module is None:
+            has = ", ".join(modules)
+            message = f" have no part for tensor {context.name!r} ({has}): add one that its name begins with, or 'default'"
+            raise self.document.error(("modules",), message)
+        return modules[module]
 
     def _values_of(self, source: Source, wide: Sequence[Settings], context: TensorContext) -> Values:
         scopes, name = (source.settings, *wide), context.inputs[source.model]

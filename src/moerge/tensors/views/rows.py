@@ -25,6 +25,8 @@ MEAN = -1
 ZERO = -2
 """Instead of a source's number: a row of zeros."""
 _UNDECIDED = -3
+_MEAN_RUN = 1 << 18
+"""Elements that are added up in one go."""
 _CANCELLED = 1e-6
 """Weights whose sum is smaller than this share of their magnitudes cancel."""
 
@@ -158,6 +160,63 @@ class OverwriteRows:
                 encode(values_N, dtype, part_N)
 
 
+@dataclass(frozen=True, eq=False)
+class MeanRow(Sized):
+    """A Tensor of one row: the mean of all rows of another one, in float32, computed where it is opened."""
+
+    of: Tensor
+
+    @property
+    def name(self) -> str:
+        """The other one's name."""
+        return self.of.name
+
+    @property
+    def dtype(self) -> DType:
+        """float32."""
+        return F32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One row."""
+        return (1, *self.of.shape[1:])
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The other one's files."""
+        return self.of.files
+
+    def open(self) -> _Row:
+        """Read the other one once, and add up its rows in float64."""
+        sum_D = np.zeros(self.size)
+        width, elements = max(1, self.size), self.of.open()
+        stored_N = np.empty(max(1, _MEAN_RUN // width) * width, self.of.dtype.storage)
+        values_N = np.empty(stored_N.size, np.float32)
+        for start in range(0, self.of.size, stored_N.size):
+            count = min(stored_N.size, self.of.size - start)
+            decode(elements.read(start, stored_N[:count]), self.of.dtype, values_N[:count])
+            sum_D += values_N[:count].reshape(-1, width).sum(axis=0, dtype=np.float64)
+        return _Row((sum_D / self.of.shape[0]).astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    values_D: np.ndarray
+
+    def read(self, start: int, out_N: np.ndarray) -> np.ndarray:
+        """Copy elements `start` and following into `out_N`, and return it."""
+        out_N[:] = self.values_D[start : start + out_N.size]
+        return out_N
+
+
+def with_mean_rows(tensor: Tensor, count: int) -> RowsTensor:
+    """A tensor with so many more rows at its end, each the mean of all others."""
+    rows = tensor.shape[0]
+    more_V = np.arange(rows + count) >= rows
+    own_V = np.where(more_V, -1, np.arange(rows + count)).astype(np.int32)
+    return RowsTensor(tensor.name, (tensor, MeanRow(tensor)), (own_V, np.where(more_V, 0, -1)), more_V.astype(np.int16))
+
+
 def _spans(marks_R: np.ndarray) -> Iterator[tuple[int, int]]:
     """The runs of what is marked."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], marks_R, [False]))))
@@ -165,10 +224,10 @@ def _spans(marks_R: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 class RowSource(NamedTuple):
-    """A model's tensor, and its row for each of the result's V rows, or -1 where it has none."""
+    """A model's tensor, and its row for each of the result's V rows, or -1 where it has none; without a tensor zeros."""
 
     model: str
-    tensor: Tensor
+    tensor: Tensor | None
     rows_V: np.ndarray
 
 
@@ -180,7 +239,7 @@ def pick_rows(
     A row that one donor alone has is copied from it. The tensor gets the name that it has in the first model.
     """
     holders = {holder.model: holder for holder in (*chain, *donors, *last)}
-    numbers = {model: number for number, model in enumerate(holders)}
+    numbers = {model: ZERO if holder.tensor is None else number for number, (model, holder) in enumerate(holders.items())}
     rows_DV = [donor.rows_V for donor in donors]
     picks_V = np.full(len(last[0].rows_V), _UNDECIDED, np.int16)
     for model, _, rows_V in chain:
@@ -190,7 +249,7 @@ def pick_rows(
         picks_V[(picks_V == _UNDECIDED) & (rows_V >= 0)] = numbers[model]
     assert not (picks_V == _UNDECIDED).any(), "the result has a row that no model has"
     given = {donor.model: weight for donor, weight in zip(donors, weights, strict=True)}
-    name = next(iter(holders.values())).tensor.name
+    name = next(holder.tensor.name for holder in holders.values() if holder.tensor is not None)
     return _of_used(name, list(holders.values()), given, picks_V)
 
 
@@ -202,14 +261,14 @@ def _of_used(name: str, holders: Sequence[RowSource], given: Mapping[str, float]
     used = [number for number, h in enumerate(holders) if (picks_V == number).any() or (averaged_V.any() and h.model in given)]
     renumbered = np.full(len(holders), _UNDECIDED, np.int16)
     renumbered[used] = np.arange(len(used))
-    picked = [holders[number] for number in used]
-    rows = [h.rows_V if h.model in given else np.where(averaged_V, np.int32(-1), h.rows_V) for h in picked]
+    picked = [(holder, holder.tensor) for number in used if (holder := holders[number]).tensor is not None]
+    rows = [h.rows_V if h.model in given else np.where(averaged_V, np.int32(-1), h.rows_V) for h, _ in picked]
     return RowsTensor(
         name,
-        tuple(h.tensor for h in picked),
+        tuple(tensor for _, tensor in picked),
         tuple(rows),
-        np.where(averaged_V, picks_V, renumbered[picks_V]),
-        tuple(given.get(h.model, 0.0) for h in picked),
+        np.where(picks_V < 0, picks_V, renumbered[np.maximum(picks_V, 0)]),
+        tuple(given.get(h.model, 0.0) for h, _ in picked),
     )
 
 
