@@ -46,8 +46,6 @@ def _conflict_elsewhere(recipe: Recipe) -> tuple[Key, str] | None:
         return ("learn",), f": {stay} have no coefficients to learn: remove 'learn'"
     if recipe.config is not None:
         return ("config",), f": {stay} keep a config each: remove 'config'"
-    if recipe.tokens or recipe.pad_to_multiple_of:
-        return ("tokenizer",), f": {stay} take their rows for its tokens as they are: name a model alone"
-    if recipe.tokenizer == UNION:
-        return ("tokenizer",), f": {stay} share the tokenizer of one model: name it instead of '{UNION}'"
+    if recipe.tokenizer == UNION or recipe.tokens or recipe.pad_to_multiple_of:
+        return ("tokenizer",), f": {stay} share the tokenizer of one model as it is: give its name and no more"
     return None

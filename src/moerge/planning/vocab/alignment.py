@@ -128,9 +128,10 @@ class Alignment:
         return exact_V
 
     def _given(self, name: str, *, force: bool | None = None) -> list[RowSource]:
-        """The rows that the recipe gives; those `for` all models, or for those that lack them, or both."""
+        """The rows that the recipe gives; those for all models, or for those that lack them, or both."""
+        tensors = {model.name: model.tensors[name] for model in self.models.values()}
         return [
-            RowSource(f"{given.model}{GIVEN}{number}", self.models[given.model].tensors[name] if given.model else None, given.rows_V)
+            RowSource(f"{given.model}{GIVEN}{number}", tensors[given.model] if given.model else None, given.rows_V)
             for number, given in enumerate(self.given)
             if force in (None, given.force)
         ]

@@ -140,7 +140,9 @@ class _Reader:
             if section.get("slices") is None:
                 found.append(replace(self._models((*path, "models"), section.get("models"), settings), module=name))
             elif section.get("models") is not None or len(written) > 1:
-                raise self.document.error((*path, "slices"), " are for a model of one module, without 'models': remove one of the two")
+                raise self.document.error(
+                    (*path, "slices"), " are for a model of one module, without 'models': remove one of the two"
+                )
             else:
                 found += [replace(part, wider=settings) for part in self._slices((*path, "slices"), section["slices"])]
         if not found:
