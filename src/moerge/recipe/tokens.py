@@ -31,7 +31,7 @@ class TokenRow(BaseModel):
 
 
 class TokenizerSection(NamedTuple):
-    """What a `tokenizer` section says: whose tokens (None where it does not say), rows of some, and what rows are padded to."""
+    """A `tokenizer` section: whose tokens (None where it does not say), rows of some, and what rows are padded to."""
 
     source: Any = None
     tokens: Mapping[str, TokenRow] = {}
