@@ -101,9 +101,9 @@ class AdaptedCheckpoint(Checkpoint):
 
     @cached_property
     def working_bytes(self) -> int:
-        """Memory for the factors of the few tensors that are read at a time."""
+        """Memory for the factors of the few tensors that are read at a time, beside the base's."""
         sizes = sorted(tensor.working_bytes for tensor in self.tensors.values() if isinstance(tensor, LowRankTensor))
-        return sum(sizes[-RecentFactors.capacity :])
+        return sum(sizes[-RecentFactors.capacity :]) + self.base.working_bytes
 
 
 def apply_adapter(adapter: Checkpoint, base: Checkpoint) -> AdaptedCheckpoint:
@@ -123,6 +123,7 @@ def apply_adapter(adapter: Checkpoint, base: Checkpoint) -> AdaptedCheckpoint:
         adapter.revision,
         adapter.complete,
         warnings=(*config.remarks(adapter.name), *_other_base(adapter, base, config)),
+        notes=(*adapter.notes, *(base.notes if base.name == adapter.name else ())),
         base=base,
         adapter=adapter,
     )

@@ -14,6 +14,7 @@ from moerge.checkpoint.header import StoredTensor, read_header
 from moerge.errors import InputError
 from moerge.files import LONGEST_NAME, SourceFile, read_file
 from moerge.tensors.tensor import Tensor
+from moerge.tensors.threads import default_threads
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,7 +38,8 @@ class Checkpoint:
     """A source model. `name` is how the recipe calls it, `location` what the recipe wrote, `revision` a Hub commit.
 
     `complete` is False while a Hub model's weights have not been downloaded: its tensors then have no bytes to open. An adapter
-    (see `is_adapter`) has its own settings as `config` and its own few tensors. `warnings` are what its user should know.
+    (see `is_adapter`) has its own settings as `config` and its own few tensors. `warnings` are what its user should know, `notes`
+    what may be of interest.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Checkpoint:
     revision: str | None = None
     complete: bool = True
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -66,8 +69,8 @@ class Checkpoint:
 
     @property
     def working_bytes(self) -> int:
-        """Memory that reading its tensors takes beside the blocks that are read."""
-        return 0
+        """Memory that reading its tensors takes beside the blocks that are read, by all threads."""
+        return max((getattr(tensor, "working_bytes", 0) for tensor in self.tensors.values()), default=0) * default_threads()
 
     @property
     def model_type(self) -> str:

@@ -91,7 +91,7 @@ def _planned(recipe: Recipe, draft: Draft) -> Plan:
             *_router_warnings(recipe),
             *_calibration_warnings(recipe, calibration),
         ),
-        notes=(*recipe.notes, *draft.notes),
+        notes=(*recipe.notes, *(text for model in models for text in model.notes), *draft.notes),
         family=draft.models[0].family,
     )
     return replace(plan, notes=(*plan.notes, *_fit_notes(plan)))

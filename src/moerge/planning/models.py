@@ -15,7 +15,7 @@ from moerge.architecture.stored import stored_family, unwrapped
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.expert import ExpertCheckpoint, expert_of
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.quantised import refuse_quantised
+from moerge.checkpoint.quantised import with_numbers
 from moerge.checkpoint.reader import Checkpoint, is_adapter
 from moerge.errors import InputError
 from moerge.planning.merged import merged_checkpoint
@@ -135,9 +135,7 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Bui
             found[name] = merged_checkpoint(build(recipe.recipes[name], _inside(commits, name)), name, location)
         else:
             found[name] = locate(location, name=name, relative_to=recipe.folder, weights=weights, commit=commits.get(name))
-    found = _experts_alike(found)
-    for model in found.values():
-        refuse_quantised(model)
+    found = {name: with_numbers(model) for name, model in _experts_alike(found).items()}
     base = found.get("base")
     if base is not None and recipe.base_adapter is not None:
         base = found["base"] = _adapted(recipe, base, recipe.base_adapter, weights, commits)
