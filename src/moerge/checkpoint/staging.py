@@ -174,11 +174,15 @@ class Staging(Workspace):
         entry = self._entries.get(output.name)
         if entry is None:
             return False
+        return self.stored_digest(output) == str(entry["digest"])
+
+    def stored_digest(self, output: TensorSpec) -> str:
+        """The digest of what has been written for an output."""
         place = self._places[output.name]
         read = (
             place.read(start, min(CHUNK, output.size - start), output.dtype.itemsize) for start in range(0, output.size, CHUNK)
         )
-        return tensor_digest(chunk_digest(chunk) for chunk in read) == str(entry["digest"])
+        return tensor_digest(chunk_digest(chunk) for chunk in read)
 
     def add(self, files: Mapping[str, bytes]) -> None:
         """Write other files now, so that the folder can be loaded before it is published; `publish` writes its own."""

@@ -55,7 +55,7 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
         "warnings": list(plan.warnings),
         "nonfinite_inputs": staging.nonfinite,
         "digest": DEFINITION,
-        "tensors": {output.name: staging.digests[output.name] for output in plan.outputs},
+        "tensors": {tensor.name: staging.digests[tensor.name] for tensor in plan.stored},
         "files": dict(files),
     }
 

@@ -20,6 +20,7 @@ from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, w
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Executor
+from moerge.execution.float8 import Float8Store
 from moerge.files import check_target, check_unchanged, target_of
 from moerge.formatting import Displayed, as_size, as_time
 from moerge.merging.card import model_card
@@ -111,15 +112,18 @@ def merge(
         if _is_result(target, written, plan, max_shard_bytes):
             workspace(target).clear()
             return MergeResult(target, plan, threads, 0.0, 0.0, tuple(written.get("nonfinite_inputs", ())), was_complete=True)
+    if plan.float8 and allow_nonfinite:
+        raise InputError("--allow-nonfinite does not go with dtype float8, whose scales would be lost: choose another dtype")
     start = check_start(plan, target, resume=resume, force=force)
     plan = _complete(plan)
     for fitting in plan.fit_jobs:
         fitting.fitter.require()
-    shards = assign_shards(plan.outputs, max_shard_bytes)
+    shards = assign_shards(plan.stored, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
     with reporter(progress) as report, Staging(target, shards, fingerprint, start) as staging:
-        executor = Executor(staging, allow_nonfinite, report.phase("merging", plan.work_bytes))
+        store = Float8Store(staging, plan.float8) if plan.float8 else staging
+        executor = Executor(store, allow_nonfinite, report.phase("merging", plan.work_bytes))
         executor.run(plan.outputs, threads)
         remarks = fit_outputs(plan, staging, partial(_files, plan), threads, report)
         remarks = (*remarks, *differing(plan.statistics, plan.outputs, staging.inputs), *unlike_integers(plan))
@@ -154,7 +158,7 @@ def _is_result(target: Path, manifest: Mapping[str, Any], plan: Plan, max_shard_
     except InputError:
         return False
     same = manifest.get("plan") == plan.fingerprint and manifest["versions"].get("moerge") == version("moerge")
-    return same and shards == assign_shards(plan.outputs, max_shard_bytes).keys() and not damaged_files(target, manifest)
+    return same and shards == assign_shards(plan.stored, max_shard_bytes).keys() and not damaged_files(target, manifest)
 
 
 def _files(plan: Plan) -> dict[str, bytes]:

@@ -18,12 +18,13 @@ from moerge.planning.assemble.heterogeneous import draft_heterogeneous
 from moerge.planning.assemble.one_architecture import draft_of_one_architecture
 from moerge.planning.assemble.sequence_routed import assemble_sequence_routed
 from moerge.planning.assemble.token_routed import assemble_token_routed
+from moerge.planning.float8 import with_float8
 from moerge.planning.heads import settle_head
 from moerge.planning.kinds import Kind, kind, resolve
 from moerge.planning.models import Commits, SourceModel, locate_models
 from moerge.planning.plan import Plan
 from moerge.planning.vocab.match import ResolvedVocabulary
-from moerge.recipe.schema import Recipe
+from moerge.recipe.schema import FLOAT8, Recipe
 from moerge.texts import Texts
 from moerge.tokenizer import VOCABULARY_FILES
 from moerge.tokenizer.portable import portable_tokenizer
@@ -78,7 +79,7 @@ def _planned(recipe: Recipe, draft: Draft) -> Plan:
         recipe=recipe,
         models=models,
         outputs=tuple(assembled.outputs),
-        config=assembled.config,
+        config=with_float8(assembled.config, assembled.outputs, recipe.source) if recipe.dtype == FLOAT8 else assembled.config,
         files=files,
         experts=assembled.experts,
         vocabulary=_vocabulary_facts(vocabulary),

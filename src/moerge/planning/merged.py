@@ -86,6 +86,10 @@ def merged_checkpoint(plan: Plan, name: str, location: str) -> MergedCheckpoint:
             f"{name}: {plan.recipe.source}: {title} can only be computed once the rest is written: merge this recipe into a "
             "folder first, and name that"
         )
+    if plan.float8:
+        raise InputError(
+            f"{name}: {plan.recipe.source}: dtype float8 is for results that are written: choose another dtype there"
+        )
     home = _Home()
     folder = home.folder
     for file, content in {**plan.files, "config.json": to_json(plan.config)}.items():

@@ -13,15 +13,19 @@ from typing import Any
 from moerge.architecture import Family
 from moerge.architecture.heterogeneous import expert_number
 from moerge.checkpoint.reader import Checkpoint
+from moerge.execution.float8 import BLOCK as BLOCK_ROWS
+from moerge.execution.float8 import Float8Pair
 from moerge.files import SourceFile
 from moerge.formatting import Displayed, as_count, as_size
 from moerge.operations.estimate import region_memory
 from moerge.operations.fitter import MODULE, Fitter, MoESize
 from moerge.operations.operations import Copy, Draw, Fit, FitJob, Operation, Output, fit_jobs
-from moerge.recipe.schema import Recipe
+from moerge.planning.float8 import float8_pairs
+from moerge.recipe.schema import FLOAT8, Recipe
 from moerge.statistics.files import Used
 from moerge.tensors.digest import file_digest
 from moerge.tensors.dtypes import F32
+from moerge.tensors.spec import TensorSpec
 from moerge.tensors.streams import BLOCK, WINDOW
 from moerge.texts import Texts
 
@@ -96,9 +100,20 @@ class Plan(Displayed):
         return sum(output.size for output in self.outputs)
 
     @cached_property
+    def float8(self) -> Mapping[str, Float8Pair]:
+        """The outputs that are stored as codes with scales, by name."""
+        return float8_pairs(self.outputs) if self.recipe.dtype == FLOAT8 else {}
+
+    @cached_property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """The tensors in the result's files."""
+        pairs = ((output, self.float8.get(output.name)) for output in self.outputs)
+        return tuple(spec for output, pair in pairs for spec in ((pair.codes, pair.scales) if pair else (output,)))
+
+    @cached_property
     def output_bytes(self) -> int:
         """Bytes of tensors written."""
-        return sum(output.nbytes for output in self.outputs)
+        return sum(tensor.nbytes for tensor in self.stored)
 
     @cached_property
     def input_bytes(self) -> int:
@@ -120,6 +135,8 @@ class Plan(Displayed):
         buffers = (sources + 1) * (WINDOW + BLOCK) * F32.itemsize
         histograms = 2 * sources * (1 << 16) * 8
         merging = threads * (buffers + histograms) + region_memory(self.outputs, threads)
+        stripes = [BLOCK_ROWS * output.shape[1] * F32.itemsize for output in self.outputs if output.name in self.float8]
+        merging += 4 * threads * max(stripes, default=0)
         return merging + sum(model.working_bytes for model in self.models)
 
     @cached_property

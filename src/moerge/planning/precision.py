@@ -29,7 +29,7 @@ def main_dtype(model: Checkpoint) -> DType:
 
 def result_dtype(recipe: Recipe, model: Checkpoint) -> DType:
     """The recipe's dtype, else the float type that most bytes of the config's model are stored in."""
-    return FLOATS[recipe.dtype] if recipe.dtype else main_dtype(model)
+    return FLOATS[recipe.value_dtype] if recipe.value_dtype else main_dtype(model)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ DROP = "drop"
 
 Float = Literal["float32", "float16", "bfloat16"]
 """Element types that a recipe may ask for."""
+FLOAT8 = "float8"
+"""Instead of one of them: matrices of layers in FP8 with scales for blocks, computed and otherwise stored as bfloat16."""
 
 HETEROGENEOUS_KEYS = ("projectors", "embedding", "route_on", "prefix_tokens")
 """Keys of `moe` that are for experts that stay whole models."""
@@ -165,7 +167,7 @@ class Recipe(_Strict):
     method: InstanceOf[MergeMethod]
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
-    dtype: Float | None = None
+    dtype: Float | Literal["float8"] | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
     tokens: dict[str, TokenRow] = Field(default_factory=dict)
@@ -184,6 +186,11 @@ class Recipe(_Strict):
     recipes: dict[str, InstanceOf[Recipe]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def value_dtype(self) -> str | None:
+        """The element type that tensors are merged into; None where the models decide."""
+        return "bfloat16" if self.dtype == FLOAT8 else self.dtype
 
     @property
     def includes_base(self) -> bool:

@@ -104,7 +104,9 @@ class Assembly:
         result's.
         """
         roles = dict.fromkeys((tensor.role, tensor.dense_role))
-        asked = next(filter(None, (self.resolver.dtype(TensorContext(role, tensor.name)) for role in roles)), self.recipe.dtype)
+        asked = next(
+            filter(None, (self.resolver.dtype(TensorContext(role, tensor.name)) for role in roles)), self.recipe.value_dtype
+        )
         return FLOATS[asked] if asked else self.precision.kept(operation) or self.dtype
 
     def copied(self, model: str, name: str) -> Operation:
