@@ -67,7 +67,7 @@ NOT_A_SIZE = "config.json: {} should be a positive whole number, not {}"
 SHAPE = "config.json: these models do not have the same shape: "
 BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "family": (_config(model_type="mistral"), ["code is of type 'mistral', base of type 'llama'", "one architecture"]),
-    "quantised": (_config(quantization_config={"bits": 4}), ["code: ", "is quantised: merge the unquantised checkpoint"]),
+    "quantised": (_config(quantization_config={"bits": 4}), ["code: ", "is quantised", "merge the unquantised checkpoint"]),
     "heads": (_config(num_attention_heads=2), [SHAPE, "num_attention_heads (base: 4, math: 4, code: 2, knowledge: 4)"]),
     "kv heads": (_config(num_key_value_heads=4), [SHAPE + "num_key_value_heads (base: 2, math: 2, code: 4, knowledge: 2)"]),
     "layers": (_deeper, [SHAPE + "num_hidden_layers (base: 2, math: 2, code: 3, knowledge: 2)"]),
