@@ -107,7 +107,7 @@ def test_code_from_elsewhere_is_never_run(two: Path) -> None:
 
 def test_a_quantised_expert_is_refused(two: Path) -> None:
     edit_config(two / "gpt_neox", quantization_config={"bits": 4})
-    refused(two, "gpt_neox: ", "is quantised: merge the unquantised checkpoint it was made from")
+    refused(two, "gpt_neox: ", "is quantised", "merge the unquantised checkpoint it was made from")
 
 
 def _without(folder: Path, name: str) -> None:
