@@ -111,6 +111,7 @@ def expert_of(mixture: Checkpoint, expert: str, location: str, dense_types: tupl
         mixture.revision,
         mixture.complete,
         mixture.warnings,
+        mixture.notes,
         mixture=mixture,
         number=number,
         rows=rows,

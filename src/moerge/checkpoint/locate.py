@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moerge.checkpoint.expert import expert_of, split_reference
 from moerge.checkpoint.header import stored_tensor
+from moerge.checkpoint.quantised import with_numbers
 from moerge.checkpoint.reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -60,7 +61,7 @@ def locate(
     except (OSError, RuntimeError):  # `_locate` says why this is no path
         model, expert = location, None
     found = _locate(model, name=name, relative_to=relative_to, weights=weights, commit=commit)
-    return found if expert is None else expert_of(found, expert, location)
+    return found if expert is None else expert_of(with_numbers(found), expert, location)
 
 
 def _locate(location: str, *, name: str, relative_to: Path | None, weights: bool, commit: str | None) -> Checkpoint:
