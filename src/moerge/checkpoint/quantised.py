@@ -91,7 +91,7 @@ class _Reading:
         tensor = self._stored[name]
         if tensor.dtype.name in _FP8:
             scales = self._scales(f"{name}_scale_inv", f"{name}_scale", *_renamed(name, "scale", "qscale_weight", "scale_weight"))
-            return scales and self._blocks(name, tensor, scales)
+            return self._blocks(name, tensor, scales) if scales else None
         if tensor.dtype.name not in ("U8", "I8") or not tensor.shape:
             return None
         if name.endswith("_blocks") and (scales := self._scales(f"{name.removesuffix('_blocks')}_scales")):
@@ -99,7 +99,7 @@ class _Reading:
         if name.endswith(".weight_packed"):
             plain = name.removesuffix("_packed")
             scales, factor = self._scales(f"{plain}_scale"), self._stored.get(f"{plain}_global_scale")
-            return scales and self._blocks(plain, tensor, scales, packed=True, factor=factor, divides=True)
+            return self._blocks(plain, tensor, scales, packed=True, factor=factor, divides=True) if scales else None
         scales, factor = self._scales(f"{name}_scale", *_renamed(name, "scale")), self._stored.get(f"{name}_scale_2")
         if scales is None or scales.dtype.name not in ("F8_E4M3", "F8_E8M0"):  # of FP4; INT8 has scales of floats
             return None

@@ -95,7 +95,7 @@ class _Stripe:
 
 
 @kernel
-def _quantize(values_RC, largest, codes_RC, scales_J):  # type: ignore[no-untyped-def]
+def _quantize(values_RC: np.ndarray, largest: np.float32, codes_RC: np.ndarray, scales_J: np.ndarray) -> None:
     """The blocks of a stripe. Magnitudes below 2^-6 are subnormal: multiples of 2^-9."""
     for j in range(scales_J.size):
         block_RC = values_RC[:, j * BLOCK : (j + 1) * BLOCK]

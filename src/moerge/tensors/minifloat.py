@@ -39,7 +39,8 @@ def read_scales(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     """Elements start .. stop of a tensor of scales as float32. A byte is the exponent of a power of two, from 2^-127 on."""
     stored_N = tensor.open().read(start, np.empty(stop - start, tensor.dtype.storage))
     if not tensor.dtype.is_float:
-        return table_of(tensor.dtype.name)[stored_N]
+        scales_N: np.ndarray = table_of(tensor.dtype.name)[stored_N]
+        return scales_N
     values_N = np.empty(stop - start, np.float32)
     decode(stored_N, tensor.dtype, values_N)
     return values_N

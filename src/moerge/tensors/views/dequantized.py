@@ -133,7 +133,8 @@ class DequantizedElements:
             return scales_GJ
         value = read_scales(factor, 0, 1)[0]
         with np.errstate(all="ignore"):  # what is not finite is reported by whoever reads it
-            return scales_GJ / value if self._stored.divides else scales_GJ * value
+            scales_GJ = scales_GJ / value if self._stored.divides else scales_GJ * value
+        return scales_GJ
 
     def _read_strips(self, start: int, out_N: np.ndarray) -> np.ndarray:
         matrix_size, strip_size = self._rows * self._columns, self._rows * _STRIP
@@ -169,7 +170,19 @@ class DequantizedElements:
 
 
 @kernel
-def _decode_rows(codes, packed, table, scales_GJ, first, grid_rows, block, start, rows, columns, out_N):  # type: ignore[no-untyped-def]
+def _decode_rows(
+    codes: np.ndarray,
+    packed: bool,
+    table: np.ndarray,
+    scales_GJ: np.ndarray,
+    first: int,
+    grid_rows: int,
+    block: tuple[int, int],
+    start: int,
+    rows: int,
+    columns: int,
+    out_N: np.ndarray,
+) -> None:
     """Elements `start` and following in their stored order; `first` is the grid's row that `scales_GJ` begins with."""
     half = start % 2
     done = 0
@@ -192,7 +205,16 @@ def _decode_rows(codes, packed, table, scales_GJ, first, grid_rows, block, start
 
 
 @kernel
-def _decode_columns(codes, packed, table, scales_GJ, block, first, columns, out_CR):  # type: ignore[no-untyped-def]
+def _decode_columns(
+    codes: np.ndarray,
+    packed: bool,
+    table: np.ndarray,
+    scales_GJ: np.ndarray,
+    block: tuple[int, int],
+    first: int,
+    columns: int,
+    out_CR: np.ndarray,
+) -> None:
     """Columns `first` and following of one matrix as rows."""
     for r in range(out_CR.shape[1]):
         scale_J, begin = scales_GJ[r // block[0]], r * columns + first
