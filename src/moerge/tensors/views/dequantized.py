@@ -133,7 +133,7 @@ class DequantizedElements:
             return scales_GJ
         value = read_scales(factor, 0, 1)[0]
         with np.errstate(all="ignore"):  # what is not finite is reported by whoever reads it
-            scales_GJ = scales_GJ / value if self._stored.divides else scales_GJ * value
+            (np.divide if self._stored.divides else np.multiply)(scales_GJ, value, out=scales_GJ)
         return scales_GJ
 
     def _read_strips(self, start: int, out_N: np.ndarray) -> np.ndarray:
