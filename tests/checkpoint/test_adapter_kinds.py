@@ -131,11 +131,3 @@ def test_rows_of_one_of_two_that_are_tied(tmp_path: Path) -> None:
     trained(load(base), tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=rows)
     with pytest.raises(InputError, match=r"lm_head\.weight.*which the base ties"):
         apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base)))
-
-
-def test_parameters_that_are_fused_in_memory(tmp_path: Path) -> None:
-    """peft makes target_parameters of `all-linear` on a mixture of experts."""
-    base = save(random_model(FAMILIES["mixtral"](), 1), tmp_path / "base")
-    trained(load(base), tmp_path / "adapter", target_modules="all-linear")
-    with pytest.raises(InputError, match=r"target_parameters.*merge_and_unload"):
-        apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base)))

@@ -34,7 +34,6 @@ def refused(adapter: Path, base: Path, *parts: str) -> None:
         ({"peft_type": "PREFIX_TUNING"}, "a PREFIX_TUNING adapter adds virtual tokens or layers, no weights"),
         ({"peft_type": None}, "of type NONE"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers of the base"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "merge it into its base with peft (merge_and_unload)"),
         ({"megatron_config": {"tp": 2}}, "Megatron's parallel layers"),
         ({"use_qalora": True}, "QALoRA"),
         ({"alora_invocation_tokens": [7]}, "acts on some tokens only (aLoRA)"),

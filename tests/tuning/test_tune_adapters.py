@@ -109,6 +109,12 @@ def test_saved_as_an_adapter(kind: str, folder: Path, by_sequence: Path) -> None
     plain = auto.from_pretrained(place / "moe")
     torch.testing.assert_close(model(IDS).logits, wanted(IDS).logits, rtol=0, atol=2e-6)
     assert (plain(IDS).logits - wanted(IDS).logits).abs().max() > 1e-3
+    recipe = {"base": str(place / "moe"), "experts": {"tuned": str(place / "adapter")}, "merge": {"method": "average"}}
+    package.merge({**recipe, "dtype": "float32"}, place / "read")
+    read, saved = read_values(place / "read"), read_values(place / "merged")
+    assert read.keys() == saved.keys()
+    for name in read:
+        np.testing.assert_allclose(read[name], saved[name], rtol=1e-6, atol=1e-6, err_msg=name)
     assert "LORA, rsLoRA, rank 2" in moerge("inspect", place / "adapter").out
     assert moerge("verify", place / "adapter").code == 0
 

@@ -20,12 +20,14 @@ from moerge.architecture import family_of
 from moerge.architecture.config import changed
 from moerge.architecture.registry import read_config
 from moerge.checkpoint.adapter_config import AdapterConfig, read_adapter_config
+from moerge.checkpoint.fused_experts import StackedAdapter, nested_module
 from moerge.checkpoint.locate import VOCABULARY_FILES
 from moerge.checkpoint.module_names import Names
 from moerge.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
 from moerge.errors import InputError
 from moerge.files import FileState, SourceFile
 from moerge.tensors.tensor import Tensor
+from moerge.tensors.views.expert_factors import Packing
 from moerge.tensors.views.low_rank import LowRankTensor, RecentFactors
 from moerge.tensors.views.rows import RowsTensor
 
@@ -58,6 +60,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     base: Checkpoint = field(kw_only=True)
     adapter: Checkpoint = field(kw_only=True)
+    packing: Packing | None = field(default=None, kw_only=True)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -72,7 +75,8 @@ class AdaptedCheckpoint(Checkpoint):
     @property
     def identity(self) -> tuple[Any, ...]:
         """Return a key for everything that its tensors depend on; a base of the recipe counts for itself."""
-        return (*super().identity, *(self.base.identity if self._is_own else ()))
+        packing = (self.packing,) if self.packing else ()
+        return (*super().identity, *packing, *(self.base.identity if self._is_own else ()))
 
     @property
     def origins(self) -> tuple[Checkpoint, ...]:
@@ -106,13 +110,15 @@ class AdaptedCheckpoint(Checkpoint):
         return sum(sizes[-RecentFactors.capacity :]) + self.base.working_bytes
 
 
-def apply_adapter(adapter: Checkpoint, base: Checkpoint) -> AdaptedCheckpoint:
+def apply_adapter(adapter: Checkpoint, base: Checkpoint, packing: Packing | None = None) -> AdaptedCheckpoint:
     """The base with this adapter (a checkpoint for which `is_adapter` holds); no tensor is read.
+
+    `packing` is the order in which its B holds the experts of a layer; None where the adapter's own writer says it.
 
     Raises InputError where the adapter is of a kind that does not amount to changed weights of this base.
     """
     config = read_adapter_config(adapter)
-    tensors = _Application(adapter, base, config).tensors()
+    tensors = _Application(adapter, base, config, packing).tensors()
     has_tokenizer = any((adapter.folder / name).is_file() for name in VOCABULARY_FILES)
     return AdaptedCheckpoint(
         adapter.name,
@@ -126,6 +132,7 @@ def apply_adapter(adapter: Checkpoint, base: Checkpoint) -> AdaptedCheckpoint:
         notes=(*adapter.notes, *(base.notes if base.name == adapter.name else ())),
         base=base,
         adapter=adapter,
+        packing=packing,
     )
 
 
@@ -166,13 +173,14 @@ def _other_base(adapter: Checkpoint, base: Checkpoint, config: AdapterConfig) ->
 class _Application:
     """An adapter being put on a base."""
 
-    def __init__(self, adapter: Checkpoint, base: Checkpoint, config: AdapterConfig) -> None:
+    def __init__(self, adapter: Checkpoint, base: Checkpoint, config: AdapterConfig, packing: Packing | None) -> None:
         self.adapter, self.base, self.config = adapter, base, config
         self.label = f"{adapter.name}: " if adapter.name else ""
         self.recent = RecentFactors()
         self.family = family_of(base.config)
         self.names = Names(base.tensors)
         self.tied = ties_head(base)
+        self.stacked = StackedAdapter(adapter, base, config, packing, self._tensor, self._error)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the adapted model, in the base's order."""
@@ -184,8 +192,13 @@ class _Application:
         for module, tensor in rows.items():
             changed = self._with_rows(module, tensor, found)
             found[changed.name] = changed
+        experts = self.stacked.of_experts(modules)
         for module, parts in modules.items():
-            found |= self._low_rank(module, parts, found)
+            if nested_module(module) not in experts:
+                found |= self._low_rank(module, parts, found)
+        for module, nested in experts.items():
+            factors = {name: self._pair(name, parts, stacked=True)[:2] for name, parts in nested.items()}
+            found |= self.stacked.changed(module, factors, found)
         return found
 
     def _parsed(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
@@ -271,7 +284,7 @@ class _Application:
             changed |= self._bias(module, parts["bias"], found)
         return changed
 
-    def _pair(self, module: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
+    def _pair(self, module: str, parts: Mapping[str, Tensor], *, stacked: bool = False) -> tuple[Tensor, Tensor, bool]:
         embedding = "embedding_a" in parts or "embedding_b" in parts
         names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
         missing = next((part for part in names if part not in parts), None)
@@ -279,6 +292,8 @@ class _Application:
             spelled = next(suffix for suffix, part in _PARTS.items() if part == missing)
             raise self._error(f"the adapter has no {module}.{spelled}: fetch or copy it again")
         a, b = (parts[part] for part in names)
+        if stacked and {len(a.shape), len(b.shape)} <= {2, 3}:
+            return a, b, False
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise self._error(
                 f"the factors of {module!r} have shapes {list(a.shape)} and {list(b.shape)}, which do not multiply: "
@@ -307,7 +322,7 @@ class _Application:
         return {name: self._tensor(found[name], None, bias, module, False, None)}
 
     def _tensor(
-        self, base: Tensor, a: Tensor | None, b: Tensor, module: str, transposed: bool, magnitude: Tensor | None
+        self, base: Tensor, a: Tensor | None, b: Tensor, module: str, transposed: bool, magnitude: Tensor | None = None
     ) -> LowRankTensor:
         path = self.adapter.folder / ADAPTER_CONFIG
         settings = SourceFile(path, FileState.of(path))

@@ -16,7 +16,6 @@ _PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNI
 _MERGE = "merge it into its base with peft (merge_and_unload) and name the resulting folder"
 _REFUSED = {
     "layer_replication": f"repeats layers of the base, so its tensors are not those of the base: {_MERGE}",
-    "target_parameters": f"changes parameters that transformers fuses in memory (experts of a MoE): {_MERGE}",
     "megatron_config": "was trained on Megatron's parallel layers, whose tensors are not those of the base",
     "use_qalora": "pools its inputs (QALoRA), which is no change of the base's weights",
     "alora_invocation_tokens": "acts on some tokens only (aLoRA), which no merged weight can do",
@@ -62,6 +61,9 @@ class AdapterConfig(BaseModel):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
     ensure_weight_tying: bool = False
+    target_parameters: list[str] = Field(default_factory=list)
+    peft_version: str = ""
+    auto_mapping: dict[str, Any] = Field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] = Field(default_factory=list)
 
     @field_validator("*", mode="before")
@@ -85,13 +87,29 @@ class AdapterConfig(BaseModel):
         """The model that the adapter was trained on, "" where it does not say."""
         return self.base_model_name_or_path or ""
 
+    @property
+    def by_unsloth(self) -> bool:
+        """True if Unsloth has written it, of whose versions some pack the B of fused experts otherwise than peft reads it."""
+        return bool(self.auto_mapping.get("unsloth_fixed"))
+
+    @property
+    def knows_layouts(self) -> bool:
+        """True if a peft has written it that lets factors follow the layout of fused experts (0.19 and later)."""
+        match = re.match(r"(\d+)\.(\d+)", self.peft_version)
+        return match is not None and (int(match[1]), int(match[2])) >= (0, 19)
+
+    def key_of(self, module: str) -> str:
+        """The name that patterns of ranks mean a module by: a parameter's, where that was the target."""
+        parameter = f"{module}.weight"
+        return parameter if any(f".{parameter}".endswith(f".{target}") for target in self.target_parameters) else module
+
     def rank(self, module: str) -> int:
         """The rank of a module's factors: that of the first pattern that ends its name, else `r`."""
-        return int(_matched(self.rank_pattern, module, self.r))
+        return int(_matched(self.rank_pattern, self.key_of(module), self.r))
 
     def scale(self, module: str) -> float:
         """Return the factor of B @ A: alpha / r, with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023)."""
-        rank, alpha = self.rank(module), _matched(self.alpha_pattern, module, self.lora_alpha)
+        rank, alpha = self.rank(module), _matched(self.alpha_pattern, self.key_of(module), self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def saves(self, module: str) -> bool:

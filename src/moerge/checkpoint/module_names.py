@@ -7,6 +7,9 @@ from collections.abc import Iterable
 _WRAPPERS = frozenset({"model", "language_model", "text_model", "vision_model"})
 """What names have in one place and lack in another: `model.visual` is `visual`, `language_model.model` `model.language_model`."""
 
+_RENAMED = {"block_sparse_moe": "mlp"}
+"""Modules that transformers 5 calls otherwise than files do."""
+
 
 class Names:
     """Known names of tensors or modules, found by any spelling that differs in what wraps the parts only."""
@@ -29,5 +32,5 @@ class Names:
 
 
 def plain_name(name: str) -> str:
-    """A name without what wraps the parts of a model."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """A name without what wraps the parts of a model, and with Mixtral's blocks of experts called as in memory."""
+    return ".".join(_RENAMED.get(part, part) for part in name.split(".") if part not in _WRAPPERS)

@@ -141,7 +141,7 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Bui
         base = found["base"] = _adapted(recipe, base, recipe.base_adapter, weights, commits)
     if base is not None and is_adapter(base):
         raise InputError(f"base: {base.folder} is an adapter: name the model that it was trained on{_trained_on(base)}")
-    models = {name: _model(model, base, recipe.source) for name, model in found.items()}
+    models = {name: _model(model, base, recipe) for name, model in found.items()}
     for name, expert in recipe.experts.items():
         if expert.adapter is not None:
             models[name] = _adapted(recipe, models[name], expert.adapter, weights, commits)
@@ -168,12 +168,17 @@ def _adapted(recipe: Recipe, model: Checkpoint, location: str, weights: bool, co
     adapter = locate(location, name=model.name, relative_to=recipe.folder, weights=weights, commit=commit)
     if not is_adapter(adapter):
         raise InputError(f"{recipe.source}: adapter of {model.name}: {adapter.folder} is a whole model, not an adapter")
-    made = apply_adapter(adapter, model)
+    expert = recipe.experts.get(model.name)
+    made = apply_adapter(adapter, model, expert.packing if expert else None)
     return replace(made, location=f"{model.location}+{location}", complete=made.complete and model.complete)
 
 
-def _model(model: Checkpoint, base: Checkpoint | None, source: str) -> Checkpoint:
+def _model(model: Checkpoint, base: Checkpoint | None, recipe: Recipe) -> Checkpoint:
+    expert, source = recipe.experts.get(model.name), recipe.source
+    packing = expert.packing if expert else None
     if not is_adapter(model):
+        if packing and expert and not expert.adapter:
+            raise InputError(f"{source}: experts.{model.name}.packing is for adapters, and this is a whole model: remove it")
         return model
     if base is None:
         trained_on = f"the model that it was trained on{_trained_on(model)}"
@@ -181,7 +186,7 @@ def _model(model: Checkpoint, base: Checkpoint | None, source: str) -> Checkpoin
             f"{source}: {model.name} is an adapter, so the recipe needs a 'base', {trained_on}, or this expert a 'model' and an "
             "'adapter' on it"
         )
-    return apply_adapter(model, base)
+    return apply_adapter(model, base, packing)
 
 
 def _trained_on(adapter: Checkpoint) -> str:

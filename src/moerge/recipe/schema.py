@@ -57,10 +57,14 @@ class _Strict(BaseModel):
 
 
 class Expert(_Strict):
-    """A fine-tuned model: a folder or Hub id, perhaps with an adapter on it, and its weight in methods that weigh."""
+    """A fine-tuned model: a folder or Hub id, perhaps with an adapter on it, and its weight in methods that weigh.
+
+    `packing` is the order of ranks and experts in an adapter's B that holds all experts of a layer, where its file does not say.
+    """
 
     model: str = Field(min_length=1)
     adapter: str | None = Field(default=None, min_length=1)
+    packing: Literal["interleaved", "blocks"] | None = None
     weight: Finite = 1.0
 
 

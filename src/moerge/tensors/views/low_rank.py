@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,18 +35,34 @@ class Factors:
     magnitude_C: np.ndarray | None = None
 
 
-class RecentFactors:
-    """The factors used last, shared by the tensors of an adapter: all chunks of a tensor need them, whichever thread reads."""
+Loaded = TypeVar("Loaded")
+LoadedBy = TypeVar("LoadedBy", covariant=True)
 
-    capacity = 4
 
-    def __init__(self) -> None:
-        self._found: OrderedDict[str, Factors] = OrderedDict()
+class Loadable(Protocol[LoadedBy]):
+    """A named thing whose content is loaded when it is needed."""
+
+    @property
+    def name(self) -> str:
+        """Return a name that no other one has."""
+        ...
+
+    def load(self) -> LoadedBy:
+        """Return the content."""
+        ...
+
+
+class Recent(Generic[Loaded]):
+    """The content that was used last: all chunks of a tensor need it, whichever thread reads."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._found: OrderedDict[str, Loaded] = OrderedDict()
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def of(self, tensor: LowRankTensor) -> Factors:
-        """The tensor's factors, loaded by whoever asks first."""
+    def of(self, tensor: Loadable[Loaded]) -> Loaded:
+        """The content, loaded by whoever asks first."""
         with self._lock:
             lock = self._locks.setdefault(tensor.name, threading.Lock())
         with lock:
@@ -60,6 +77,15 @@ class RecentFactors:
                 while len(self._found) > self.capacity:
                     self._found.popitem(last=False)
             return factors
+
+
+class RecentFactors(Recent[Factors]):
+    """The factors used last, shared by the tensors of an adapter."""
+
+    capacity = 4
+
+    def __init__(self) -> None:
+        super().__init__(RecentFactors.capacity)
 
 
 @dataclass(frozen=True)
