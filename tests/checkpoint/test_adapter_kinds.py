@@ -13,10 +13,10 @@ import moerge
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.locate import locate
 from moerge.errors import InputError
-from moerge.tensors.views.low_rank import read_float32
+from moerge.tensors.views.low_rank import LowRankTensor, read_float32
 from tests.helpers.hf_models import FAMILIES, load, logits, random_model, save, torch, transformers
 from tests.helpers.multimodal import MULTIMODAL
-from tests.helpers.tiny import VOCABULARY, read_values, write_tokenizer
+from tests.helpers.tiny import VOCABULARY, read_values, write_json, write_safetensors, write_tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'moerge[dev]')")
 
@@ -131,3 +131,64 @@ def test_rows_of_one_of_two_that_are_tied(tmp_path: Path) -> None:
     trained(load(base), tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=rows)
     with pytest.raises(InputError, match=r"lm_head\.weight.*which the base ties"):
         apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base)))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_convolutions(tmp_path: Path, name: str, dora: bool) -> None:
+    """The patches of images: a convolution's weight is a matrix in another shape."""
+    base = save(random_model(MULTIMODAL[name](), 1), tmp_path / "base")
+    targets = ["patch_embed.proj"] if name == "qwen2_5_vl" else ["patch_embedding"]
+    model = trained(load(base), tmp_path / "adapter", target_modules=targets, use_dora=dora)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found, wanted = apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base))), read_values(tmp_path / "merged")
+    before = read_values(base)
+    assert sum(bool((before[key] != wanted[key]).any()) for key in wanted) == 1
+    for key, tensor in found.tensors.items():
+        np.testing.assert_allclose(read_float32(tensor), wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_dora_on_an_embedding(tmp_path: Path) -> None:
+    base = save(random_model(FAMILIES["llama"](tie_word_embeddings=False), 1), tmp_path / "base")
+    model = trained(load(base), tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found, wanted = apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base))), read_values(tmp_path / "merged")
+    assert not np.allclose(wanted["model.embed_tokens.weight"], read_values(base)["model.embed_tokens.weight"], atol=1e-2)
+    for key, tensor in found.tensors.items():
+        np.testing.assert_allclose(read_float32(tensor), wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_a_folder_of_adapters(tmp_path: Path) -> None:
+    """peft puts an adapter with a name of its own into a folder of that name."""
+    base = save(random_model(FAMILIES["llama"](), 1), tmp_path / "base")
+    model = peft.get_peft_model(load(base), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "mine" / "adapter_config.json").is_file()
+    found = apply_adapter(locate(str(tmp_path / "saved")), locate(str(base)))
+    assert isinstance(found.tensors["model.layers.0.self_attn.q_proj.weight"], LowRankTensor)
+    model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"saved holds 2 adapters \(mine, other\): name the folder of one"):
+        locate(str(tmp_path / "saved"))
+
+
+def test_an_adapter_of_several_files(tmp_path: Path) -> None:
+    base = save(random_model(FAMILIES["llama"](), 1), tmp_path / "base")
+    trained(load(base), tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    whole = apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base)))
+    values = {key: read_float32(tensor) for key, tensor in whole.tensors.items()}
+    stored = read_values(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    places = {}
+    for number, letter in enumerate("AB", 1):
+        file = f"adapter_model-0000{number}-of-00002.safetensors"
+        part = {key: value for key, value in stored.items() if f"lora_{letter}" in key}
+        write_safetensors(tmp_path / "adapter" / file, part, dtype="F32")
+        places |= dict.fromkeys(part, file)
+    write_json(tmp_path / "adapter" / "adapter_model.safetensors.index.json", {"weight_map": places})
+    found = apply_adapter(locate(str(tmp_path / "adapter")), locate(str(base)))
+    for key, tensor in found.tensors.items():
+        assert np.array_equal(read_float32(tensor), values[key])
+    (tmp_path / "adapter" / file).unlink()
+    with pytest.raises(InputError, match=r"index\.json names adapter_model-00002-of-00002\.safetensors, which is missing"):
+        locate(str(tmp_path / "adapter"))

@@ -29,6 +29,7 @@ from moerge.files import FileState, SourceFile
 from moerge.tensors.tensor import Tensor
 from moerge.tensors.views.expert_factors import Packing
 from moerge.tensors.views.low_rank import LowRankTensor, RecentFactors
+from moerge.tensors.views.reshaped import Reshaped, as_matrix
 from moerge.tensors.views.rows import RowsTensor
 
 _PREFIX = "base_model.model."
@@ -261,7 +262,8 @@ class _Application:
                 f"'{module}.weight': was it trained on this base?"
             )
         a, b, embedding = self._pair(module, parts)
-        base = found[name]
+        stored = found[name]
+        base = as_matrix(stored) if len(parts["a" if not embedding else "embedding_a"].shape) > 2 else stored
         rank = a.shape[0]
         for tensor in (a, b, base, *parts.values()):
             if not tensor.dtype.is_float:
@@ -279,7 +281,8 @@ class _Application:
         outputs = base.shape[1 if transposed else 0]
         if magnitude is not None and magnitude.size != outputs:
             raise self._error(f"tensor {magnitude.name!r} has {magnitude.size} elements, expected {outputs}")
-        changed: dict[str, Tensor] = {name: self._tensor(base, a, b, module, transposed, magnitude)}
+        tensor = self._tensor(base, a, b, module, transposed, magnitude)
+        changed: dict[str, Tensor] = {name: tensor if base is stored else Reshaped(tensor, stored.shape)}
         if "bias" in parts:
             changed |= self._bias(module, parts["bias"], found)
         return changed
@@ -294,6 +297,8 @@ class _Application:
         a, b = (parts[part] for part in names)
         if stacked and {len(a.shape), len(b.shape)} <= {2, 3}:
             return a, b, False
+        if len(a.shape) == len(b.shape) > 2 and set(b.shape[2:]) == {1}:  # a convolution, and one of single points
+            a, b = as_matrix(a), as_matrix(b)
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise self._error(
                 f"the factors of {module!r} have shapes {list(a.shape)} and {list(b.shape)}, which do not multiply: "

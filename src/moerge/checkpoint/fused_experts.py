@@ -1,4 +1,4 @@
-"""LoRA on parameters that hold all experts of a layer (peft's `target_parameters`), whichever way a checkpoint stores the experts.
+"""LoRA on parameters that hold all experts of a layer (peft's `target_parameters`), however a checkpoint stores the experts.
 
 peft names the parameter nowhere in a file: factors of one module are nested by `base_layer`. Which factors belong to which
 parameter, and which way round, the shapes tell; where they do not, the adapter is refused.
@@ -202,9 +202,9 @@ class StackedAdapter:
             )
         if len(ways) > 1:
             raise self.error(
-                f"tensor {next(iter(factors.values()))[1].name!r} may be of a parameter or of its transpose, and {ADAPTER_CONFIG} "
-                "does not say by which peft it was written: merge it into its base with peft (merge_and_unload) and name the "
-                "resulting folder"
+                f"tensor {next(iter(factors.values()))[1].name!r} may be of a parameter or of its transpose, and "
+                f"{ADAPTER_CONFIG} does not say by which peft it was written: merge it into its base with peft "
+                "(merge_and_unload) and name the resulting folder"
             )
         found: dict[str, Tensor] = {}
         for fit in ways[0]:
@@ -241,6 +241,7 @@ class StackedAdapter:
         several = len(b.shape) == 2 and rank > 1 and parameter.experts > 1 and b.shape[1] > rank
         if self.config.by_unsloth and several and self.packing is None:
             raise self.error(
-                f"tensor {b.name!r} holds all experts, and Unsloth, which wrote it, packs them in another order than peft in some "
-                "of its versions: say which it is, 'packing: interleaved' (peft's) or 'packing: blocks', beside the expert's model"
+                f"tensor {b.name!r} holds all experts, and Unsloth, which wrote it, packs them in another order than peft "
+                "in some versions: say which it is, 'packing: interleaved' (peft's) or 'packing: blocks', beside the expert's "
+                "model"
             )

@@ -20,6 +20,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_INDEX = "adapter_model.safetensors.index.json"
 _CONVERT = (
     "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
     "M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
@@ -117,6 +118,8 @@ def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoi
         raise InputError(f"{_label(name)}{folder} is a file: name the checkpoint's folder instead")
     if not folder.is_dir():
         raise InputError(f"{_label(name)}there is no folder {folder}: check the path", code="not-found")
+    if not any((folder / file).exists() for file in ("config.json", ADAPTER_CONFIG)) and (inner := _adapter_inside(folder, name)):
+        return open_folder(inner, name=name, location=location or str(folder))
     if (folder / ADAPTER_CONFIG).is_file() and not _has_model(folder, name):
         tensors = _read_adapter(folder, name)
         return Checkpoint(name, location or str(folder), folder, read_json(folder / ADAPTER_CONFIG), tensors)
@@ -154,7 +157,18 @@ def _has_model(folder: Path, name: str) -> bool:
     return model is not None
 
 
+def _adapter_inside(folder: Path, name: str) -> Path | None:
+    """The only adapter in the folders of a folder, where peft puts one with a name of its own. InputError for several."""
+    inner = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inner) > 1:
+        listed = ", ".join(path.name for path in inner[:5])
+        raise InputError(f"{_label(name)}{folder} holds {len(inner)} adapters ({listed}): name the folder of one of them")
+    return inner[0] if inner else None
+
+
 def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
+    if (folder / _ADAPTER_INDEX).exists() and not (folder / ADAPTER_WEIGHTS).exists():
+        return _read_shards(folder, folder / _ADAPTER_INDEX)
     if (folder / ADAPTER_WEIGHTS).exists():
         tensors = read_header(folder / ADAPTER_WEIGHTS)
         if not tensors:
@@ -238,7 +252,7 @@ def check_files(folder: Path) -> None:
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
-    for file in _shards(folder, weight_map):
+    for file in _shards(folder, weight_map, index.name):
         stored = read_header(file)
         for tensor in stored.values():
             if weight_map.get(tensor.name) != file.name:
@@ -253,11 +267,11 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _shards(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+def _shards(folder: Path, weight_map: Mapping[str, str], index: str = INDEX) -> list[Path]:
     files = [folder / shard for shard in sorted(set(weight_map.values()))]
     absent = next((file for file in files if not file.exists()), None)
     if absent:
-        raise InputError(f"{folder / INDEX} names {absent.name}, which is missing: fetch or copy it again")
+        raise InputError(f"{folder / index} names {absent.name}, which is missing: fetch or copy it again")
     return files
 
 
