@@ -1,4 +1,4 @@
-"""The same elements in another shape: what a convolution's weight is as a matrix."""
+"""Elements in another shape: of a convolution's weight as a matrix."""
 
 from __future__ import annotations
 
