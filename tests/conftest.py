@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,6 +16,10 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "MOERGE_TEST_CACHE" not in os.environ:  # workers and programs that tests start share it
+    os.environ["MOERGE_TEST_CACHE"] = tempfile.mkdtemp(prefix="moerge-cache-")
+    atexit.register(shutil.rmtree, os.environ["MOERGE_TEST_CACHE"], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.environ["MOERGE_TEST_CACHE"]
 for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(_name, None)  # what is printed must not depend on where the tests are started
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by nohup or a shell's &, and programs that tests start would inherit it

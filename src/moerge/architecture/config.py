@@ -88,6 +88,7 @@ def _has(config: Any, name: str) -> bool:
 def portable_config(config: Mapping[str, Any], *, family: Family | None, dtype: str) -> dict[str, Any]:
     """config.json that transformers 4.5x and 5.x both read right, for tensors of element type `dtype`."""
     written = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
+    family = None if family is not None and family.source else family  # transformers reads what it has written
     known, nested = normalized_config(config, family), written.get(nested_key(config, family))
     if family is None and isinstance(nested, Mapping):  # which of its parts reads what is not known
         return {**written, "torch_dtype": dtype, "dtype": dtype}

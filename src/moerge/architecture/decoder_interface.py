@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moerge.architecture.config import normalized_config
 from moerge.architecture.decoder import DecoderInterface, not_decoder
 from moerge.architecture.family import Family, expected_tensors
-from moerge.architecture.registry import read_config
+from moerge.architecture.registry import tabled_family
 from moerge.architecture.stored import body_prefix
 from moerge.errors import InputError
 
@@ -30,12 +31,12 @@ def decoder_interface(config: Mapping[str, Any], where: str) -> DecoderInterface
     is needed to say more and is not installed.
     """
     check_kind(config, where)
-    family, known = read_config(config)
+    family = tabled_family(config)
     if family is None:
         from moerge.architecture.decoder_transformers import decoder_from_transformers
 
         return decoder_from_transformers(config, where)
-    return _by_table(family, config, known, where)
+    return _by_table(family, config, normalized_config(config, family), where)
 
 
 def check_kind(config: Mapping[str, Any], where: str) -> None:

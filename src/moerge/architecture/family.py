@@ -18,7 +18,8 @@ class TensorRule:
     `role` and `name` are templates in `{layer}` and, inside a MoE, `{expert}`. `shape` names dimensions (see `Sizes`).
     `when` names a config key that must be true for the tensor to exist, or "!key" for false; a list there is one value for
     each layer. `parts` are the roles of the dense tensors that a fused MoE tensor is made of: all of them of the first expert,
-    one after the other along the rows, then all of them of the next.
+    one after the other along the rows, then all of them of the next. `layers` are the numbers of those that have it, None for
+    all.
     """
 
     role: str
@@ -26,17 +27,24 @@ class TensorRule:
     shape: tuple[str, ...]
     when: str = ""
     parts: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
 
     def applies(self, config: Mapping[str, Any], layer: int | None = None) -> bool:
         """Return whether a model with this normalized config has the tensor (in this layer). ValueError for a list that is too
         short.
         """
+        if layer is not None and not self.in_layer(layer):
+            return False
         value = config.get(self.when.removeprefix("!"))
         if isinstance(value, list) and layer is not None:
             if layer >= len(value):
                 raise ValueError(f"{self.when.removeprefix('!')} should have a value for each layer, not {len(value)}")
             value = value[layer]
         return not self.when or bool(value) != self.when.startswith("!")
+
+    def in_layer(self, layer: int | str | None) -> bool:
+        """Return whether a layer of this number may have the tensor."""
+        return self.layers is None or layer is None or int(layer) in self.layers
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class Family:
     - `aliases`: regular expressions for the beginning of names as other programs write them, and what to put there;
     - `unmodeled` match tensors that belong to the model but have no role, and are merged by name;
     - `fused` match tensors of transformers' layout in memory, which is not the one on disk;
+    - `float32` match parameters that transformers keeps in float32 whatever the rest has;
+    - `source` says where a derived table comes from, "" for one that is written by hand;
     - `embedding_scale(config)` is what the embedding module multiplies rows by (not what happens to them afterwards), and
       `logit_scale(config)` what the head's outputs are multiplied by, both of a normalized config.
     """
@@ -95,6 +105,8 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     unmodeled: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    source: str = ""
     embedding_scale: Callable[[Mapping[str, Any]], float] = _one
     logit_scale: Callable[[Mapping[str, Any]], float] = _one
 
@@ -106,12 +118,14 @@ class Family:
         """The role path of a tensor by its name, however that is spelled, or None if the family has no such tensor."""
         name = self.canonical_name(name)
         found = ((pattern.fullmatch(name), rule) for pattern, _, rule in self._patterns)
-        return next((rule.role.format(**match.groupdict()) for match, rule in found if match), None)
+        matching = ((match.groupdict(), rule) for match, rule in found if match)
+        return next((rule.role.format(**numbers) for numbers, rule in matching if rule.in_layer(numbers.get("layer"))), None)
 
     def name_of(self, role: str) -> str | None:
         """The name of the tensor with this role path, or None if the family has no such role."""
         found = ((pattern.fullmatch(role), rule) for _, pattern, rule in self._patterns)
-        return next((rule.name.format(**match.groupdict()) for match, rule in found if match), None)
+        matching = ((match.groupdict(), rule) for match, rule in found if match)
+        return next((rule.name.format(**numbers) for numbers, rule in matching if rule.in_layer(numbers.get("layer"))), None)
 
     def canonical_name(self, name: str) -> str:
         """A tensor's name as the table has it."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moerge.architecture.decoder import DecoderInterface
 from moerge.architecture.decoder_interface import decoder_interface
 from moerge.architecture.family import ExpectedTensor
-from moerge.architecture.registry import family_of
+from moerge.architecture.registry import tabled_family
 from moerge.architecture.sequence import GATE
 from moerge.errors import InputError
 
@@ -98,7 +98,7 @@ def _known(config: Mapping[str, Any], where: str) -> DecoderInterface | None:
     try:
         return decoder_interface(config, where)
     except InputError as error:
-        if family_of(config) is None:  # only transformers knows it, and perhaps a newer one
+        if tabled_family(config) is None:  # only transformers knows it, and perhaps a newer one
             return None
         raise ValueError(error) from None
 

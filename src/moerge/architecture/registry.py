@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moerge.architecture.config import normalized_config
+from moerge.architecture.derived import derived_family
 from moerge.architecture.family import Family
 from moerge.architecture.moe_format import MoEFormat
 from moerge.errors import InputError
@@ -15,9 +16,14 @@ FAMILIES: Registry[Family] = Registry("moerge.families", "family")
 MOE_FORMATS: Registry[MoEFormat] = Registry("moerge.moe_formats", "MoE format")
 
 
-def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The family of a config by its `model_type`, None if moerge knows none."""
+def tabled_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config by its `model_type`, None if moerge has no table of it."""
     return FAMILIES.find(str(config.get("model_type", "")))
+
+
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config, derived from transformers where moerge has no table; None where neither knows it."""
+    return tabled_family(config) or derived_family(config)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any]]:
@@ -27,7 +33,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family | None, dict[str, Any
 
 
 def known_families() -> list[str]:
-    """Model types that moerge knows the roles of."""
+    """Model types that moerge has tables of."""
     return FAMILIES.names()
 
 

@@ -9,6 +9,9 @@ from typing import Any
 MAX_MODULES = 1_000_000
 """More layers times experts than this is a damaged config, which would otherwise fill the memory."""
 
+MAX_LAYERS = 10_000
+"""More layers than this are in no model."""
+
 _KEYS = {
     "layers": "num_hidden_layers",
     "vocab": "vocab_size",

@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moerge.architecture.family import Family, TensorRule
+from moerge.architecture.config import normalized_config
+from moerge.architecture.family import Family, TensorRule, expected_tensors
 from moerge.architecture.registry import family_of
 
+_MOST = 0.9
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile and FSDP put into names; no model of transformers has it."""
 
@@ -31,6 +33,16 @@ def stored_family(config: Mapping[str, Any], names: Collection[str]) -> Family |
     canonical = {family.canonical_name(name) for name in names}
     kept = tuple(rule for rule in family.tensors if not rule.role.startswith("head") or rule.name in canonical)
     return replace(family, tensors=kept, unmodeled=(*family.unmodeled, r"(?!.*\.\d+\.).*"))
+
+
+def fits(family: Family, config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Return whether a checkpoint has the tensors of a derived table, a few aside: others are not stored as transformers does."""
+    canonical = {family.canonical_name(name) for name in names}
+    try:
+        expected = expected_tensors(family, normalized_config(config, family))
+    except ValueError:
+        return False
+    return sum(tensor.name in canonical for tensor in expected) >= _MOST * len(expected)
 
 
 def is_causal(config: Mapping[str, Any], family: Family) -> bool:

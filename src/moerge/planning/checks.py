@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moerge.architecture.config import STRUCTURAL, differences
+from moerge.architecture.derived import no_family
 from moerge.architecture.family import ExpectedTensor, expected_tensors
 from moerge.errors import InputError
 from moerge.planning.models import SourceModel
@@ -141,7 +142,7 @@ def merge_candidates(models: Sequence[SourceModel], recipe: Recipe, source: str)
 def _merged_by_name(leader: SourceModel, tensors: Sequence[ExpectedTensor]) -> list[str]:
     """A warning if tensors without a role are merged, those aside that the family has beside its language model."""
     if leader.family is None:
-        how = "merged by tensor name, without roles; configs are compared key by key"
+        how = f"merged by tensor name, without roles; configs are compared key by key ({no_family(leader.written)})"
         return [f"unknown model type {leader.model_type!r}: {how}"]
     names = [tensor.name for tensor in tensors if not leader.family.is_unmodeled(tensor.name)]
     unused = f"{len(names)} tensors that {leader.family.model_type} does not use are merged by name"

@@ -11,7 +11,7 @@ from typing import Any
 
 from moerge.architecture import Family
 from moerge.architecture.config import changed, nested_key, normalized_config
-from moerge.architecture.stored import stored_family, unwrapped
+from moerge.architecture.stored import fits, stored_family, unwrapped
 from moerge.checkpoint.adapter import apply_adapter
 from moerge.checkpoint.expert import ExpertCheckpoint, expert_of
 from moerge.checkpoint.locate import locate
@@ -44,6 +44,8 @@ class SourceModel:
         """Understand a checkpoint. Raises InputError if it has a tensor under two names."""
         plain = unwrapped(checkpoint.tensors)
         family = stored_family(checkpoint.config, plain.values())
+        if family is not None and family.source and not fits(family, checkpoint.config, plain.values()):
+            family = None
         names = {stored: _canonical_name(name, family) for stored, name in plain.items()}
         if all(name == stored for stored, name in names.items()):
             return cls(checkpoint, family)
@@ -102,8 +104,9 @@ class SourceModel:
         return replace(self, checkpoint=replace(self.checkpoint, tensors=tensors))
 
     def with_written(self, config: Mapping[str, Any]) -> SourceModel:
-        """The model with another config.json."""
-        return replace(self, checkpoint=replace(self.checkpoint, config=config))
+        """The model with another config.json; a derived family is derived again."""
+        family = stored_family(config, self.tensors) if self.family is not None and self.family.source else self.family
+        return replace(self, checkpoint=replace(self.checkpoint, config=config), family=family)
 
     def with_values(self, changes: Mapping[str, Any]) -> SourceModel:
         """The model with other values in its config, the language model's part too; None removes a key."""

@@ -9,12 +9,13 @@ from typing import Any
 
 from moerge.architecture import ExpectedTensor
 from moerge.architecture.config import portable_config
+from moerge.architecture.derived import no_family
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of, relevant
 from moerge.planning.models import SourceModel
 from moerge.recipe.rules import TensorContext
-from moerge.recipe.schema import Recipe, Slice
+from moerge.recipe.schema import Recipe, Slice, Span
 from moerge.tensors.tensor import Tensor
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -70,7 +71,8 @@ def _beside(model: SourceModel, recipe: Recipe) -> tuple[dict[str, Tensor], list
     family, expected = model.family, expected_of(model)
     if family is None:
         kind = model.model_type
-        raise InputError(f"{recipe.source}: slices need a family that moerge knows, and it does not know {kind!r}")
+        reason = no_family(model.written)
+        raise InputError(f"{recipe.source}: slices need a family that moerge knows, and it does not know {kind!r}: {reason}")
     check_present([model], {model.name: model.tensors}, expected)
     check_shapes([model], {model.name: model.tensors}, expected)
     known = {tensor.name for tensor in expected}
@@ -95,13 +97,15 @@ def _stacked(assembly: Assembly) -> Assembled:
     """The slices on top of one another; what comes before the layers is merged as the first slice, what follows as the last."""
     slices = assembly.recipe.slices
     result = _with_layers_of(assembly.leader, slices)
-    names = {model.name: {t.role: t.name for t in expected_of(model)} for model in assembly.models.values()}
+    if result.family is None:
+        raise InputError(f"slices: there is no config.json for this order of layers: {no_family(result.written)}")
+    by_role = {model.name: {t.role: t for t in expected_of(model)} for model in assembly.models.values()}
     outputs = []
     rows = [_Row(number, offset) for number, part in enumerate(slices) for offset in range(part.layers)]
     places = [*_rows(expected_of(result, "the result"), rows), *((tensor, _Row(0)) for tensor in assembly.candidates)]
     for tensor, row in places:
         part = slices[row.slice_index]
-        inputs = {span.model: _input(names[span.model], tensor, span.start, row.offset) for span in part.sources}
+        inputs = {span.model: _input(by_role[span.model], tensor, span, row) for span in part.sources}
         context = TensorContext(tensor.role, tensor.name, row.slice_index, row.depth(part.layers), inputs)
         members = tuple(span.model for span in part.sources)
         outputs.append(assembly.output(tensor, assembly.merged(tensor, members, context=context, base=part.base or "base")))
@@ -146,11 +150,23 @@ def _with_layers_of(model: SourceModel, slices: Sequence[Slice]) -> SourceModel:
     return model.with_written({**model.written, family.nested: language} if isinstance(nested, Mapping) else language)
 
 
-def _input(names: Mapping[str, str], tensor: ExpectedTensor, start: int, offset: int | None) -> str:
-    """Return a model's name for the tensor that a slice takes; its own name where it has no role."""
-    if offset is None:
-        return names.get(tensor.role, tensor.name)
-    return names[re.sub(r"^layers\.\d+\.", f"layers.{start + offset}.", tensor.role)]
+def _input(by_role: Mapping[str, ExpectedTensor], tensor: ExpectedTensor, span: Span, row: _Row) -> str:
+    """Return a model's name for the tensor that a slice takes; its own name where it has no role.
+
+    Raises InputError where the result's config asks for something else of a layer than the layer is.
+    """
+    if row.offset is None:
+        return by_role[tensor.role].name if tensor.role in by_role else tensor.name
+    layer = span.start + row.offset
+    own = by_role.get(re.sub(r"^layers\.\d+\.", f"layers.{layer}.", tensor.role))
+    if own is None or own.shape != tensor.shape:
+        has = "has no such tensor" if own is None else f"has it in shape {list(own.shape)}, not {list(tensor.shape)}"
+        raise InputError(
+            f"slices: config.json cannot say this order of layers: it calls for {tensor.name!r}, and layer {layer} of "
+            f"{span.model}, which would stand there, {has}: keep layers of one kind at places of that kind",
+            code="models-differ",
+        )
+    return own.name
 
 
 def _layer(tensor: ExpectedTensor) -> int | None:
