@@ -16,7 +16,7 @@ ROOT = Path(moerge.__file__).parent
 FLOORS = """
 cli
 reporting
-demonstration hub doctor
+demonstration hub doctor searching
 learning tuning evaluation extraction inspection comparison inference gather renewal
 merging
 clients

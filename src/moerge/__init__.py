@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moerge.recipe import Recipe, load_recipe
     from moerge.renewal import refresh
     from moerge.reporting import report
+    from moerge.searching.run import search
     from moerge.tuning.run import tune
 
     __version__: str
@@ -63,6 +64,7 @@ _HOMES = {
     "refresh": "moerge.renewal",
     "report": "moerge.reporting",
     "route": "moerge.inference.routes",
+    "search": "moerge.searching.run",
     "stats": "moerge.gather.gather",
     "tune": "moerge.tuning.run",
     "verify": "moerge.inspection",
@@ -94,6 +96,7 @@ __all__ = [
     "refresh",
     "report",
     "route",
+    "search",
     "stats",
     "tune",
     "verify",

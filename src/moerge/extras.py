@@ -10,6 +10,7 @@ _MODULES = {
     "models": ("torch", "transformers"),
     "tune": ("accelerate", "torch", "transformers"),
     "report": ("jinja2",),
+    "search": ("optuna",),
 }
 
 

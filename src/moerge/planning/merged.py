@@ -25,6 +25,7 @@ from moerge.errors import InputError
 from moerge.execution.executor import Executor
 from moerge.execution.regions import MemoryBudget, merge_regions
 from moerge.execution.schedule import run_at_once
+from moerge.execution.store import MemoryStore
 from moerge.files import SourceFile
 from moerge.operations.estimate import largest
 from moerge.operations.operations import Merge, Output
@@ -164,7 +165,7 @@ class _Merging:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._statistics = plan, dict[str, Any]()
-        self._arrays = _Arrays()
+        self._arrays = MemoryStore()
         self._executor = Executor(self._arrays, allow_nonfinite=True)
         self._measuring, self._merging = threading.Lock(), threading.Lock()
         self._whole: OrderedDict[str, np.ndarray] = OrderedDict()
@@ -197,29 +198,6 @@ class _Merging:
                 if len(self._whole) > _WHOLE:
                     self._whole.popitem(last=False)
             return self._whole[output.name]
-
-
-class _Arrays:
-    """A store of whole tensors in memory."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, np.ndarray] = {}
-
-    def write(self, output: Output, start: int, data: np.ndarray) -> None:
-        """Keep elements."""
-        array = self._found.setdefault(output.name, np.empty(output.size, output.dtype.storage))
-        array[start : start + data.size] = data
-
-    def done(self, output: Output, digest: str, inputs: dict[str, str], nonfinite: list[str]) -> None:
-        """Nothing is left to do."""
-
-    def finished(self, output: Output) -> bool:
-        """No run came before."""
-        return False
-
-    def pop(self, output: Output) -> np.ndarray:
-        """A tensor, which is forgotten here."""
-        return self._found.pop(output.name, np.empty(0, output.dtype.storage))
 
 
 def _by_region(output: Output) -> bool:

@@ -214,7 +214,7 @@ class Plan(Displayed):
     def fingerprint(self) -> str:
         """A digest of all that decides the result: operations, hyperparameters, and the inputs' sizes and times."""
         inputs = [model.identity for model in self.models]
-        operations = [(output.name, output.dtype.name, output.shape, _describe(output.operation)) for output in self.outputs]
+        operations = [(output.name, output.dtype.name, output.shape, describe(output.operation)) for output in self.outputs]
         texts = [(texts.expert, texts.location, texts.digest) for texts in self.calibration]
         statistics = [(used.model, *file.identity) for used in self.statistics for file in used.statistics.files]
         files = {name: file_digest(content) for name, content in self.files.items()}
@@ -243,7 +243,8 @@ class Plan(Displayed):
         }
 
 
-def _describe(operation: Operation) -> Any:
+def describe(operation: Operation) -> Any:
+    """All that decides what an operation computes, but for the content of its sources; it can be written as JSON."""
     if isinstance(operation, Fit):
         return [operation.fitter.kind, operation.fitter.settings]
     if isinstance(operation, Draw):

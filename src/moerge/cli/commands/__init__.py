@@ -11,6 +11,7 @@ from moerge.cli.commands import (
     merging,
     reporting,
     running,
+    searching,
     statistics,
     tuning,
 )
@@ -19,6 +20,7 @@ COMMANDS = (
     *merging.COMMANDS,
     *comparison.COMMANDS,
     *learning.COMMANDS,
+    *searching.COMMANDS,
     *tuning.COMMANDS,
     *adapters.COMMANDS,
     *running.COMMANDS,
