@@ -139,7 +139,8 @@ def put(recipe: dict[str, Any], path: str, value: Any) -> None:
         if above[0] == "experts" and step != "experts" and isinstance(below, str):
             below = place[step] = {"model": below}  # a path alone; now it also has a weight
         place = below
-    if type(place) is not (dict if isinstance(last, str) else list):
+    fits = isinstance(place, dict) if isinstance(last, str) else isinstance(place, list)
+    if not fits:
         raise TypeError(path)
     place[last] = value
 
