@@ -25,7 +25,13 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHU
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by nohup or a shell's &, and programs that tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("moerge", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "moerge",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=int(os.environ.get("MOERGE_EXAMPLES", 100)),
+)
 settings.load_profile("moerge")
 
 

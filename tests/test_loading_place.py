@@ -6,7 +6,11 @@ import ast
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import moerge
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(moerge.__file__).parent
 

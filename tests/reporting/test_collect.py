@@ -17,6 +17,8 @@ from moerge.reporting.find import plain
 from tests.helpers.command import moerge
 from tests.reporting.results import digest, sequence_routes, token_routes, write
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_of_everything(results: Path) -> None:
     found = report(results).found

@@ -15,6 +15,8 @@ import pytest
 
 from moerge.reporting import report
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden.json"
 
 

@@ -18,6 +18,8 @@ from moerge.reporting import report
 from tests.helpers.command import moerge
 from tests.reporting.results import sequence_routes, write
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script><script>alert(1)</script>",

@@ -16,6 +16,8 @@ from moerge.reporting.card import BEGIN, END, write_card
 from tests.helpers.command import moerge
 from tests.reporting.results import evaluation, write
 
+pytestmark = pytest.mark.slow
+
 
 def card(results: Path, name: str = "dense") -> Path:
     return results / "merged" / name / "README.md"

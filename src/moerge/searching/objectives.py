@@ -1,4 +1,4 @@
-"""What a search minimises: bits per byte of text, divergence from the experts, bytes on disk.
+"""Objectives of a search: bits per byte of text, divergence from the experts, bytes on disk.
 
 Each objective measures documents and gives sums by domain, so that a poor trial can be told from a part of them.
 Shapes: T tokens, V vocabulary, K tokens that are told apart.
