@@ -34,7 +34,7 @@ Documents = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Sums:
-    """What was added up over documents, and over how much: the figure is their ratio."""
+    """A total over documents and the amount that it is over: the figure is their ratio."""
 
     total: float = 0.0
     count: float = 0.0

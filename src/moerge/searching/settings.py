@@ -170,7 +170,7 @@ def load_search(search: str | Path | Mapping[str, Any], **changes: Any) -> Searc
 
 
 def parameters(file: SearchFile) -> dict[str, Kind]:
-    """What each key of `search` may be. Raises InputError that names the key at fault."""
+    """Values that each key of `search` may take. Raises InputError that names the key at fault."""
     return {key: _kind(file.document, key, value) for key, value in file.settings.search.items()}
 
 
