@@ -68,7 +68,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Over:
-    """How domains become one number: their mean, the worst of them, or a mean with weights."""
+    """One number of several domains: their mean, the worst of them, or a mean with weights."""
 
     how: str | Mapping[str, float]
 
