@@ -17,7 +17,7 @@ FLOORS = """
 cli
 reporting
 demonstration hub doctor searching
-learning tuning evaluation extraction inspection comparison inference gather renewal
+learning tuning reduction evaluation extraction inspection comparison inference gather renewal
 merging
 clients
 planning
