@@ -30,7 +30,7 @@ def ream_similarity(cosine_EE: np.ndarray, logits_EE: np.ndarray) -> np.ndarray:
     np.fill_diagonal(distance_EE, 0)
     largest = distance_EE.max(initial=0.0)
     near_EE = 1 - distance_EE / largest if largest > 0 else np.ones_like(distance_EE)
-    return ((1 + cosine_EE) / 2 + near_EE) / 2
+    return np.asarray(((1 + cosine_EE) / 2 + near_EE) / 2)
 
 
 def ream_groups(

@@ -63,11 +63,11 @@ def mone_scores(table_EAB: np.ndarray, output_ED: np.ndarray) -> np.ndarray:
     count_E = table_EAB[:, 0, 0]
     mean_ED = output_ED / np.maximum(count_E, 1)[:, None]
     variance_E = _over(table_EAB[:, 0, 2], count_E) - (mean_ED**2).sum(axis=1)
-    return np.sqrt(np.maximum(variance_E, 0)) * _over(table_EAB[:, 1, 0], count_E)
+    return np.asarray(np.sqrt(np.maximum(variance_E, 0)) * _over(table_EAB[:, 1, 0], count_E))
 
 
 def _over(total_E: np.ndarray, count_E: np.ndarray) -> np.ndarray:
-    return np.divide(total_E, count_E, out=np.zeros_like(total_E), where=count_E > 0)
+    return np.asarray(np.divide(total_E, count_E, out=np.zeros_like(total_E), where=count_E > 0))
 
 
 def super_experts(peak_LE: np.ndarray) -> np.ndarray:
