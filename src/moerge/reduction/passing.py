@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +19,6 @@ from moerge.reduction.scores import table_of
 from moerge.reduction.states import States
 from moerge.reduction.sums import Sums
 from moerge.runtime.layerwise import Dispatch, Layer, LayerwiseModel
-from moerge.tensors.threads import single_threaded_blas
 
 if TYPE_CHECKING:
     import torch
@@ -82,20 +80,6 @@ class TextPass:
         visit = None if look is None else lambda dispatch: results.append(look(number, dispatch))
         state_TD = self._states.read(number).to(self.model.device)
         return layer.run(state_TD, visit), results
-
-
-@contextmanager
-def one_thread_a_text() -> Iterator[None]:
-    """Make torch and BLAS work on one thread each."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with single_threaded_blas():
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def gather_sums(texts: TextPass, sampled: Mapping[int, int], *, similar: bool, advance: Advance) -> dict[str, Sums]:

@@ -31,8 +31,8 @@ _COMMON = {"mean_LED": "ED", "cosine_LEE": "EE", "products_LEE": "EE", "logits_L
 class Sums:
     """Sums over the tokens of some text, float64, for each layer with experts.
 
-    Over tokens that are routed to an expert: the `table` of gate^a * norm^b, its `output`s, their largest entry (`peak`). Over all
-    tokens, which `tokens` counts: the `mass` of its probability. Over `sampled` tokens, on which every expert ran: outputs
+    Over tokens that are routed to an expert: the `table` of gate^a * norm^b, its `output`s, their largest entry (`peak`). Over
+    all tokens, which `tokens` counts: the `mass` of its probability. Over `sampled` tokens, on which every expert ran: outputs
     (`mean`), the `cosine` and inner `products` of two experts' outputs, the products of their router `logits`; absent if no
     grouping needs them. `facts` say what model and text they are of.
     """
