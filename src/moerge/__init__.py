@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moerge.planning.plan import Plan
     from moerge.progress import Progress
     from moerge.recipe import Recipe, load_recipe
+    from moerge.reduction.run import reduce
     from moerge.renewal import refresh
     from moerge.reporting import report
     from moerge.searching.run import search
@@ -61,6 +62,7 @@ _HOMES = {
     "merge_methods": "moerge.methods.method",
     "plan": "moerge.merging.pipeline",
     "push": "moerge.hub",
+    "reduce": "moerge.reduction.run",
     "refresh": "moerge.renewal",
     "report": "moerge.reporting",
     "route": "moerge.inference.routes",
@@ -93,6 +95,7 @@ __all__ = [
     "method",
     "plan",
     "push",
+    "reduce",
     "refresh",
     "report",
     "route",

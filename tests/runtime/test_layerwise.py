@@ -12,7 +12,7 @@ from moerge.architecture.config import normalized_config
 from moerge.checkpoint.expert import mixture_tensors
 from moerge.checkpoint.reader import open_folder
 from moerge.errors import InputError
-from moerge.runtime.layerwise import Dispatch, LayerwiseModel, MixtureTensors, StopLayer
+from moerge.runtime.layerwise import Dispatch, LayerwiseModel, MixtureTensors
 from tests.helpers.hf_models import CASES, TOKENS, load, random_model, save, torch
 
 MIXTURES = [
@@ -101,16 +101,12 @@ def test_other_experts_and_rows_take_the_place_of_its_own(tmp_path: Path) -> Non
         assert not torch.allclose(layer.run(state_TD), own, atol=1e-3)
 
 
-def test_a_visit_can_break_a_layer_off(tmp_path: Path) -> None:
+def test_router_inputs_are_to_be_had_without_the_experts(tmp_path: Path) -> None:
     save(random_model(CASES["mixtral"](), 1), tmp_path / "model")
-    model, state_TD = opened(tmp_path / "model"), torch.randn(4, 32)
-
-    def stop(dispatch: Dispatch) -> None:
-        raise StopLayer
-
+    model, state_TD, seen = opened(tmp_path / "model"), torch.randn(4, 32), list[Dispatch]()
     with model.layer(1) as layer:
-        assert layer.run(state_TD, stop) is state_TD
-        assert layer.run(state_TD) is not state_TD
+        layer.run(state_TD, seen.append)
+        assert torch.equal(layer.inputs(state_TD), seen[0].inputs_TD)
 
 
 def test_nothing_of_a_layer_stays_in_memory(tmp_path: Path) -> None:

@@ -54,12 +54,11 @@ def model_card(plan: Plan) -> str:
     kind = "sequence-routed mixture of experts" if by_sequence else "mixture of experts" if plan.experts else "dense model"
     parts = [
         "---\n" + _yaml(_metadata(plan, cards)) + "---",
-        f"# A {kind} merged from {len(plan.recipe.experts)} experts",
+        f"# {plan.account.title}" if plan.account else f"# A {kind} merged from {len(plan.recipe.experts)} experts",
         f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, "
         f"`{plan.config['dtype']}`, architecture {code(_architecture(plan))}.",
         "## How",
-        "\n\n".join(_methods(plan)),
-        *(_moe(plan) if plan.experts else ()),
+        *_how(plan),
         "## Sources",
         _sources(plan, cards),
         *([] if licence_metadata(cards) else [_NO_LICENCE]),
@@ -112,6 +111,12 @@ def _metadata(plan: Plan, cards: Sequence[SourceCard]) -> dict[str, Any]:
 
 def _architecture(plan: Plan) -> str:
     return str((plan.config.get("architectures") or [plan.config.get("model_type")])[0])
+
+
+def _how(plan: Plan) -> list[str]:
+    if plan.account is not None:
+        return [*plan.account.paragraphs, *_calibration(plan)]
+    return ["\n\n".join(_methods(plan)), *(_moe(plan) if plan.experts else ())]
 
 
 def _methods(plan: Plan) -> list[str]:

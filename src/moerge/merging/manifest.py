@@ -57,6 +57,7 @@ def build_manifest(plan: Plan, staging: Staging, files: Mapping[str, str]) -> di
         "digest": DEFINITION,
         "tensors": {tensor.name: staging.digests[tensor.name] for tensor in plan.stored},
         "files": dict(files),
+        **({plan.account.key: dict(plan.account.facts)} if plan.account else {}),
     }
 
 

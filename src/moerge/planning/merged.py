@@ -10,7 +10,7 @@ import shutil
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,8 +95,7 @@ def merged_checkpoint(plan: Plan, name: str, location: str) -> MergedCheckpoint:
     folder = home.folder
     for file, content in {**plan.files, "config.json": to_json(plan.config)}.items():
         (folder / file).write_bytes(content)
-    merging = _Merging(plan)
-    tensors: Mapping[str, Tensor] = {output.name: _MergedTensor(output, merging) for output in plan.outputs}
+    tensors = merged_tensors(plan.outputs)
     return MergedCheckpoint(
         name,
         location,
@@ -108,6 +107,12 @@ def merged_checkpoint(plan: Plan, name: str, location: str) -> MergedCheckpoint:
         plan=plan,
         home=home,
     )
+
+
+def merged_tensors(outputs: Sequence[Output]) -> Mapping[str, Tensor]:
+    """Outputs as tensors that are computed as they are read, by name."""
+    merging = _Merging(outputs)
+    return {output.name: _MergedTensor(output, merging) for output in outputs}
 
 
 class _Home:
@@ -161,10 +166,10 @@ class _MergedTensor(Sized):
 
 
 class _Merging:
-    """Merges parts of a plan's outputs as they are asked for, from any thread."""
+    """Merges parts of outputs as they are asked for, from any thread."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._statistics = plan, dict[str, Any]()
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self._outputs, self._statistics = outputs, dict[str, Any]()
         self._arrays = MemoryStore()
         self._executor = Executor(self._arrays, allow_nonfinite=True)
         self._measuring, self._merging = threading.Lock(), threading.Lock()
@@ -183,7 +188,7 @@ class _Merging:
         with self._measuring:
             if output.name not in self._statistics:
                 if not self._statistics:
-                    merges = [o.operation for o in self._plan.outputs if isinstance(o.operation, Merge)]
+                    merges = [o.operation for o in self._outputs if isinstance(o.operation, Merge)]
                     self._executor.measure_model(merges, os.cpu_count() or 1)
                 self._statistics[output.name] = run_at_once(self._executor.statistic(output.operation))
             return self._statistics[output.name]

@@ -42,13 +42,23 @@ _OPERATIONS_PER_SECOND, _OPERATIONS_PER_SECOND_ON_A_DEVICE = 2e11, 2e13
 without instructions for it a sixth."""
 
 
+@dataclass(frozen=True)
+class Account:
+    """The making of a result that is no merge of experts: title and text of the card, and the manifest's `facts` at `key`."""
+
+    title: str
+    paragraphs: tuple[str, ...]
+    key: str
+    facts: Mapping[str, Any]
+
+
 @dataclass(frozen=True, repr=False)
 class Plan(Displayed):
     """Outputs in order, with the config and files that go beside them.
 
     `models` holds the base first, where there is one, and `family` is theirs; `experts` names the MoE's experts in the order of
     their indices, and is empty for a dense merge. `vocabulary` says where the tokens come from. What is said about clients is
-    not part of the result: its files do not depend on who was asked about.
+    not part of the result: its files do not depend on who was asked about. `account` replaces what the card says of merging.
     """
 
     recipe: Recipe
@@ -65,6 +75,7 @@ class Plan(Displayed):
     client_warnings: tuple[str, ...] = ()
     client_notes: tuple[str, ...] = ()
     family: Family | None = None
+    account: Account | None = None
 
     def headline(self) -> str:
         """Kind, parameters and bytes of the result."""

@@ -23,7 +23,12 @@ _MOST_BYTES = 16_000_000
 _MAX_ENTRIES = 100_000
 """Aliases expand: a few lines of YAML can mean more entries than fit in memory."""
 
-_SUCH_AS = {"recipe": "'experts' and 'merge'", "tuning file": "'model' and 'data'", "search file": "'recipe' and 'search'"}
+_SUCH_AS = {
+    "recipe": "'experts' and 'merge'",
+    "tuning file": "'model' and 'data'",
+    "search file": "'recipe' and 'search'",
+    "reduction": "'model' and 'reduce'",
+}
 """Keys of a kind of file, for messages."""
 
 _SCIENTIFIC = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")

@@ -22,7 +22,7 @@ class ExpertWeights(NamedTuple):
     down_DF: np.ndarray
 
     def permuted(self, order_F: np.ndarray) -> ExpertWeights:
-        """The same function with its neurons in another order."""
+        """Put the neurons in another order, which computes the same."""
         return ExpertWeights(self.gate_FD[order_F], self.up_FD[order_F], self.down_DF[:, order_F])
 
 

@@ -16,7 +16,7 @@ _RESTARTS, _MOST_STEPS = 10, 100
 
 
 def ream_similarity(cosine_EE: np.ndarray, logits_EE: np.ndarray) -> np.ndarray:
-    """How alike experts are, [E, E], from outputs and router logits (REAM, arXiv 2604.04356, equations 5 to 8).
+    """Similarities of experts, [E, E], from outputs and router logits (REAM, arXiv 2604.04356, equations 5 to 8).
 
     Args:
         cosine_EE: Mean over tokens of the cosine of two experts' outputs; gates do not change it.
@@ -100,7 +100,7 @@ def _seeds(distance_EE: np.ndarray, count: int, generator: np.random.Generator) 
         total = nearest_E.sum()
         weights_E = nearest_E / total if total > 0 else np.isin(np.arange(len(distance_EE)), left) / len(left)
         seeds.append(int(generator.choice(len(distance_EE), p=weights_E)))
-    labels_E = distance_EE[seeds].argmin(axis=0)
+    labels_E: np.ndarray = distance_EE[seeds].argmin(axis=0)
     labels_E[seeds] = np.arange(count)
     return labels_E
 

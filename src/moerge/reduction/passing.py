@@ -17,13 +17,16 @@ from moerge.errors import InputError
 from moerge.progress import Advance
 from moerge.reduction.scores import table_of
 from moerge.reduction.states import States
-from moerge.reduction.sums import Sums
+from moerge.reduction.sums import PEAK, Sums
 from moerge.runtime.layerwise import Dispatch, Layer, LayerwiseModel
+from moerge.runtime.tokens import encode_checked, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
+Look = Callable[[int, Dispatch], Result]
+"""Receives a text's number and what its tokens do at a layer's experts."""
 _TINY = 1e-30
 
 
@@ -35,19 +38,28 @@ class TokenizedText:
     ids: Sequence[int]
 
 
-class TextPass:
-    """Texts with their states between layers. A context manager; texts run on `threads` at once, each on one thread.
+def tokenized(folder: Path, domain: str, documents: Sequence[str], tokens: int, rows: int) -> list[TokenizedText]:
+    """A domain's documents, each up to so many tokens; InputError if there is no token, or one beyond the embedding's rows."""
+    tokenizer = load_tokenizer(folder)
+    every = (encode_checked(tokenizer, document, tokens, rows, domain).tolist() for document in documents)
+    found = [TokenizedText(domain, ids) for ids in every if ids]
+    if not found:
+        raise InputError(f"calibration.{domain}: no text has a token: name a file with some for this domain")
+    return found
 
-    So that results do not depend on the number of threads, sums inside torch are made by one thread, and those over texts in the
-    order of texts.
+
+class TextPass:
+    """Texts with their states between layers. A context manager; texts run on `threads` at once.
+
+    States lie in `folder` where memory would not do. Sums over texts are to be made in the order of texts, so that results do not
+    depend on the number of threads.
     """
 
     def __init__(self, model: LayerwiseModel, texts: Sequence[TokenizedText], folder: Path, threads: int) -> None:
-        width = model.embed([0]).shape[1]
         self.model, self.texts = model, texts
-        self._states = States([len(text.ids) for text in texts], width, model.dtype, folder)
-        self._pool = ThreadPoolExecutor(threads if model.device.type == "cpu" else 1)
-        self._threads = threads
+        self._states = States([len(text.ids) for text in texts], model.width, model.dtype, folder)
+        self._threads = threads if model.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._threads)
         for number, text in enumerate(texts):
             self._states.write(number, model.embed(text.ids))
 
@@ -57,38 +69,44 @@ class TextPass:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def each(
-        self, layer: Layer, look: Callable[[int, Dispatch], Result] | None = None, *, move: bool = True
-    ) -> Iterator[tuple[int, list[Result]]]:
-        """Run every text through a layer; yields its number and what `look` returned, in the order of texts.
+    def move(self, layer: Layer, look: Look[Result] | None = None) -> Iterator[tuple[int, Result | None]]:
+        """Run every text through a layer, whose output takes the place of its input.
 
-        With `move` the layer's output takes the place of its input.
+        Yields each text's number and what `look` returned for it, in the order of texts.
         """
+
+        def work(number: int) -> tuple[torch.Tensor, list[Result]]:
+            seen: list[Result] = []
+            visit = None if look is None else lambda dispatch: seen.append(look(number, dispatch))
+            return layer.run(self._states.read(number).to(self.model.device), visit), seen
+
+        for number, (state_TD, seen) in self._in_order(work):
+            self._states.write(number, state_TD)
+            yield number, seen[0] if seen else None
+
+    def inputs(self, layer: Layer) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each text's number and router inputs [T, D] in a layer, in the order of texts; nothing moves."""
+        yield from self._in_order(lambda number: layer.inputs(self._states.read(number).to(self.model.device)))
+
+    def _in_order(self, work: Callable[[int], Result]) -> Iterator[tuple[int, Result]]:
+        """`work` for all texts, as many at once as there are threads."""
         for start in range(0, len(self.texts), self._threads):
             numbers = range(start, min(start + self._threads, len(self.texts)))
-            for number, (state_TD, results) in zip(
-                numbers, self._pool.map(lambda n: self._run(layer, n, look), numbers), strict=True
-            ):
-                if move:
-                    self._states.write(number, state_TD)
-                yield number, results
-
-    def _run(
-        self, layer: Layer, number: int, look: Callable[[int, Dispatch], Result] | None
-    ) -> tuple[torch.Tensor, list[Result]]:
-        results: list[Result] = []
-        visit = None if look is None else lambda dispatch: results.append(look(number, dispatch))
-        state_TD = self._states.read(number).to(self.model.device)
-        return layer.run(state_TD, visit), results
+            yield from zip(numbers, self._pool.map(work, numbers), strict=True)
 
 
-def gather_sums(texts: TextPass, sampled: Mapping[int, int], *, similar: bool, advance: Advance) -> dict[str, Sums]:
+def spread(length: int, total: int, limit: int) -> np.ndarray:
+    """The places, evenly spread, of a text's share of `limit` tokens where all texts have `total`; at least one."""
+    count = length if total <= limit else min(length, max(1, round(limit * length / total)))
+    return np.asarray(np.linspace(0, length - 1, count).round().astype(int))
+
+
+def gather_sums(texts: TextPass, sampled: Mapping[int, np.ndarray], advance: Advance) -> dict[str, Sums]:
     """Pass texts through all layers and add up what their experts do, for each domain.
 
     Args:
         texts: What runs.
-        sampled: The number of tokens of each text, by its number, that every expert runs on.
-        similar: True to gather what groups are made of.
+        sampled: Places of the tokens of each text, by its number, that every expert runs on; empty if no grouping needs that.
         advance: Is told of tokens times layers that are done.
 
     Returns:
@@ -98,28 +116,29 @@ def gather_sums(texts: TextPass, sampled: Mapping[int, int], *, similar: bool, a
     routed = sorted(model.mixture.routers)
     experts, width = model.mixture.routers[routed[0]].shape
     domains = dict.fromkeys(text.domain for text in texts.texts)
-    found = {domain: Sums.zeros(len(routed), experts, width, similar=similar) for domain in domains}
+    found = {domain: Sums.zeros(len(routed), experts, width, similar=bool(sampled)) for domain in domains}
     for number in range(model.layers):
         with model.layer(number) as layer:
-            look = None
-            if number in routed:
-                look = lambda text, dispatch, layer=layer: _parts(layer, dispatch, experts, sampled[text] if similar else 0)  # noqa: E731
-            for text, parts in texts.each(layer, look):
-                for part in parts:
-                    _add(found[texts.texts[text].domain], routed.index(number), part)
+
+            def look(text: int, dispatch: Dispatch, layer: Layer = layer) -> dict[str, Any]:
+                return _parts(layer, dispatch, experts) | (_common(layer, dispatch, sampled[text]) if sampled else {})
+
+            for text, parts in texts.move(layer, look):
+                if parts is not None:
+                    _add(found[texts.texts[text].domain], routed.index(number), parts)
                 advance(len(texts.texts[text].ids))
     return found
 
 
-def _add(sums: Sums, place: int, part: Mapping[str, Any]) -> None:
-    for name, values in part.items():
+def _add(sums: Sums, place: int, parts: Mapping[str, Any]) -> None:
+    for name, values in parts.items():
         if not np.isfinite(values).all():
             raise InputError("calibration: a layer's outputs are not finite: run with 'dtype: float32', or verify the model")
         whole = sums[name]
-        whole[place] = np.maximum(whole[place], values) if name == "peak_LE" else whole[place] + values
+        whole[place] = np.maximum(whole[place], values) if name == PEAK else whole[place] + values
 
 
-def _parts(layer: Layer, dispatch: Dispatch, experts: int, sampled: int) -> dict[str, Any]:
+def _parts(layer: Layer, dispatch: Dispatch, experts: int) -> dict[str, Any]:
     """One text's share of the sums of a layer."""
     chosen_TK, outputs_TKD = dispatch.chosen_TK.cpu().numpy(), dispatch.outputs_TKD.float().cpu().numpy()
     norms_TK = np.linalg.norm(outputs_TKD.astype(np.float64), axis=2)
@@ -128,24 +147,22 @@ def _parts(layer: Layer, dispatch: Dispatch, experts: int, sampled: int) -> dict
     for expert in np.unique(flat):
         own_ND = outputs_ND[flat == expert]
         output_ED[expert], peak_E[expert] = own_ND.sum(axis=0, dtype=np.float64), np.abs(own_ND).max()
-    logits_TE = layer.logits(dispatch.inputs_TD)
-    parts = {
+    return {
         "table_LEAB": table_of(chosen_TK, dispatch.gates_TK.float().cpu().numpy(), norms_TK, experts),
         "output_LED": output_ED,
-        "peak_LE": peak_E,
-        "mass_LE": logits_TE.softmax(dim=-1).double().sum(dim=0).cpu().numpy(),
+        PEAK: peak_E,
+        "mass_LE": layer.logits(dispatch.inputs_TD).softmax(dim=-1).double().sum(dim=0).cpu().numpy(),
         "tokens_L": float(len(chosen_TK)),
     }
-    return parts | (_common(layer, dispatch.inputs_TD, logits_TE, sampled) if sampled else {})
 
 
-def _common(layer: Layer, inputs_TD: torch.Tensor, logits_TE: torch.Tensor, sampled: int) -> dict[str, Any]:
-    """What every expert does on `sampled` tokens, evenly spread."""
+def _common(layer: Layer, dispatch: Dispatch, places: np.ndarray) -> dict[str, Any]:
+    """Sums of what every expert does on the tokens at some places."""
     import torch
 
-    places = np.linspace(0, len(inputs_TD) - 1, min(sampled, len(inputs_TD))).round().astype(int)
-    chosen_TD, logits_TE = inputs_TD[places], logits_TE[places].double()
-    outputs_ETD = torch.stack([layer.output(expert, chosen_TD).double() for expert in range(len(layer.experts))])
+    inputs_TD = dispatch.inputs_TD[torch.from_numpy(places)]
+    logits_TE = layer.logits(inputs_TD).double()
+    outputs_ETD = torch.stack([layer.output(expert, inputs_TD).double() for expert in range(len(layer.experts))])
     products_TEE = torch.einsum("etd,ftd->tef", outputs_ETD, outputs_ETD)
     length_TE = products_TEE.diagonal(dim1=1, dim2=2).clamp_min(_TINY).sqrt()
     cosine_TEE = products_TEE / (length_TE[:, :, None] * length_TE[:, None, :])

@@ -22,8 +22,9 @@ from moerge.reduction.scores import POWERS
 from moerge.tensors.dtypes import DTYPES
 
 _FACTS = "moerge.reduction"
-_PEAK = "peak_LE"
-_ROUTED = {"table_LEAB": "EAB", "output_LED": "ED", _PEAK: "E", "mass_LE": "E", "tokens_L": ""}
+PEAK = "peak_LE"
+"""The one entry that is a maximum and no sum."""
+_ROUTED = {"table_LEAB": "EAB", "output_LED": "ED", PEAK: "E", "mass_LE": "E", "tokens_L": ""}
 _COMMON = {"mean_LED": "ED", "cosine_LEE": "EE", "products_LEE": "EE", "logits_LEE": "EE", "sampled_L": ""}
 
 
@@ -46,7 +47,7 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         """The sums of both texts together."""
         both = self.arrays.keys() & other.arrays.keys()
-        joined = {name: (np.maximum if name == _PEAK else np.add)(self[name], other[name]) for name in sorted(both)}
+        joined = {name: (np.maximum if name == PEAK else np.add)(self[name], other[name]) for name in sorted(both)}
         return Sums(joined)
 
     @property

@@ -55,7 +55,7 @@ ExpertTensors = Mapping[str, Tensor]
 
 
 class _Finished(Exception):
-    """The layer that was asked for has run; carries its output."""
+    """Carries what was asked for: a layer's output, or its router's inputs."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class MixtureTensors:
         return layers
 
     def _of_all(self, name: str, shape: tuple[int, ...], parts: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
-        """What a tensor of all experts is made of: each one's parts, one after the other."""
+        """The parts of each expert in a tensor of all, one after the other."""
         rows, size = shape[1] // len(parts), prod(shape[1:])
         for number in range(shape[0]):
             for place, role in enumerate(parts):
@@ -116,7 +116,8 @@ class LayerwiseModel:
         settings = {key: value for key, value in written.items() if key not in ("auto_map", "torch_dtype", "dtype")}
         with explained(name), without_warnings(), torch.device("meta"):
             config = transformers.AutoConfig.for_model(**settings)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            auto: Any = transformers.AutoModelForCausalLM
+            model = auto.from_config(config, dtype=self.dtype)
         self.body = model.base_model.eval()
         self.body.rotary_emb = type(self.body.rotary_emb)(config=config).to(self.device)
         for number, layer in enumerate(self.body.layers):
@@ -135,8 +136,18 @@ class LayerwiseModel:
         return self.mixture.tensors[name]
 
     @property
+    def vocabulary(self) -> int:
+        """The rows of its embedding."""
+        return self._embedding.shape[0]
+
+    @property
+    def width(self) -> int:
+        """The width of its states."""
+        return self._embedding.shape[1]
+
+    @property
     def layers(self) -> int:
-        """How many layers it has."""
+        """The number of its layers."""
         return len(self.body.layers)
 
     def values(self, tensor: Tensor) -> torch.Tensor:
@@ -198,7 +209,7 @@ class LayerwiseModel:
 
     def _router(self, module: Any) -> Any:
         """The module that holds the router's matrix."""
-        shape = self.mixture.config["num_local_experts"], self._embedding.shape[1]
+        shape = self.mixture.config["num_local_experts"], self.width
         named = [child for name, child in module.named_modules() if name.endswith((".gate", ".router"))]
         return next(child for child in named if hasattr(child, "weight") and tuple(child.weight.shape) == shape)
 
@@ -235,7 +246,7 @@ class LayerwiseModel:
             return state
         given = self._running.state_1TD
         found = own(state if given is None else given, *arguments, **options)
-        raise _Finished(found[0] if isinstance(found, tuple) else found)
+        raise _Finished((found[0] if isinstance(found, tuple) else found)[0])
 
 
 class Layer:
@@ -246,10 +257,14 @@ class Layer:
         self._activation: Any = None
 
     def run(self, state_TD: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
-        """The layer's output for a text's states [T, D], which for layer 0 are its embeddings; `visit` sees the experts at work.
+        """The layer's output for a text's states [T, D], for layer 0 its embeddings; `visit` sees the experts at work."""
+        return self._until_finished(state_TD, visit)
 
-        A visit that raises `StopLayer` breaks the layer off, and its input is returned.
-        """
+    def inputs(self, state_TD: torch.Tensor) -> torch.Tensor:
+        """The router's inputs for a text's states, [T, D]; no expert runs."""
+        return self._until_finished(state_TD, _stop)
+
+    def _until_finished(self, state_TD: torch.Tensor, visit: Visit | None) -> torch.Tensor:
         import torch
 
         running = self.model._running
@@ -259,25 +274,23 @@ class Layer:
             with torch.no_grad():
                 self.model.body(inputs_embeds=state_TD[None], use_cache=False)
         except _Finished as finished:
-            return torch.as_tensor(finished.args[0])[0]
-        except StopLayer:
-            return state_TD
-        finally:
-            running.visit = None
+            return torch.as_tensor(finished.args[0])
         raise AssertionError("the layer did not run")
 
     def logits(self, inputs_TD: torch.Tensor) -> torch.Tensor:
         """The router's logits, float32 [T, E]."""
-        return inputs_TD.float() @ self.router.weight.float().T
+        logits_TE: torch.Tensor = inputs_TD.float() @ self.router.weight.float().T
+        return logits_TE
 
     def activations(self, expert: int, inputs_TD: torch.Tensor) -> torch.Tensor:
-        """What an expert's down projection reads, [T, F]."""
+        """The inputs of an expert's down projection, [T, F]."""
         return self.neurons(self.experts[expert], inputs_TD)
 
     def neurons(self, matrices: Mapping[str, torch.Tensor], inputs_TD: torch.Tensor) -> torch.Tensor:
         """act(gate @ x) * (up @ x) for any expert's matrices, [T, F]."""
         gate_TF, up_TF = inputs_TD @ matrices["gate"].T, inputs_TD @ matrices["up"].T
-        return self._activation(gate_TF) * up_TF  # type: ignore[no-any-return]
+        activated_TF: torch.Tensor = self._activation(gate_TF) * up_TF
+        return activated_TF
 
     def output(self, expert: int, inputs_TD: torch.Tensor) -> torch.Tensor:
         """An expert's output, [T, D]."""
@@ -300,7 +313,7 @@ class Layer:
 
         visit = self.model._running.visit
         outputs_TKD = torch.zeros(*chosen_TK.shape, inputs_TD.shape[-1], dtype=inputs_TD.dtype, device=inputs_TD.device)
-        if not getattr(visit, "inputs_only", False):
+        if visit is not _stop:
             for expert in torch.unique(chosen_TK).tolist():
                 tokens, places = torch.where(chosen_TK == expert)
                 outputs_TKD[tokens, places] = self.output(expert, inputs_TD[tokens])
@@ -310,8 +323,9 @@ class Layer:
         return mixed_TD.to(inputs_TD.dtype)
 
 
-class StopLayer(Exception):
-    """Raised by a visit that has seen enough of a layer."""
+def _stop(dispatch: Dispatch) -> None:
+    """Break a layer off where its experts begin."""
+    raise _Finished(dispatch.inputs_TD)
 
 
 def _fixed(values: torch.Tensor) -> Any:
