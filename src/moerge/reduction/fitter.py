@@ -1,4 +1,4 @@
-"""What a smaller mixture has that must be computed on text: folded experts and fitted routers, layer by layer.
+"""Everything in a smaller mixture that must be computed on text: folded experts and fitted routers, layer by layer.
 
 Two streams of the same texts run: through the mixture as it was, for the routing that is to be matched, and through the smaller
 one as far as it is computed, for the inputs that its layers will really see. Shapes: T tokens, D width, E experts that are left,
@@ -7,7 +7,9 @@ F neurons.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -233,7 +235,7 @@ class _Streams:
         return MixtureTensors(smaller.family, smaller.config, tensors)
 
     def _target(self, number: int, choice: LayerChoice | None) -> np.ndarray | None:
-        """What the fitted router is to say of the sampled tokens: the old probabilities, added up in groups, [T, E]."""
+        """The probabilities that a fitted router should give for sampled tokens: the old probabilities, added up in groups, [T, E]."""
         if self._before is None:
             return None
         with self._before.model.layer(number) as layer:
@@ -260,12 +262,11 @@ class _Streams:
 
 
 class _Results:
-    """What was computed, by the names of outputs. Experts lie in files until they are stored."""
+    """Results by the names of outputs. Experts lie in files until they are stored."""
 
     def __init__(self, outputs: Sequence[TensorSpec]) -> None:
         self._by_role = {output.role: output for output in outputs}
-        self._home = tempfile.TemporaryDirectory(prefix="moerge-")
-        self.arrays: dict[str, np.ndarray] = _Kept(self._home)
+        self.arrays = _Arrays()
 
     def add(
         self, mixture: MixtureTensors, choice: LayerChoice, folded: Mapping[int, ExpertWeights], rows_ED: np.ndarray | None = None
@@ -283,7 +284,7 @@ class _Results:
         self, mixture: MixtureTensors, choice: LayerChoice, folded: Mapping[int, ExpertWeights], output: TensorSpec
     ) -> None:
         """Fill a folded expert's matrix, or a tensor of all experts of which some are folded."""
-        file = Path(self._home.name) / str(len(self.arrays))
+        file = self.arrays.folder / str(len(self.arrays))
         array = self.arrays[output.name] = np.memmap(file, np.float32, "w+", shape=output.shape)
         number, _, part = output.role.partition(".ffn.")[2].rpartition(".")
         if number:
@@ -294,12 +295,13 @@ class _Results:
             array[slot] = np.concatenate([own[name] for name in part.split("_")])
 
 
-class _Kept(dict[str, np.ndarray]):
-    """Arrays and the folder that some of them lie in, which is removed with them."""
+class _Arrays(dict[str, np.ndarray]):
+    """Arrays, and the folder that some of them lie in, which is removed with them."""
 
-    def __init__(self, home: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.home = home
+        self.folder = Path(tempfile.mkdtemp(prefix="moerge-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _all_texts(context: FitContext, model: LayerwiseModel, tokens: int) -> list[TokenizedText]:

@@ -118,7 +118,7 @@ def _check_counts(recipe: ReductionRecipe, mixture: Mixture, count: int) -> None
 
 @dataclass(frozen=True, eq=False)
 class Assembler:
-    """Makes the operations of the smaller mixture. `base` has the ancestor's matrices by layer and part where a method needs it."""
+    """The operations of the smaller mixture. `base` has the ancestor's matrices by layer and part where a method needs it."""
 
     mixture: Mixture
     choice: Choice

@@ -174,7 +174,7 @@ def _load(mixture: Mixture, file: Path) -> Sums:
 
 
 def _reused(recipe: ReductionRecipe, mixture: Mixture, file: Path, facts: Mapping[str, Any]) -> Sums | None:
-    """What a file holds, if it is of this very model, text and setting and has what is needed."""
+    """Sums in a file, if they are of this very model, text and setting and have what is needed."""
     if not file.is_file():
         return None
     sums = _load(mixture, file)
