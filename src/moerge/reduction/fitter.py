@@ -235,7 +235,7 @@ class _Streams:
         return MixtureTensors(smaller.family, smaller.config, tensors)
 
     def _target(self, number: int, choice: LayerChoice | None) -> np.ndarray | None:
-        """The probabilities that a fitted router should give for sampled tokens: the old probabilities, added up in groups, [T, E]."""
+        """The probabilities that a fitted router should give sampled tokens: the old ones, added up in groups, [T, E]."""
         if self._before is None:
             return None
         with self._before.model.layer(number) as layer:
