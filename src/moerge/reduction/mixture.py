@@ -15,7 +15,7 @@ from moerge.architecture.family import expected_tensors
 from moerge.architecture.mixture import expert_count, is_routed, with_experts
 from moerge.checkpoint.expert import expert_labels
 from moerge.checkpoint.locate import locate
-from moerge.checkpoint.quantised import refuse_quantised
+from moerge.checkpoint.quantised import with_numbers
 from moerge.errors import InputError
 from moerge.methods.average import Linear
 from moerge.methods.method import MergeMethod
@@ -78,8 +78,7 @@ def open_mixture(recipe: ReductionRecipe) -> Mixture:
 
     Raises InputError for a dense model, experts of unequal shapes, and numbers of experts that cannot be.
     """
-    checkpoint = locate(recipe.model, name=NAME, relative_to=recipe.folder)
-    refuse_quantised(checkpoint)
+    checkpoint = with_numbers(locate(recipe.model, name=NAME, relative_to=recipe.folder))
     model = SourceModel.of(checkpoint)
     count = expert_count(model.family, model.written)
     if not count:
@@ -225,9 +224,7 @@ def base_matrices(recipe: ReductionRecipe, mixture: Mixture) -> tuple[Mapping[in
     if label in mixture.labels or (label.isdecimal() and int(label) < len(mixture.labels)):
         number = mixture.labels.index(label) if label in mixture.labels else int(label)
         return {layer: _sources(NAME, experts[layer][number]) for layer in experts}, None
-    checkpoint = locate(label, name="base", relative_to=recipe.folder)
-    refuse_quantised(checkpoint)
-    model = SourceModel.of(checkpoint)
+    model = SourceModel.of(with_numbers(locate(label, name="base", relative_to=recipe.folder)))
     by_role = {tensor.role: tensor.name for tensor in expected_of(model)}
     found: dict[int, Mapping[str, Source]] = {}
     for layer, first in ((layer, experts[layer][0]) for layer in experts):
