@@ -18,6 +18,7 @@ from moerge.architecture.needed import Compared, compare_with_transformers
 from moerge.architecture.registry import read_config
 from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE, expected_routed, expert_config, routed_role
 from moerge.checkpoint.adapter_config import describe_adapter
+from moerge.checkpoint.expert import SEPARATOR, expert_labels
 from moerge.checkpoint.header import read_metadata
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
@@ -153,7 +154,10 @@ def _check(tensor: Tensor, wanted: str | None, damage: dict[str, str], advance: 
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Displayed):
-    """The facts of a checkpoint, from its config and headers. `expert_models` are those of experts that are whole models."""
+    """The facts of a checkpoint, from its config and headers.
+
+    `expert_models` are those of experts that are whole models, `experts` the names or numbers of a native mixture's.
+    """
 
     checkpoint: Checkpoint
     family: str | None
@@ -165,6 +169,12 @@ class Inspection(Displayed):
     manifest: Mapping[str, Any] | None
     adapter: Mapping[str, Any] | None = None
     expert_models: tuple[Mapping[str, Any], ...] = ()
+    experts: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> dict[str, str]:
+        """How recipes call each expert of a native mixture, by name or number."""
+        return {expert: f"{self.checkpoint.location}{SEPARATOR}{expert}" for expert in self.experts}
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
@@ -177,6 +187,7 @@ class Inspection(Displayed):
             "bytes": self.checkpoint.nbytes,
             "dtypes": dict(self.dtypes),
             "expert_models": [dict(model) for model in self.expert_models],
+            "expert_references": self.references,
             "layers": config.get("num_hidden_layers"),
             "hidden_size": config.get("hidden_size"),
             "tied_embeddings": bool(config.get("tie_word_embeddings")),
@@ -219,6 +230,7 @@ def inspect(location: str | Path) -> Inspection:
         manifest=read_manifest(checkpoint.folder),
         adapter=describe_adapter(checkpoint) if is_adapter(checkpoint) else None,
         expert_models=_expert_models(checkpoint) if checkpoint.model_type == HETEROGENEOUS else (),
+        experts=() if is_adapter(checkpoint) or checkpoint.model_type in BY_SEQUENCE else expert_labels(checkpoint),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def test_the_result_is_an_ordinary_mixtral_with_gates(kind: str, models: Path) -
     assert type(model).__name__ == "MixtralForCausalLM"
     assert len(gates(out)) == 2 and all(np.abs(gate).max() > 0.01 for gate in gates(out).values())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
-    assert sorted(path.name for path in out.iterdir() if "0000" not in path.name) == [
+    assert sorted(path.name for path in out.iterdir() if path.is_file() and "0000" not in path.name) == [
         "README.md",
         "config.json",
         "generation_config.json",
@@ -285,6 +286,38 @@ def test_statistics_stand_for_text_when_an_expert_comes_or_goes(models: Path) ->
         assert {name: gate.tobytes() for name, gate in one.items()} == {name: gate.tobytes() for name, gate in other.items()}
     manifest = read_manifest(models / "removed")
     assert manifest is not None and overlap(documents("code"), manifest) == 12
+
+
+@pytest.mark.parametrize("kind", ["ridge", "hidden"])
+def test_an_expert_joins_a_mixture_by_its_own_text_alone(models: Path, kind: str) -> None:
+    everyone = {"origin": "base", **{name: name for name in tiny.EXPERTS}}
+    base = {"method": "passthrough", "model": "origin"}
+
+    def run(out: str, experts: Mapping[str, str], texts: Sequence[str], merge: Mapping[str, Any]) -> Any:
+        recipe = {
+            "experts": {name: str(models / model) for name, model in experts.items()},
+            "merge": dict(merge),
+            "moe": {"router": {"kind": kind}, "top_k": 2},
+            "calibration": {name: str(models / f"{everyone[name.removeprefix('the_')]}.txt") for name in texts},
+        }
+        return moerge.merge(recipe, models / out).plan
+
+    three = {f"the_{name}": model for name, model in everyone.items() if name != "knowledge"}
+    own = {"method": "passthrough", "model": "the_origin"}
+    run("three", three, list(three), own)
+    stored = {path.name for path in (models / "three/router_statistics").iterdir()}
+    assert stored == {f"{name}.safetensors" for name in three}
+    taken = {name.removeprefix("the_"): f"three#{name}" for name in three}
+    plan = run("four", {**taken, "knowledge": "knowledge"}, ["knowledge"], base)
+    assert plan.warnings == ()
+    run("whole", everyone, list(everyone), base)
+    whole, four = tiny.read_tensors(models / "whole"), tiny.read_tensors(models / "four")
+    assert {name: array.tobytes() for name, array in whole.items()} == {name: array.tobytes() for name, array in four.items()}
+    fewer = run("fewer", {"x": "four#math", "y": "four#knowledge"}, [], {"method": "passthrough", "model": "x"})
+    assert not fewer.calibration[0].documents and (models / "fewer/router_statistics/x.safetensors").exists()
+    shutil.rmtree(models / "three/router_statistics")
+    with pytest.raises(InputError, match="math: FILE"):
+        run("never", {**taken, "knowledge": "knowledge"}, ["origin", "knowledge"], base)
 
 
 def test_statistics_of_another_backbone_are_used_with_a_warning(models: Path) -> None:

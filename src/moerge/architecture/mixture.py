@@ -74,7 +74,7 @@ def expert_layout(
         config: Its config.json.
         number: The expert's, from 0.
         dense_types: Model types to prefer where several map to the mixture exactly.
-        built: True for a mixture that moerge built, whose shared expert is then zero.
+        built: True where a shared expert is known to be zero.
 
     Returns:
         The expert's config and tensors.
@@ -144,5 +144,7 @@ def _maps_back(moe: MoEFormat, dense: Family, config: Mapping[str, Any], mixture
     if moe.unsupported_reason(known):
         return False
     back = normalized_config(moe.convert(known, mixture[_COUNT], mixture.get(_CHOSEN) or 1), moe.family)
-    apart = _ROUTING | ({"intermediate_size"} if moe.family.sizes else set())
+    if not all(mixture.get("moe_layers", ())) and mixture.get("intermediate_size") != known.get("intermediate_size"):
+        return False  # its layers without experts are of another width
+    apart = _ROUTING | {"moe_layers"} | ({"intermediate_size"} if moe.family.sizes else set())
     return not differences({"mixture": mixture, "back": back}).keys() - apart

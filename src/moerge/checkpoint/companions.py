@@ -22,6 +22,7 @@ _STALE = (
     *("*.index.json", "*.md", "*.txt.gz", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4", "*.html"),
     *("license*", "notice*", "use_policy*", ".*", "*/.*", "*.log", "*.csv", "*.lock", "__pycache__/*"),
     *("onnx/*", "openvino/*", "original/*", "coreml/*", "checkpoint-*", "global_step*", "runs/*", "wandb/*"),
+    "router_statistics/*",
     *("trainer_*", "training_*", "*_results.json", "optimizer*", "scheduler*", "rng_state*", "latest", "zero_to_fp32.py"),
 )
 """Weights, what describes other weights than the result's, descriptions, and what training leaves: nobody misses these."""

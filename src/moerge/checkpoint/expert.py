@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from moerge.architecture.config import normalized_config
 from moerge.architecture.family import Family
 from moerge.architecture.mixture import Piece, expert_count, expert_layout
 from moerge.architecture.stored import stored_family, unwrapped
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import Checkpoint
+from moerge.checkpoint.staging import STATISTICS
 from moerge.errors import InputError, suggest
 from moerge.tensors.tensor import Tensor
 from moerge.tensors.views.span import SpanTensor
@@ -39,11 +42,21 @@ class ExpertCheckpoint(Checkpoint):
         return expert_labels(self.mixture)[self.number]
 
     @property
+    def statistics(self) -> Path:
+        """The file that has what the mixture's router was computed from, of this expert; it need not exist."""
+        return self.folder / STATISTICS / f"{Path(self.expert).name}.safetensors"
+
+    @property
     def family(self) -> Family:
         """The mixture's family."""
         family = mixture_tensors(self.mixture)[0]
         assert family is not None
         return family
+
+    @property
+    def mixture_config(self) -> dict[str, Any]:
+        """The mixture's config in its normal form."""
+        return normalized_config(self.mixture.config, self.family)
 
 
 def split_reference(location: str, folder: Path) -> tuple[str, str | None]:
@@ -88,7 +101,8 @@ def expert_of(mixture: Checkpoint, expert: str, location: str, dense_types: tupl
     number = _number(mixture, expert, where)
     family, tensors = mixture_tensors(mixture)
     assert family is not None
-    built = read_manifest(mixture.folder) is not None
+    manifest = read_manifest(mixture.folder) or {}
+    built = any(operation.get("action") == "zeros" for operation in manifest.get("operations", ()))
     try:
         layout = expert_layout(family, mixture.config, number, dense_types=dense_types, built=built)
     except ValueError as error:

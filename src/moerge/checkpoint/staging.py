@@ -30,6 +30,8 @@ from moerge.tensors.spec import TensorSpec
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "moerge.json"
+STATISTICS = "router_statistics"
+"""The folder in a mixture with what its router was computed from: with it, an expert can be added later."""
 
 _CHECKPOINT = "checkpoint"
 
@@ -194,7 +196,8 @@ class Staging(Workspace):
         with machine_errors(self.root):
             files = self._with_index(files)
             for path in self.folder.rglob("*"):
-                if path.is_file() and path.relative_to(self.folder).as_posix() not in {*files, *self._shards}:
+                name = path.relative_to(self.folder)
+                if path.is_file() and name.parts[0] != STATISTICS and name.as_posix() not in {*files, *self._shards}:
                     path.unlink()
             self._close_shards()  # Windows renames no folder with open files
             self.publish(self.folder, files, replace=replace)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from moerge.checkpoint.expert import ExpertCheckpoint
 from moerge.errors import InputError
 from moerge.methods.statistical import StatisticsMethod
 from moerge.modeling import code_files
@@ -67,7 +69,9 @@ def located(recipe: Recipe, *, weights: bool = False, commits: Mapping[str, str 
 def _planned(recipe: Recipe, draft: Draft) -> Plan:
     """The plan of a draft, with its files, texts and remarks."""
     assembled, vocabulary = draft.assembled, draft.vocabulary
-    calibration = calibration_texts(recipe, assembled.experts, fit_jobs(assembled.outputs))
+    sources = [model.checkpoint for model in draft.models]
+    statistics = {model.name: model.statistics for model in sources if isinstance(model, ExpertCheckpoint)}
+    calibration = calibration_texts(recipe, assembled.experts, fit_jobs(assembled.outputs), statistics)
     files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")
@@ -98,9 +102,14 @@ def _planned(recipe: Recipe, draft: Draft) -> Plan:
     return replace(plan, notes=(*plan.notes, *_fit_notes(plan)))
 
 
-def calibration_texts(recipe: Recipe, experts: Sequence[str], needed: Sequence[FitJob]) -> tuple[Texts, ...]:
-    """The text of each expert that something is fitted to: where fitters want more and fewer documents, the more."""
-    request = recipe.text_request(experts)
+def calibration_texts(
+    recipe: Recipe, experts: Sequence[str], needed: Sequence[FitJob], statistics: Mapping[str, Path] | None = None
+) -> tuple[Texts, ...]:
+    """The text of each expert that something is fitted to: where fitters want more and fewer documents, the more.
+
+    `statistics` are files that may be there instead of text, by expert.
+    """
+    request = recipe.text_request(experts, statistics)
     by_expert: dict[str, Texts] = {}
     for fitting in needed:
         for texts in fitting.fitter.inputs(request):

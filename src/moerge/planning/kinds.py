@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from moerge.architecture.config import STRUCTURAL
+from moerge.checkpoint.expert import ExpertCheckpoint
 from moerge.errors import InputError
 from moerge.planning.models import SourceModel
 from moerge.recipe.document import dotted
 from moerge.recipe.heterogeneous import conflicting_key
-from moerge.recipe.schema import Recipe
+from moerge.recipe.schema import MoE, Recipe
 from moerge.routers.sequence import LearnedSequenceRouter, RandomSequenceRouter
 
 Kind = Literal["dense", "token_routed", "sequence_routed", "heterogeneous"]
@@ -32,8 +33,10 @@ def resolve(recipe: Recipe, models: Sequence[SourceModel]) -> Recipe:
     with such experts.
     """
     moe = recipe.moe
-    if moe is None or not is_heterogeneous(recipe, models):
+    if moe is None:
         return recipe
+    if not is_heterogeneous(recipe, models):
+        return recipe if moe.by_sequence else _with_top_k(recipe, moe, models)
     problem = conflicting_key(recipe)
     if problem:
         raise InputError(f"{recipe.source}: {dotted(problem[0])}{problem[1]}")
@@ -43,6 +46,17 @@ def resolve(recipe: Recipe, models: Sequence[SourceModel]) -> Recipe:
     if "top_k" not in moe.model_fields_set:
         changes["top_k"] = min(moe.top_k, len(recipe.expert_names))
     return recipe.model_copy(update={"moe": moe.model_copy(update=changes)})
+
+
+def _with_top_k(recipe: Recipe, moe: MoE, models: Sequence[SourceModel]) -> Recipe:
+    """The recipe with the top_k of the first mixture that experts come from, unless it says another or has fewer experts."""
+    origins = (model.checkpoint for model in models if isinstance(model.checkpoint, ExpertCheckpoint))
+    first = next(origins, None)
+    top_k = None if first is None else first.mixture_config.get("num_experts_per_tok")
+    if type(top_k) is not int or top_k < 1 or "top_k" in moe.model_fields_set:
+        return recipe
+    changed = moe.model_copy(update={"top_k": min(top_k, len(recipe.expert_names))})
+    return recipe.model_copy(update={"moe": changed})
 
 
 def is_heterogeneous(recipe: Recipe, models: Sequence[SourceModel]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,9 +210,9 @@ class Recipe(_Strict):
         """The MoE's experts in the order of their indices."""
         return (*(("base",) if self.includes_base else ()), *self.experts)
 
-    def text_request(self, experts: Sequence[str]) -> TextRequest:
-        """The calibration text of these experts, for fitters to read."""
-        return TextRequest(self.source, self.folder, self.calibration, tuple(experts), self.base is not None)
+    def text_request(self, experts: Sequence[str], statistics: Mapping[str, Path] | None = None) -> TextRequest:
+        """The calibration text of these experts, for fitters to read, and what mixtures have of it."""
+        return TextRequest(self.source, self.folder, self.calibration, tuple(experts), self.base is not None, statistics or {})
 
     @property
     def methods(self) -> tuple[MergeMethod, ...]:

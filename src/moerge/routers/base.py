@@ -52,6 +52,16 @@ class RandomRouter(Router):
         return Draw.of_linear(gate.shape[1], self.seed, self.std)
 
 
+class KeepRouter(Router):
+    """The rows that the experts have in the mixtures that they come from, byte for byte: for experts named as MIXTURE#EXPERT.
+
+    A mixture whose experts are dropped, reordered or repeated routes as before among those that stay: where the weights of the
+    chosen experts are made to add up to 1, a token whose experts all stay gets the same output.
+    """
+
+    kind: ClassVar[str] = "keep"
+
+
 class FittedRouter(Router, Fitter):
     """A router whose gates are computed once every other tensor of the merged model is written.
 

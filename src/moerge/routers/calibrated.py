@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from moerge.checkpoint.staging import STATISTICS
 from moerge.errors import InputError
 from moerge.extras import require
 from moerge.operations.fitter import FitContext, MoESize
@@ -109,20 +110,29 @@ class CalibratedRouter(ModelRouter):
 class MomentRouter(CalibratedRouter):
     """A calibrated router that needs no more of each text than its `GramStatistics`, which add up.
 
-    `statistics` names a folder (relative to the recipe) where they are kept, a file for each expert. An expert whose file is
-    there needs no calibration text any more: so experts can be added, which need text of their own only, or removed. Text that
-    is given is used, unless the file stems from the very same text, settings and merged model.
+    They are kept in the mixture, a file for each expert, or in the folder that `statistics` names (relative to the recipe). An
+    expert whose file is there, in that folder or in the mixture that it is taken from, needs no calibration text any more: so
+    experts can be added, which need text of their own only, or removed. Text that is given is used, unless the file stems from
+    the very same text, settings and merged model.
     """
 
     statistics: str | None = None
 
     def _texts(self, request: TextRequest, expert: str) -> Texts:
-        if self.statistics is not None and expert not in request.calibration:
-            saved = _file(request.folder / self.statistics, expert)
-            if saved.is_file():
-                facts = read_facts(saved)
-                return Texts(expert, f"{self.statistics}/{saved.name}", (), tuple(facts.get("documents", ())))
-        return super()._texts(request, expert)
+        if expert in request.calibration:
+            return super()._texts(request, expert)
+        own, kept = request.statistics.get(expert), self.statistics
+        places = [] if kept is None else [(f"{kept}/{expert}.safetensors", _file(request.folder / kept, expert))]
+        places += [] if own is None else [(str(own.absolute()), own)]
+        for location, file in places:
+            if file.is_file():
+                return Texts(expert, location, (), tuple(read_facts(file).get("documents", ())))
+        if own is None:
+            return super()._texts(request, expert)
+        raise InputError(
+            f"{request.source}: the {self.kind} router needs text of {expert}, since {own.parent} has no statistics of it: "
+            f"add '{expert}: FILE' to 'calibration'"
+        )
 
     def remarks(self, context: FitContext) -> tuple[str, ...]:
         """Warn about statistics that stem from another model than the one that was merged now."""
@@ -142,21 +152,23 @@ class MomentRouter(CalibratedRouter):
     def moments(self, context: FitContext) -> list[GramStatistics]:
         """The statistics of every expert, from its file or from its text."""
         shape = len(context.outputs), context.outputs[0].shape[1]
-        folder = None if self.statistics is None else context.relative_to / self.statistics
+        folder = context.folder / STATISTICS if self.statistics is None else context.relative_to / self.statistics
         found = []
         with ExitStack() as stack:
             replicas = None
             for index, expert in enumerate(context.experts):
                 texts, facts = context.texts[expert], self._facts(context, index)
-                saved = _file(folder, expert) if folder is not None else None
-                if saved is not None and saved.is_file() and (not texts.documents or _same(saved, facts)):
+                target = _file(folder, expert)
+                saved = target if texts.documents else context.relative_to / texts.location
+                reused = not texts.documents or (saved.is_file() and _same(saved, facts))
+                if reused:
                     found.append(load_moments(saved, *shape))
                     context.advance(len(texts.documents))
-                    continue
-                replicas = replicas or stack.enter_context(self.replicas(context))  # only now: it may not be needed at all
-                found.append(collect(replicas, texts.documents, self.tokens, self.path_of(index), facts, context.advance))
-                if saved is not None:
-                    save_moments(saved, found[-1])
+                else:
+                    replicas = replicas or stack.enter_context(self.replicas(context))  # only now: it may not be needed at all
+                    found.append(collect(replicas, texts.documents, self.tokens, self.path_of(index), facts, context.advance))
+                if saved != target or not reused:
+                    save_moments(target, found[-1])
         return found
 
     def _facts(self, context: FitContext, index: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -12,7 +12,8 @@ class TextRequest:
     """Calibration text by expert, as a recipe names it.
 
     `source` is how messages call the recipe, `folder` where relative paths start, `experts` the experts of the result in
-    order, and `has_base` says whether the recipe names a base.
+    order, and `has_base` says whether the recipe names a base. `statistics` are the files in which mixtures that experts come
+    from may have what their routers were computed from.
     """
 
     source: str
@@ -20,3 +21,4 @@ class TextRequest:
     calibration: Mapping[str, str]
     experts: tuple[str, ...]
     has_base: bool
+    statistics: Mapping[str, Path] = field(default_factory=dict)

@@ -14,6 +14,9 @@ from moerge.merging.pipeline import MergeResult
 from moerge.planning.plan import Plan
 from moerge.renewal import Refreshed
 
+_LISTED = 8
+"""More experts than this are not listed one by one."""
+
 
 def plan(planned: Plan, threads: int, *, as_json: bool) -> None:
     """Print a plan."""
@@ -131,6 +134,10 @@ def inspection(found: Inspection) -> None:
         table.add_row("made by", f"moerge {made['versions']['moerge']}, {how}")
         if made["experts"]:
             table.add_row("experts", ", ".join(f"{index} {name}" for index, name in enumerate(made["experts"])))
+    if found.experts:
+        references = list(found.references.values())
+        shown = references if len(references) <= _LISTED else [references[0], "...", references[-1]]
+        table.add_row("experts as models", ", ".join(shown))
     show_table(table)
     roles = Table("role", "shape", "tensors", "parameters")
     for role in found.roles:

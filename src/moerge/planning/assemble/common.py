@@ -26,6 +26,7 @@ from moerge.statistics.files import Used
 from moerge.tensors.dtypes import FLOATS, DType
 from moerge.tensors.source import Source
 from moerge.tensors.views.joined import joined
+from moerge.tensors.views.span import SpanTensor, same_elements
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ class Assembly:
             members = tuple(name for name in members if name != base)
             if not members:
                 return self.copied(base, context.name_in(base))
-        return self._completed(self._merge(context, choice, members, base), tensor.name)
+        merge = self._merge(context, choice, members, base)
+        if _is_one_tensor(merge) and not (self.alignment and tensor.name in self.alignment.names):
+            return Copy(merge.experts[0])
+        return self._completed(merge, tensor.name)
 
     def _merge(self, context: TensorContext, choice: MethodChoice, members: tuple[str, ...], base: str) -> Merge:
         """The models' own tensors, merged by the method that was chosen."""
@@ -183,3 +187,10 @@ class Assembly:
             raise InputError(
                 f"{self.recipe.source}: {method.name} merges exactly {models}, not {len(members)} ({', '.join(members)})"
             )
+
+
+def _is_one_tensor(merge: Merge) -> bool:
+    """Return whether a merge is of one mixture's tensor with itself, which changes nothing, rounding included."""
+    first, *others = merge.values
+    keeps = merge.method.uses_task_vectors or merge.method.divides_by_weights or isinstance(merge.method, Average)
+    return isinstance(first.tensor, SpanTensor) and keeps and all(same_elements(first.tensor, s.tensor) for s in others)

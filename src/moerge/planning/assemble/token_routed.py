@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moerge.architecture import ExpectedTensor, moe_format
+from moerge.architecture import ExpectedTensor
 from moerge.architecture.config import portable_config
+from moerge.architecture.mixture import is_routed
 from moerge.architecture.moe_format import GROUPED_BYTES, MoEFormat
 from moerge.architecture.parts import part_of
 from moerge.errors import InputError
@@ -16,6 +17,7 @@ from moerge.methods.average import Linear
 from moerge.operations.fitter import MODULE
 from moerge.operations.operations import Copy, Draw, Merge, Operation, Output
 from moerge.planning.assemble.common import Assembled, Assembly
+from moerge.planning.assemble.from_mixtures import config_of, format_of, router_operation, unlike_mixtures
 from moerge.planning.checks import expected_of
 from moerge.recipe.schema import MoE, layers_in
 
@@ -30,14 +32,15 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     moe = assembly.recipe.moe
     assert moe is not None
     config = assembly.leader.config
-    chosen = moe_format(moe.format, config)
+    chosen = format_of(assembly.leader, moe.format)
     unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
     if unknown:
         way = f"'parts: {{{part_of(unknown, config.get('num_hidden_layers'))}: drop}}' leaves its part out"
         raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}: {way}")
     experts = assembly.recipe.expert_names
-    converted = chosen.convert(config, len(experts), moe.top_k) | _shared(moe, chosen, config) | _layers(moe, chosen, config)
-    dense = {tensor.role: tensor for tensor in assembly.candidates}
+    converted = config_of(assembly.leader, chosen, len(experts), moe.top_k)
+    converted |= _shared(moe, chosen, config) | _layers(moe, chosen, config)
+    dense = {tensor.dense_role: tensor for tensor in assembly.candidates}
     if "head" not in dense and not converted.get("tie_word_embeddings"):
         raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
     tensors = expected_of(replace(assembly.leader, family=chosen.family).with_written(converted), chosen.name)
@@ -45,7 +48,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     outputs = [assembly.output(tensor, block.operation(tensor)) for tensor in tensors]
     assembly.resolver.check_all_used()
     made = portable_config(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
-    warnings = filter(None, (chosen.warning(config), _unaligned(outputs)))
+    warnings = filter(None, (chosen.warning(config), _unaligned(outputs), unlike_mixtures(assembly.models, moe.router)))
     return Assembled(made, outputs, experts, tuple(warnings))
 
 
@@ -83,23 +86,24 @@ class _Block:
     def operation(self, tensor: ExpectedTensor) -> Operation:
         """The operation that fills a tensor of the MoE."""
         role = tensor.role.split(".", 2)[-1]
-        if role == "router":
-            return self.moe.router.operation(tensor)
+        if is_routed(tensor.role):
+            return router_operation(self.assembly, self.moe.router, tensor)
         if self.moe.shared is not None and role.startswith((_SHARED, _SHARED_GATE)):
             return self._of_shared(tensor)
+        if tensor.expert is None and not tensor.parts and tensor.role in self.dense:
+            return self.assembly.merged(self.dense[tensor.role], self.assembly.recipe.expert_names)
         if _among(self.format.zero_roles, role):
             return Draw(seed=0, bound=0.0)
         if _among(self.format.random_roles, role):
             return Draw.of_linear(tensor.shape[-1])
-        if tensor.parts or tensor.expert is not None:
-            return self._scaled(self._of_experts(tensor), tensor, 1 - self.moe.shared_weight if self.moe.shared else 1)
-        return self.assembly.merged(self.dense[tensor.role], self.assembly.recipe.expert_names)
+        return self._scaled(self._of_experts(tensor), tensor, 1 - self.moe.shared_weight if self.moe.shared else 1)
 
     def _of_experts(self, tensor: ExpectedTensor) -> Operation:
         """An expert's own tensor, or that of all experts joined where the format stores them as one."""
         experts = self.assembly.recipe.expert_names
         if tensor.parts:
-            return self.assembly.joined(tensor, experts, [self.dense[role].name for role in tensor.parts])
+            roles = [tensor.role] if tensor.role in self.dense else tensor.parts
+            return self.assembly.joined(tensor, experts, [self.dense[role].name for role in roles])
         assert tensor.expert is not None
         return self.assembly.copied(experts[tensor.expert], self.dense[tensor.dense_role].name)
 
