@@ -26,7 +26,7 @@ def format_of(leader: SourceModel, name: str) -> MoEFormat:
     """The recipe's format; of experts that no dense architecture computes, the one of the mixture they come from."""
     family = leader.family
     if family is None or not expert_count(family, leader.written):
-        return moeformat_of(name, leader.config)
+        return moe_format(name, leader.config)
     if name not in ("auto", family.model_type):
         raise InputError(f"moe.format: {leader.name} is an expert of a {family.model_type}, which does not map to {name} exactly")
     return MoEFormat(
