@@ -173,7 +173,7 @@ class Inspection(Displayed):
 
     @property
     def references(self) -> dict[str, str]:
-        """How recipes call each expert of a native mixture, by name or number."""
+        """References to the experts of a native mixture, for recipes, by name or number."""
         return {expert: f"{self.checkpoint.location}{SEPARATOR}{expert}" for expert in self.experts}
 
     def to_json(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def config_of(leader: SourceModel, chosen: MoEFormat, experts: int, top_k: int) 
 
 
 def router_operation(assembly: Assembly, router: Router, tensor: ExpectedTensor) -> Operation:
-    """What fills a tensor of the router: the recipe's kind, or the rows that the experts have in their mixtures."""
+    """The operation that fills a tensor of the router: the recipe's kind of it, or the rows that experts have in mixtures."""
     if not isinstance(router, KeepRouter):
         return router.operation(tensor)
     sources = []
