@@ -9,6 +9,7 @@ from moerge.errors import InputError
 _MODULES = {
     "models": ("torch", "transformers"),
     "tune": ("accelerate", "torch", "transformers"),
+    "gguf": ("gguf", "torch", "transformers"),
     "report": ("jinja2",),
     "search": ("optuna",),
 }

@@ -8,6 +8,7 @@ import shutil
 import stat
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -219,6 +220,14 @@ def atomic_write(path: Path, content: bytes) -> None:
             beside.write_bytes(content)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+class TemporaryFolder:
+    """A folder that is removed with this."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="moerge-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @contextmanager

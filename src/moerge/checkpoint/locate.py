@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moerge.checkpoint.expert import expert_of, split_reference
+from moerge.checkpoint.gguf_file import SUFFIX as GGUF
+from moerge.checkpoint.gguf_file import open_gguf
 from moerge.checkpoint.header import stored_tensor
 from moerge.checkpoint.quantised import with_numbers
 from moerge.checkpoint.reader import (
@@ -73,7 +75,7 @@ def _locate(location: str, *, name: str, relative_to: Path | None, weights: bool
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{label}there is no model {location[:80]!r}: {reason}", code="not-found") from None
     if exists:
-        return open_folder(folder, name=name, location=location)
+        return (open_gguf if folder.suffix == GGUF and folder.is_file() else open_folder)(folder, name=name, location=location)
     hub = None if location.startswith((".", "/", "~")) else _HUB_ID.fullmatch(location)
     near = _nearby(folder)
     missing = InputError(

@@ -6,15 +6,12 @@ They are what a merge would have written, to the bit, in the element type of the
 from __future__ import annotations
 
 import os
-import shutil
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,7 @@ from moerge.execution.executor import Executor
 from moerge.execution.regions import MemoryBudget, merge_regions
 from moerge.execution.schedule import run_at_once
 from moerge.execution.store import MemoryStore
-from moerge.files import SourceFile
+from moerge.files import SourceFile, TemporaryFolder
 from moerge.operations.estimate import largest
 from moerge.operations.operations import Merge, Output
 from moerge.planning.plan import Plan
@@ -44,7 +41,7 @@ class MergedCheckpoint(Checkpoint):
     """The result of `plan`. `folder` has its small files and no tensors; it is removed with `home`."""
 
     plan: Plan = field(kw_only=True, repr=False)
-    home: _Home = field(kw_only=True, repr=False)
+    home: TemporaryFolder = field(kw_only=True, repr=False)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -91,7 +88,7 @@ def merged_checkpoint(plan: Plan, name: str, location: str) -> MergedCheckpoint:
         raise InputError(
             f"{name}: {plan.recipe.source}: dtype float8 is for results that are written: choose another dtype there"
         )
-    home = _Home()
+    home = TemporaryFolder()
     folder = home.folder
     for file, content in {**plan.files, "config.json": to_json(plan.config)}.items():
         (folder / file).write_bytes(content)
@@ -113,14 +110,6 @@ def merged_tensors(outputs: Sequence[Output]) -> Mapping[str, Tensor]:
     """Outputs as tensors that are computed as they are read, by name."""
     merging = _Merging(outputs)
     return {output.name: _MergedTensor(output, merging) for output in outputs}
-
-
-class _Home:
-    """A folder that is removed with this."""
-
-    def __init__(self) -> None:
-        self.folder = Path(mkdtemp(prefix="moerge-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
