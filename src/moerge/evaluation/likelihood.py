@@ -9,17 +9,22 @@ A sequence-routed model cannot route on what it is to predict, or the routing wo
 of a document and keeps to that for the rest, as it does when it continues a prompt; that beginning is then not counted, for no
 model.
 
+Of a conversation, as the model's own chat template writes it, the answers are predicted, each with all that stands before it; a
+sequence-routed model routes it by what stands before the first. Its bytes are those of the answers' messages: templates differ.
+
 Shapes: B windows, T tokens, V vocabulary, N predicted tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
 from moerge.runtime.loading import Loaded
+from moerge.texts import Document, encode_answers
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +44,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A document's tokens, start token first. Those before `first` are only read."""
+    """Tokens of a document, start token first. Those before `first`, and those that are no `answers`, are only read."""
 
+    document: int
     tokens: list[int]
     first: int
     bytes: int
+    answers: list[bool] | None = None
+
+    def predicted(self, first: int, end: int) -> list[int]:
+        """The places among these of the tokens that are predicted."""
+        return [place for place in range(first, end) if self.answers is None or self.answers[place]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,9 @@ def beginning(document: str, characters: int) -> int:
     return place
 
 
-def document_losses(loaded: Loaded, documents: Sequence[str], *, window: int, given: int = 0, batch_size: int = 1) -> list[Loss]:
+def document_losses(
+    loaded: Loaded, documents: Sequence[Document], *, window: int, given: int = 0, batch_size: int = 1
+) -> list[Loss]:
     """The loss of each document; `given` characters at its beginning are read but not predicted.
 
     `window` is how many tokens the model reads at once. A sequence-routed model needs `given` > 0. Raises InputError where
@@ -74,20 +87,41 @@ def document_losses(loaded: Loaded, documents: Sequence[str], *, window: int, gi
     """
     import torch
 
-    sequences = [_encode(loaded, document, given) for document in documents]
+    sequences = [one for index, document in enumerate(documents) for one in _encode(loaded, index, document, given)]
     routings = _routings(loaded, sequences, batch_size) if loaded.by_sequence else None
     windows = [found for index, sequence in enumerate(sequences) for found in _windows(index, sequence, window)]
     windows.sort(key=lambda found: (found.begin - found.end, found.sequence, found.begin))
-    nats, counts = [0.0] * len(documents), [0] * len(documents)
+    nats, counts, sizes = [0.0] * len(documents), [0] * len(documents), [0] * len(documents)
+    for sequence in sequences:
+        sizes[sequence.document] += sequence.bytes
     with torch.inference_mode():
         for batch in _groups(windows, batch_size):
             for found, loss in zip(batch, _nats(loaded, sequences, batch, routings), strict=True):
-                nats[found.sequence] += loss
-                counts[found.sequence] += found.end - found.first
-    return [Loss(total, count, sequence.bytes) for total, count, sequence in zip(nats, counts, sequences, strict=True)]
+                sequence = sequences[found.sequence]
+                nats[sequence.document] += loss
+                counts[sequence.document] += len(sequence.predicted(found.first, found.end))
+    return [Loss(*figures) for figures in zip(nats, counts, sizes, strict=True)]
 
 
-def _encode(loaded: Loaded, document: str, given: int) -> _Sequence:
+def _encode(loaded: Loaded, index: int, document: Document, given: int) -> Iterator[_Sequence]:
+    """A document as sequences: one, or more where a template writes answers otherwise once others follow."""
+    if isinstance(document, str):
+        yield _encode_text(loaded, index, document, given)
+        return
+    size = sum(_size(document.messages[place]) for place in document.answers if place)
+    for encoded in encode_answers(loaded.tokenizer, document):
+        loaded.check_ids(encoded.ids)
+        yield _Sequence(index, encoded.ids, max(1, encoded.answers.index(True)), size, encoded.answers)
+        size = 0
+
+
+def _size(answer: Mapping[str, Any]) -> int:
+    """Bytes of what an answer says, thinks and calls, however a template writes it."""
+    calls = json.dumps(answer["tool_calls"], ensure_ascii=False) if "tool_calls" in answer else ""
+    return len((answer["content"] + str(answer.get("reasoning_content", "")) + calls).encode())
+
+
+def _encode_text(loaded: Loaded, index: int, document: str, given: int) -> _Sequence:
     tokenizer, place = loaded.tokenizer, beginning(document, given)
     if given and not tokenizer.is_fast:
         raise InputError(
@@ -101,11 +135,11 @@ def _encode(loaded: Loaded, document: str, given: int) -> _Sequence:
     size = len(document[place:].encode("utf-8", "surrogatepass"))
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
     if start is not None:
-        return _Sequence([start, *ids], 1 + before, size)
+        return _Sequence(index, [start, *ids], 1 + before, size)
     if before:
-        return _Sequence(ids, before, size)
+        return _Sequence(index, ids, before, size)
     unpredicted = len(tokenizer.decode(ids[:1]).encode())  # nothing stands before the first token
-    return _Sequence(ids, 1, max(0, size - unpredicted))
+    return _Sequence(index, ids, 1, max(0, size - unpredicted))
 
 
 def _windows(index: int, sequence: _Sequence, window: int) -> Iterator[_Window]:
@@ -139,8 +173,10 @@ def _nats(
     step = max(1, _LOGITS // logits_BTV.shape[-1])
     totals = []
     for row, found in enumerate(batch):
-        targets_N = torch.tensor(sequences[found.sequence].tokens[found.first : found.end], device=device)
-        logits_NV = logits_BTV[row, found.first - found.begin - 1 : found.end - found.begin - 1]
+        sequence = sequences[found.sequence]
+        places = sequence.predicted(found.first, found.end)
+        targets_N = torch.tensor([sequence.tokens[place] for place in places], dtype=torch.long, device=device)
+        logits_NV = logits_BTV[row, [place - found.begin - 1 for place in places]]
         losses = [
             functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none").double().sum()
             for logits, targets in zip(torch.split(logits_NV, step), torch.split(targets_N, step), strict=True)

@@ -18,6 +18,7 @@ from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Kind, Score
 from moerge.evaluation.texts import HeldOut
 from moerge.runtime.loading import Loaded
+from moerge.texts import text_of
 
 Row = Mapping[str, Any]
 Advance = Callable[[int], None]
@@ -166,7 +167,7 @@ class TextTask:
         size = 4 * self.batch_size  # windows of like length run together; a killed run loses no more than this
         for start in range(0, len(documents), size):
             part = documents[start : start + size]
-            keys = [Records.key(start + index, document) for index, document in enumerate(part)]
+            keys = [Records.key(start + index, text_of(document)) for index, document in enumerate(part)]
             if not all(key in records for key in keys):
                 losses = document_losses(loaded, part, window=window, given=self.given, batch_size=self.batch_size)
                 records.add({key: vars(loss) for key, loss in zip(keys, losses, strict=True)})

@@ -12,7 +12,7 @@ from moerge.errors import InputError
 from moerge.evaluation.likelihood import beginning
 from moerge.evaluation.records import Records
 from moerge.runtime.loading import Loaded
-from moerge.texts import check_disjoint, read_documents
+from moerge.texts import Document, check_disjoint, read_documents, text_of
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class HeldOut:
 
     domain: str
     location: str
-    documents: tuple[str, ...]
+    documents: tuple[Document, ...]
     short: int
 
     @property
     def digest(self) -> str:
         """Return a digest of the documents as they are, in order."""
-        return Records.key(*self.documents)
+        return Records.key(*map(text_of, self.documents))
 
 
 def parse_texts(texts: Sequence[str]) -> dict[str, str]:
@@ -55,13 +55,18 @@ def _read(domain: str, location: str, limit: int | None, given: int) -> HeldOut:
         raise InputError(f"--perplexity {domain}: {error}", code=error.code) from None
     if not documents:
         raise InputError(f"--perplexity {domain}: {location} holds no text: name a file with some")
-    long = tuple(document for document in documents if document[beginning(document, given) :].strip())
+    long = tuple(document for document in documents if _goes_on(document, given))
     if not long:
         raise InputError(
             f"--perplexity {domain}: no document of {location} goes on behind the {given} characters that are given: "
             "choose a smaller --given"
         )
     return HeldOut(domain, location, long, len(documents) - len(long))
+
+
+def _goes_on(document: Document, given: int) -> bool:
+    """True if something is predicted of a document: of a conversation its answers, whatever is given of a text."""
+    return not isinstance(document, str) or bool(document[beginning(document, given) :].strip())
 
 
 def check_held_out(checkpoint: str, texts: Sequence[HeldOut], *, allow: bool) -> dict[str, tuple[str, ...]]:

@@ -22,6 +22,7 @@ from moerge.statistics.files import stored_name
 from moerge.tensors.source import Source
 from moerge.tensors.streams import read_values
 from moerge.tensors.tensor import Tensor
+from moerge.texts import Document, encode, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +52,10 @@ class Sequences:
         return sum(len(ids) - 1 for ids in self.ids)
 
 
-def tokenized(tokenizer: Any, documents: Sequence[str], tokens: int) -> Sequences:
+def tokenized(tokenizer: Any, documents: Sequence[Document], tokens: int) -> Sequences:
     """The first `tokens` tokens of each document, as the tokenizer starts a text; documents of a single token are left out."""
-    encoded = [tokenizer(document, truncation=True, max_length=tokens)["input_ids"] for document in documents]
-    kept = [(ids, xxhash.xxh3_64_intdigest(text.encode())) for ids, text in zip(encoded, documents, strict=True) if len(ids) > 1]
+    encoded = [(encode(tokenizer, document, tokens), text_of(document)) for document in documents]
+    kept = [(ids, xxhash.xxh3_64_intdigest(text.encode())) for ids, text in encoded if len(ids) > 1]
     return Sequences(tuple(ids for ids, _ in kept), tuple(seed for _, seed in kept))
 
 

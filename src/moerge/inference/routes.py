@@ -16,7 +16,7 @@ from moerge.errors import InputError
 from moerge.inference.probe import DocumentRouting, router_probe
 from moerge.inference.result import Routes, TextRoute, mean_of_rows, routes_of
 from moerge.runtime.loading import Loaded, load
-from moerge.texts import check_disjoint, read_documents
+from moerge.texts import Document, check_disjoint, read_documents
 
 TOKENS = 512
 
@@ -98,7 +98,7 @@ def parse_texts(given: Sequence[str]) -> dict[str, str]:
     return texts
 
 
-def _documents(name: str, location: str, limit: int) -> list[str]:
+def _documents(name: str, location: str, limit: int) -> list[Document]:
     try:
         found = list(islice(read_documents(location), limit))
     except InputError as error:

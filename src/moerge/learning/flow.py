@@ -33,7 +33,7 @@ from moerge.recipe.coefficients import Coefficients, chunk_count, chunk_size
 from moerge.recipe.learning import Learning
 from moerge.recipe.schema import Recipe
 from moerge.runtime.loading import load_tokenizer
-from moerge.texts import Texts, read_texts
+from moerge.texts import Texts, encode, read_texts
 from moerge.tokenizer import VOCABULARY_FILES
 
 OFF = 0.1
@@ -115,7 +115,7 @@ def _samples(plan: Plan, texts: Mapping[int, Texts], settings: Learning, folder:
     found: dict[int, list[Sample]] = {}
     for task, given in texts.items():
         for document in given.documents:
-            ids = tokenizer(document, truncation=True, max_length=settings.tokens)["input_ids"]
+            ids = encode(tokenizer, document, settings.tokens)
             if max(ids, default=0) >= rows:
                 raise InputError(
                     f"{plan.recipe.source}: calibration.{given.expert}: the tokenizer makes token {max(ids)} of a text, but the "

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,8 +135,14 @@ class RoutedModel(RoutedPreTrainedModel):
         return given if given is not None else self.new_cache()
 
     def scope(self, prompt: Prompt, prompt_mask: Tensor | None) -> Prompt:
-        """The prompt, with what of it routing reads."""
-        return prompt
+        """The prompt, with what of it routing reads: the tokens of `prompt_mask` [B, T], else all."""
+        if prompt_mask is None:
+            return prompt
+        real_BT = prompt.real_BT
+        if prompt_mask.shape != real_BT.shape:
+            raise ValueError(f"prompt_mask should be of shape {list(real_BT.shape)}, not {list(prompt_mask.shape)}")
+        named_BT = prompt_mask.to(real_BT.device).bool() & real_BT
+        return replace(prompt, read_BT=torch.where(named_BT.any(-1, keepdim=True), named_BT, real_BT))
 
     def route_by_input(self, prompt: Prompt) -> Routing | None:
         """The routing, if its kind reads no more than tokens."""

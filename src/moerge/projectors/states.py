@@ -15,6 +15,7 @@ from moerge.errors import InputError
 from moerge.operations.fitter import FitContext
 from moerge.runtime.loading import load_tokenizer
 from moerge.runtime.tokens import encode_checked
+from moerge.texts import Document
 
 STATES, TOKENS = 4096, 256
 """States that are wanted, and tokens of each text that are run."""
@@ -50,10 +51,10 @@ def expert_states(context: FitContext, expert: str, rows: int) -> tuple[np.ndarr
     return np.concatenate(seen)[:STATES], np.concatenate(texts)[:STATES]
 
 
-def _documents(context: FitContext, expert: str) -> Iterator[str]:
+def _documents(context: FitContext, expert: str) -> Iterator[Document]:
     own = context.texts.get(expert)
     if own is not None and own.documents:
         yield from own.documents
         return
-    every: Sequence[Sequence[str]] = [texts.documents for texts in context.texts.values()]
+    every: Sequence[Sequence[Document]] = [texts.documents for texts in context.texts.values()]
     yield from (text for text in chain.from_iterable(zip_longest(*every)) if text is not None)

@@ -18,7 +18,7 @@ from moerge.routers.base import FittedRouter
 from moerge.routers.moments import GramStatistics, load_moments, read_facts, save_moments
 from moerge.runtime.forced_routing import ForcedRoutingModel
 from moerge.runtime.replicas import ModelReplicas
-from moerge.texts import TextRequest, Texts, read_texts
+from moerge.texts import Document, TextRequest, Texts, read_texts, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +179,7 @@ class MomentRouter(CalibratedRouter):
 
 def collect(
     replicas: ModelReplicas,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     tokens: int,
     path: int | None,
     facts: dict[str, Any] | None = None,
@@ -242,9 +242,9 @@ class _Layer:
             self.product_HC = self.product_HC + (state_TH.T @ target_TC).double()
 
 
-def _tokens(document: str, most: int) -> int:
+def _tokens(document: Document, most: int) -> int:
     """Return the number of tokens of a text, at most `most`, at four characters each."""
-    return min(most, 1 + len(document) // 4)
+    return min(most, 1 + len(text_of(document)) // 4)
 
 
 def _file(folder: Path, expert: str) -> Path:

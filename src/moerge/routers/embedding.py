@@ -18,7 +18,7 @@ from moerge.routers.regression import normalize_gate
 from moerge.runtime.loading import load_tokenizer
 from moerge.tensors.codec import decode
 from moerge.tensors.tensor import Tensor
-from moerge.texts import TextRequest, Texts
+from moerge.texts import Document, TextRequest, Texts, render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,17 +63,19 @@ class EmbeddingRouter(FittedRouter):
         return next(tensor for name, tensor in merged.tensors.items() if family.role_of(name) == "embedding")
 
     def _row(self, tokenizer: Any, embedding: Tensor, prompts: Prompts) -> np.ndarray:
-        row_H = _unit(_summed(tokenizer, embedding, prompts.positive))
-        return row_H - _unit(_summed(tokenizer, embedding, prompts.negative)) if prompts.negative else row_H
+        positive, negative = prompts.documents[: len(prompts.positive)], prompts.documents[len(prompts.positive) :]
+        row_H = _unit(_summed(tokenizer, embedding, positive))
+        return row_H - _unit(_summed(tokenizer, embedding, negative)) if negative else row_H
 
 
-def _summed(tokenizer: Any, embedding: Tensor, texts: Sequence[str]) -> np.ndarray:
+def _summed(tokenizer: Any, embedding: Tensor, texts: Sequence[Document]) -> np.ndarray:
     """The sum of the embeddings of all tokens, as float64 [H]."""
     rows, hidden = embedding.shape
     elements, total_H = embedding.open(), np.zeros(hidden)
     stored_H, row_H = np.empty(hidden, embedding.dtype.storage), np.empty(hidden, np.float32)
-    for text in texts:
-        for token in tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False)["input_ids"]:
+    for document in texts:
+        text = (tokenizer.bos_token or "") + document if isinstance(document, str) else render(tokenizer, document)
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
             if token >= rows:
                 raise InputError(f"moe.router.prompts: token {token} has no embedding: the tokenizer and the model do not fit")
             decode(elements.read(token * hidden, stored_H), embedding.dtype, row_H)

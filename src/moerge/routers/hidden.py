@@ -65,7 +65,7 @@ class HiddenRouter(MomentRouter):
         with self.replicas(context) as replicas:
             for index, name in enumerate(context.experts):
                 own, seen = prompts[name], partial(_router_inputs, path=self.path_of(index))
-                ids = [replicas.model.encode(text, self.tokens) for text in (*own.positive, *own.negative)]
+                ids = [replicas.model.encode(text, self.tokens) for text in own.documents]
                 states = []
                 for batch in replicas.run(seen, ids):
                     states += [self._pooled(inputs_LTH) for inputs_LTH in batch]

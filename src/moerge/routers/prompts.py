@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from moerge.errors import InputError, suggest
-from moerge.texts import Texts
+from moerge.texts import Document, Texts
+from moerge.texts.conversations import read_conversation
 
 Text = Annotated[str, Field(min_length=1)]
 
 
+def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    _document(given)
+    return given
+
+
+def _document(given: str | list[dict[str, Any]]) -> Document:
+    return given if isinstance(given, str) else read_conversation({"messages": given}, "messages", "the prompt")
+
+
 class Prompts(BaseModel):
-    """Texts that should go to an expert, and texts that should not."""
+    """Texts or lists of messages that should go to an expert, and some that should not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    positive: tuple[Text, ...] = Field(min_length=1)
-    negative: tuple[Text, ...] = ()
+    positive: tuple[Text | Annotated[list[dict[str, Any]], AfterValidator(_messages)], ...] = Field(min_length=1)
+    negative: tuple[Text | Annotated[list[dict[str, Any]], AfterValidator(_messages)], ...] = ()
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """All of them, the positive ones first."""
+        return tuple(_document(prompt) for prompt in (*self.positive, *self.negative))
 
 
 def prompt_texts(prompts: Mapping[str, Prompts], experts: Sequence[str], source: str) -> tuple[Texts, ...]:
@@ -32,7 +47,7 @@ def prompt_texts(prompts: Mapping[str, Prompts], experts: Sequence[str], source:
             )
         if name not in prompts:
             raise InputError(f"{source}: moe.router.prompts: there are none for {name}: every expert needs some")
-    return tuple(Texts(name, "prompts", (*prompts[name].positive, *prompts[name].negative)) for name in experts)
+    return tuple(Texts(name, "prompts", prompts[name].documents) for name in experts)
 
 
 def direction(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moerge.errors import InputError
 from moerge.extras import require
 from moerge.runtime.loading import Loaded, load_model, load_tokenizer, usable_device
+from moerge.texts import Document, encode
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +54,13 @@ class ForcedRoutingModel:
                 f"a calibrated router needs a gate in each of {layers} layers, and transformers finds {len(self._gates)}"
             )
 
-    def encode(self, text: str, tokens: int) -> torch.Tensor:
-        """The first `tokens` tokens of a text, [1, T], as the tokenizer starts a text."""
+    def encode(self, document: Document, tokens: int) -> torch.Tensor:
+        """The first `tokens` tokens of a text or conversation, [1, T], as `moerge.texts.encode` makes them."""
         import torch
 
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._folder)
-        ids = self._tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+        ids = encode(self._tokenizer, document, tokens)
         Loaded(str(self._folder), self._model, self._tokenizer).check_ids(ids)
         return torch.tensor([ids], dtype=torch.long, device=self._device)
 

@@ -23,6 +23,8 @@ from moerge.errors import InputError, MachineError, MoergeError
 from moerge.extras import require
 from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
+from moerge.texts.chat import encode
+from moerge.texts.conversations import Document, text_of
 from moerge.texts.documents import check_unicode
 
 if TYPE_CHECKING:
@@ -61,15 +63,15 @@ class Loaded:
         """Return whether whole sequences are routed."""
         return bool(self.model.config.model_type in BY_SEQUENCE)
 
-    def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
-        """Up to `limit` tokens of a text, [1, T], as the tokenizer starts a text; InputError if there are none."""
+    def encode(self, document: Document, limit: int | None = None) -> torch.Tensor:
+        """Up to `limit` tokens of a text or conversation, [1, T], as `moerge.texts.encode`; InputError if there are none."""
         import torch
 
-        check_unicode(text, f"the text {text[:40]!a}")
-        options = {} if limit is None else {"truncation": True, "max_length": limit}
-        ids = self.tokenizer(text, **options)["input_ids"]
+        shown = text_of(document)[:40]
+        check_unicode(text_of(document), f"the text {shown!a}")
+        ids = encode(self.tokenizer, document, limit)
         if not ids:
-            raise InputError(f"the text {text[:40]!r} has no tokens: give a longer one")
+            raise InputError(f"the text {shown!r} has no tokens: give a longer one")
         self.check_ids(ids)
         return torch.tensor([ids], dtype=torch.long, device=self.model.device)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import InputError
+from moerge.texts import Document, encode
 
 MAX_CHARS_PER_TOKEN = 20
 """Characters that a token has at most, on average."""
@@ -24,10 +25,10 @@ def load_tokenizer(folder: Path) -> Any:
     return loading.load_tokenizer(folder)
 
 
-def encode_checked(tokenizer: Any, text: str, limit: int, rows: int, expert: str) -> np.ndarray:
-    """The first `limit` tokens of a text, int64; InputError for one beyond the embedding's rows."""
-    some = text[: limit * MAX_CHARS_PER_TOKEN]
-    ids = np.asarray(tokenizer(some, truncation=True, max_length=limit)["input_ids"], np.int64)
+def encode_checked(tokenizer: Any, document: Document, limit: int, rows: int, expert: str) -> np.ndarray:
+    """The first `limit` tokens of a text or conversation, int64; InputError for one beyond the embedding's rows."""
+    some = document[: limit * MAX_CHARS_PER_TOKEN] if isinstance(document, str) else document
+    ids = np.asarray(encode(tokenizer, some, limit), np.int64)
     if ids.size and ids.max() >= rows:
         raise InputError(f"calibration.{expert}: token {ids.max()} has no embedding: the tokenizer and the model do not fit")
     return ids

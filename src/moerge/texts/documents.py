@@ -1,8 +1,9 @@
 """Calibration text from files: txt, jsonl and parquet, one by one, in folders or by glob.
 
-What a document is: in jsonl and parquet an entry's `text` field, or another that is named; in a txt file that is named itself
-a paragraph, that is lines between empty lines; in a folder or glob each txt file as a whole. Files are taken in the order of
-their paths and only as far as documents are wanted, so shuffle a file that is sorted by topic.
+What a document is: in jsonl and parquet an entry's `text` field, or another that is named, or the conversation in `messages` or
+`conversations`; in a txt file that is named itself a paragraph, that is lines between empty lines; in a folder or glob each txt
+file as a whole. Files are taken in the order of their paths and only as far as documents are wanted, so shuffle a file that is
+sorted by topic.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import glob
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,8 +21,12 @@ from typing import Any, Literal
 from moerge.errors import InputError
 from moerge.files import open_file, unreadable
 from moerge.tensors.digest import file_digest
+from moerge.texts.conversations import MESSAGES, Conversation, Document, read_conversation, text_of
 from moerge.texts.overlap import document_hash
 
+_TEXT = "text"
+_BESIDE = ("tools", "system")
+"""Columns that belong to a conversation."""
 _ENCODING = "utf-8-sig"
 """UTF-8, at the beginning of a file with a byte order mark or without."""
 MOST_CHARACTERS = 200_000_000
@@ -37,7 +42,7 @@ class Texts:
 
     expert: str
     location: str
-    documents: tuple[str, ...] = field(repr=False)
+    documents: tuple[Document, ...] = field(repr=False)
     known_hashes: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
@@ -48,7 +53,7 @@ class Texts:
     @cached_property
     def digest(self) -> str:
         """Digest of the documents exactly as they are, in order."""
-        return file_digest(json.dumps(self.documents or self.known_hashes).encode())
+        return file_digest(json.dumps([text_of(one) for one in self.documents or self.known_hashes]).encode())
 
 
 def read_texts(expert: str, location: str, *, relative_to: Path = Path(), limit: int) -> Texts:
@@ -62,10 +67,11 @@ def read_texts(expert: str, location: str, *, relative_to: Path = Path(), limit:
     return Texts(expert, location, documents)
 
 
-def read_documents(location: str, *, relative_to: Path = Path(), field: str | None = None) -> Iterator[str]:
+def read_documents(location: str, *, relative_to: Path = Path(), field: str | None = None) -> Iterator[Document]:
     """The documents that are not blank at `location`: a file, a folder or a glob. Nothing is read before it is asked for.
 
-    `field` is that of jsonl and parquet which holds the text; None means `text`, where the caller's user cannot name another.
+    `field` is that of jsonl and parquet which holds the text or the messages; None means `text`, where the caller's user cannot
+    name another. Entries without `text` may hold a conversation, as `MESSAGES` has it.
     """
     try:
         files, named_itself = _files(relative_to / Path(location).expanduser(), glob.has_magic(location))
@@ -75,7 +81,7 @@ def read_documents(location: str, *, relative_to: Path = Path(), field: str | No
         ) from None
     for file in files:
         for document in _read_file(file, named_itself, field):
-            if document.strip():
+            if isinstance(document, Conversation) or document.strip():
                 yield document
 
 
@@ -110,7 +116,7 @@ def _listed() -> str:
     return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 
 
-def _read_file(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
+def _read_file(path: Path, named_itself: bool, field: str | None) -> Iterator[Document]:
     try:
         yield from _READERS[path.suffix](path, named_itself, field)
     except OSError as error:
@@ -119,7 +125,7 @@ def _read_file(path: Path, named_itself: bool, field: str | None) -> Iterator[st
         raise InputError(f"{path} is not UTF-8 text: save it as such") from None
 
 
-def _read_txt(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
+def _read_txt(path: Path, named_itself: bool, field: str | None) -> Iterator[Document]:
     if not named_itself:
         yield "".join(_lines(path, "file"))
         return
@@ -150,7 +156,7 @@ def _check_length(size: int, where: str) -> None:
         raise InputError(f"{where}: a document has more than {MOST_CHARACTERS:,} characters: split it into several")
 
 
-def _read_jsonl(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
+def _read_jsonl(path: Path, named_itself: bool, field: str | None) -> Iterator[Document]:
     for number, line in enumerate(_lines(path, "line"), 1):
         if not line.strip():
             continue
@@ -158,17 +164,26 @@ def _read_jsonl(path: Path, named_itself: bool, field: str | None) -> Iterator[s
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
-        yield _text(entry, f"{path}, line {number}", field)
+        yield document_of(entry, f"{path}, line {number}", field)
 
 
-def _text(entry: Any, where: str, field: str | None) -> str:
-    name = field or "text"
-    text = entry.get(name) if isinstance(entry, dict) else None
-    if not isinstance(text, str):
+def document_of(entry: Any, where: str, field: str | None) -> Document:
+    """The text or the conversation of an entry of jsonl, parquet or a Hub dataset; InputError where it has none."""
+    name = field or _TEXT
+    held = next((key for key in _fields(field) if key in entry), None) if isinstance(entry, Mapping) else None
+    found = entry[held] if held else None
+    if held and (held in MESSAGES or (isinstance(found, list) and found and isinstance(found[0], Mapping))):
+        return read_conversation(entry, held, where)
+    if not isinstance(found, str):
         other = "" if field is None else ", or say with 'field' where its text is"
         raise InputError(f'{where}: should be an object with a "{name}", such as {{"{name}": "..."}}{other}')
-    check_unicode(text, f"{where}: the text")
-    return text
+    check_unicode(found, f"{where}: the text")
+    return found
+
+
+def _fields(field: str | None) -> tuple[str, ...]:
+    """The fields that may hold the document, in order."""
+    return (_TEXT, *MESSAGES) if field in (None, _TEXT) else (str(field),)
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -180,11 +195,9 @@ def check_unicode(text: str, what: str) -> None:
         raise InputError(f"{what} has {half}, half of a character: write it whole, or remove it") from None
 
 
-def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator[str]:
-    name = field or "text"
+def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator[Document]:
     try:
         import pyarrow
-        import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
         raise InputError(
@@ -192,21 +205,32 @@ def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if name not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
+            names = file.schema_arrow.names
+            held = next((name for name in _fields(field) if name in names), None)
+            if held is None:
                 remedy = "rename the one that holds the text" if field is None else "say with 'field' which holds the text"
-                raise InputError(f"{path} has no column {name!r}, only {columns}: {remedy}")
-            for batch in file.iter_batches(batch_size=64, columns=[name]):
-                column = batch.column(0)
-                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                    _check_length(pyarrow.compute.max(pyarrow.compute.binary_length(column)).as_py() or 0, str(path))
-                for text in column.to_pylist():
-                    yield _text({name: "" if text is None else text}, str(path), field)
+                raise InputError(f"{path} has no column {field or _TEXT!r}, only {', '.join(names)}: {remedy}")
+            columns = [held, *(name for name in _BESIDE if name in names and held != _TEXT)]
+            row = 0
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                _check_column(batch.column(held), path)
+                for entry in batch.to_pylist():
+                    row += 1
+                    entry[held] = "" if entry[held] is None else entry[held]
+                    yield document_of(entry, f"{path}, row {row}", field)
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {path} as parquet: {error}") from None
 
 
-_READERS: dict[str, Callable[[Path, bool, str | None], Iterator[str]]] = {
+def _check_column(column: Any, path: Path) -> None:
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        _check_length(pyarrow.compute.max(pyarrow.compute.binary_length(column)).as_py() or 0, str(path))
+
+
+_READERS: dict[str, Callable[[Path, bool, str | None], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

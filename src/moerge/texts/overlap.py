@@ -8,14 +8,15 @@ from typing import Any
 import xxhash
 
 from moerge.errors import InputError
+from moerge.texts.conversations import Document, text_of
 
 
-def document_hash(document: str) -> str:
+def document_hash(document: Document) -> str:
     """XXH3-64 of a document, in hexadecimal; white space and upper case make no difference."""
-    return xxhash.xxh3_64_hexdigest(" ".join(document.casefold().split()).encode())
+    return xxhash.xxh3_64_hexdigest(" ".join(text_of(document).casefold().split()).encode())
 
 
-def overlap(documents: Iterable[str], manifest: Mapping[str, Any]) -> int:
+def overlap(documents: Iterable[Document], manifest: Mapping[str, Any]) -> int:
     """Count the `documents` that the checkpoint with this manifest, or its statistics, was calibrated or tuned on, as wholes.
 
     A figure measured on such text is no evidence: leave the text out, or calibrate on other text.
@@ -33,7 +34,7 @@ def _calibrated_on(manifest: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def check_disjoint(
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Sequence[Document]],
     locations: Mapping[str, str],
     manifest: Mapping[str, Any] | None,
     checkpoint: str,

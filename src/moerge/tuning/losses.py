@@ -10,10 +10,14 @@ import torch.nn.functional as F
 
 from moerge.distillation import DistillationTarget, soft_cross_entropy
 
+_NOT_LEARNED = -100
+"""torch's label of what does not count."""
 
-def cross_entropy(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Autoregressive cross-entropy: the mean over predicted tokens, in nats."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+
+def cross_entropy(logits_BTV: torch.Tensor, ids_BT: torch.Tensor, learned_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Autoregressive cross-entropy: the mean over predicted tokens, or over those of them that are `learned`, in nats."""
+    labels_BT = ids_BT if learned_BT is None else ids_BT.masked_fill(~learned_BT, _NOT_LEARNED)
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_NOT_LEARNED)
 
 
 def load(scores_NE: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -221,7 +221,8 @@ class _Job:
 
         from moerge.quiet import without_progress_bars
         from moerge.tuning.metrics import Metrics
-        from moerge.tuning.trainer import Sequences, TuneTrainer
+        from moerge.tuning.sequences import Sequences
+        from moerge.tuning.trainer import TuneTrainer
 
         settings, checkpoint = self.tune_config.settings, self.work.latest()
         plan, _, _ = self.plan

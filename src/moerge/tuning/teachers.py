@@ -18,6 +18,7 @@ from moerge.distillation import TargetFiles, target_bytes
 from moerge.errors import InputError, MachineError
 from moerge.formatting import as_size
 from moerge.runtime.loading import load
+from moerge.tuning.marks import Marks
 from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import skeleton_of
 from moerge.tuning.run_directory import RunDirectory
@@ -126,7 +127,11 @@ def _run(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Logits [B, T, V] and hidden states [B, T, H] after these layers."""
     ids_BT = torch.from_numpy(np.stack([tokens.sequence(number) for number in numbers])).to(model.device)
-    output = model(input_ids=ids_BT, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+    options: dict[str, Any] = {"output_hidden_states": True} if layers else {}
+    if tokens.learned is not None:
+        marks_BT = torch.from_numpy(np.stack([tokens.marks(number) for number in numbers])).to(model.device)
+        options |= Marks(marks_BT).options(by_sequence=model.config.model_type in BY_SEQUENCE)
+    output = model(input_ids=ids_BT, use_cache=False, **options)
     return output.logits, tuple(output.hidden_states[layer] for layer in layers)
 
 

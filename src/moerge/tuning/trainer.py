@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from moerge.architecture.sequence import BY_SEQUENCE
@@ -20,39 +21,17 @@ from moerge.errors import InputError
 from moerge.tuning import losses
 from moerge.tuning.adapters import save_trained
 from moerge.tuning.launch import world_size
+from moerge.tuning.marks import Marks
 from moerge.tuning.metrics import Metrics, not_finite
-from moerge.tuning.mixture import Mixture
 from moerge.tuning.models import local, part_of
 from moerge.tuning.parts import Schedule, router_modules
 from moerge.tuning.run_directory import mark_complete
+from moerge.tuning.sequences import collate
 from moerge.tuning.settings import Tuning
-from moerge.tuning.teachers import TeacherTargets
 from moerge.tuning.tokens import Tokens
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 """Trainer's names in a training checkpoint."""
-
-
-class Sequences(Dataset[dict[str, torch.Tensor]]):
-    """The run's sequences in their order: ids [T], the source's number, and the teacher's targets."""
-
-    def __init__(self, mixture: Mixture, tokens: Sequence[Tokens], teacher_targets: TeacherTargets | None) -> None:
-        self._mixture, self._tokens, self._teacher_targets = mixture, tokens, teacher_targets
-        self._available = [found.sequences for found in tokens]
-
-    def __len__(self) -> int:
-        return self._mixture.sequences
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        source, number = self._mixture.place(index, self._available)
-        ids_T = torch.from_numpy(self._tokens[source].sequence(number))
-        targets = {} if self._teacher_targets is None else self._teacher_targets.of(self._mixture.names[source], number)
-        return {"input_ids": ids_T, "source": torch.tensor(source), **targets}
-
-
-def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch: all sequences have the same length."""
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 @dataclass
@@ -101,20 +80,24 @@ class TuneTrainer(Trainer):
         self._top_k = [module.top_k for module in router_modules(model).values()]
         self._parameters = dict(model.named_parameters())
         self._step, self._begun = _Step(), time.perf_counter()
+        self._learned_a_part = 1.0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the losses, each a mean over these sequences; its parts are kept for the step's row."""
         wanted, settings = self._settings.losses, self._settings
+        marks = Marks.of(inputs)
         options = {"output_router_logits": True} if self._top_k else {}
         options |= {"output_hidden_states": True} if self._layers else {}
-        output = model(input_ids=inputs["input_ids"], use_cache=False, **options)
+        output = model(input_ids=inputs["input_ids"], use_cache=False, **options, **marks.options(by_sequence=self._by_sequence))
         logits_BTV = output.logits.float()
-        parts = {"cross_entropy": losses.cross_entropy(logits_BTV, inputs["input_ids"])}
+        parts = {"cross_entropy": losses.cross_entropy(logits_BTV, inputs["input_ids"], marks.learned_BT)}
         if settings.distils:
-            parts |= self._distillation(logits_BTV, output, inputs)
-        parts |= self._routing(output)
+            parts |= self._distillation(logits_BTV, output, inputs, marks)
+        if marks.learned_BT is not None:  # a mean over what is learned in the whole step, not in this part of it
+            parts = {key: part * (marks.count / self._learned_a_part) for key, part in parts.items()}
+        parts |= self._routing(output, marks)
         weights = {
             "cross_entropy": wanted.cross_entropy,
             "distillation": wanted.distillation.weight,
@@ -126,19 +109,30 @@ class TuneTrainer(Trainer):
         self._keep({"loss": loss, **parts}, inputs["source"])
         return (loss, output) if return_outputs else loss
 
-    def _distillation(self, logits_BTV: torch.Tensor, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _distillation(
+        self, logits_BTV: torch.Tensor, output: Any, inputs: dict[str, Any], marks: Marks
+    ) -> dict[str, torch.Tensor]:
         ids = inputs.get("target_ids")
-        theirs = tuple(inputs[f"hidden.{layer}"] for layer in self._layers)
-        target = DistillationTarget(inputs["target_logits"].flatten(0, 1), None if ids is None else ids.flatten(0, 1), theirs)
-        settings = self._settings.losses.distillation
-        found = {"distillation": losses.forward_kl(logits_BTV.flatten(0, 1), target, settings.temperature)}
+        theirs = tuple(marks.predicting(inputs[f"hidden.{layer}"]) for layer in self._layers)
+        logits_NM, ids_NM = marks.predicting(inputs["target_logits"]), None if ids is None else marks.predicting(ids)
+        target, settings = DistillationTarget(logits_NM, ids_NM, theirs), self._settings.losses.distillation
+        found = {"distillation": losses.forward_kl(marks.predicting(logits_BTV), target, settings.temperature)}
         if self._layers:
-            found["hidden"] = hidden_distance([output.hidden_states[layer] for layer in self._layers], target)
+            found["hidden"] = hidden_distance([marks.predicting(output.hidden_states[n]) for n in self._layers], target)
         return found
 
-    def _routing(self, output: Any) -> dict[str, torch.Tensor]:
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """Take Trainer's batches of a step, and count the tokens that are learned from them, a mean over parts and processes."""
+        batches, items = super().get_batch_samples(*args, **options)
+        counts = [Marks.of(batch).count for batch in batches if "marks" in batch]
+        if counts:
+            mean = torch.tensor(sum(counts) / len(counts), dtype=torch.float64, device=self.args.device)
+            self._learned_a_part = float(_mean_over_processes(mean))
+        return batches, items
+
+    def _routing(self, output: Any, marks: Marks) -> dict[str, torch.Tensor]:
         """Balance, z-loss and entropy, means over layers; the load is that of all processes together."""
-        routed = self._routed(output)
+        routed = self._routed(output, marks)
         if not routed:
             return {}
         load_LE = _mean_over_processes(torch.stack([load_E for _, load_E in routed]))
@@ -151,7 +145,7 @@ class TuneTrainer(Trainer):
             "router_entropy": torch.stack([losses.router_entropy(scores_NE) for scores_NE, _ in routed]).mean().detach(),
         }
 
-    def _routed(self, output: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _routed(self, output: Any, marks: Marks) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Scores [N, E] before the softmax and load [E], for each layer with a router; one for a sequence-routed model."""
         if self._by_sequence:
             chosen_BE = (output.routing.alpha.detach() > 0).float()
@@ -159,7 +153,7 @@ class TuneTrainer(Trainer):
             return [(scores_BE, chosen_BE.sum(0) / chosen_BE.sum())]
         if not self._top_k:
             return []
-        found = zip(output.router_logits, self._top_k, strict=True)
+        found = zip(map(marks.real, output.router_logits), self._top_k, strict=True)
         return [(scores_NE.float(), losses.load(scores_NE, top_k)) for scores_NE, top_k in found]
 
     def _keep(self, parts: dict[str, torch.Tensor], source_B: torch.Tensor) -> None:
@@ -245,24 +239,33 @@ class TuneTrainer(Trainer):
         self._model.eval()
         for name, tokens in self._heldout.items():
             count = min(tokens.sequences, self._settings.heldout_sequences)
-            total, rows = 0.0, self.args.per_device_train_batch_size
+            total, weight, rows = 0.0, 0, self.args.per_device_train_batch_size
             for start in range(0, count, rows):
                 numbers = range(start, min(start + rows, count))
-                ids_BT = torch.stack([torch.from_numpy(tokens.sequence(number)) for number in numbers]).to(self.args.device)
-                total += float(self._second_half(ids_BT)) * len(numbers)
-            found[name] = total / count
+                inputs = {"input_ids": _stacked(map(tokens.sequence, numbers)).to(self.args.device)}
+                inputs |= {} if tokens.learned is None else {"marks": _stacked(map(tokens.marks, numbers)).to(self.args.device)}
+                counted = len(numbers) if tokens.learned is None else Marks.of(inputs).behind(self._settings.length // 2).count
+                total += float(self._second_half(inputs)) * counted if counted else 0.0
+                weight += counted
+            if not weight:
+                raise InputError(f"heldout.{name} has no answer in the second halves of sequences: lower 'length', or add text")
+            found[name] = total / weight
         self._model.train()
         _let_go(self._model)
         self._begun = time.perf_counter()
         return {"heldout": found} if found else {}
 
-    def _second_half(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        half, routed = ids_BT.shape[1] // 2, {}
+    def _second_half(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids_BT, marks, options = inputs["input_ids"], Marks.of(inputs), dict[str, Any]()
+        half = ids_BT.shape[1] // 2
         with self.compute_loss_context_manager():
-            if self._model.config.model_type in BY_SEQUENCE:
-                routed = {"routing": self._model(input_ids=ids_BT[:, :half], use_cache=False).routing}
-            logits_BTV = self._model(input_ids=ids_BT, use_cache=False, **routed).logits.float()
-        return losses.cross_entropy(logits_BTV[:, half - 1 :], ids_BT[:, half - 1 :])
+            if self._by_sequence:
+                first = {key: value[:, :half] for key, value in inputs.items()}
+                read = Marks.of(first).options(by_sequence=False)
+                options = {"routing": self._model(input_ids=first["input_ids"], use_cache=False, **read).routing}
+            options |= marks.options(by_sequence=False)
+            logits_BTV = self._model(input_ids=ids_BT, use_cache=False, **options).logits.float()
+        return losses.cross_entropy(logits_BTV[:, half - 1 :], ids_BT[:, half - 1 :], marks.behind(half - 1).learned_BT)
 
     def before_training(self) -> None:
         """The row of step 0, where there is something to say."""
@@ -346,6 +349,10 @@ class _Complete(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
         if args.should_save:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _stacked(rows: Iterable[np.ndarray]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(row) for row in rows])
 
 
 def _let_go(model: Any) -> None:

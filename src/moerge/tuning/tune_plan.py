@@ -85,6 +85,7 @@ class TunePlan:
                 "available_tokens": tokens.tokens if tokens.exhausted else None,
                 "read": count / tokens.sequences if tokens.exhausted else None,
                 "digest": tokens.digest,
+                **({} if tokens.learned is None else {"answers": tokens.learned, "left_out_answers": tokens.left_out}),
             }
         return found
 
@@ -119,6 +120,11 @@ class TunePlan:
                 found.append(f"data.{name} is never drawn in {self.mixture.sequences} sequences: its weight is too small")
             elif facts["read"] is not None and facts["read"] > 4:
                 found.append(f"data.{name} is read {facts['read']:.1f} times: add text, or lower its weight")
+            if facts.get("left_out_answers"):
+                found.append(
+                    f"data.{name}: {facts['left_out_answers']:,} answers do not end within one sequence of length "
+                    f"{self.settings.length} and are left out: raise 'length'"
+                )
         for name, tokens in self.heldout.items():
             for source, count in self.trained_on[name].items():
                 found.append(
