@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerge.errors import InputError
@@ -35,6 +35,7 @@ def learned(tokenizer: Any, given: Conversation) -> list[list[str]]:
     return found
 
 
+@settings(max_examples=30)
 @given(TURNS)
 def test_marked_answers_are_transformers_own_mask(turns: list[dict[str, Any]]) -> None:
     tokenizer = chat_tokenizer(MARKED)
@@ -45,6 +46,7 @@ def test_marked_answers_are_transformers_own_mask(turns: list[dict[str, Any]]) -
 
 
 @pytest.mark.parametrize("template", [CHATML, STRICT])
+@settings(max_examples=30)
 @given(turns=TURNS)
 def test_other_answers_are_what_each_turn_adds(template: str, turns: list[dict[str, Any]]) -> None:
     """The incremental construction on tokens, independent of characters."""
@@ -63,6 +65,7 @@ def test_other_answers_are_what_each_turn_adds(template: str, turns: list[dict[s
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=30)
 @given(turns=TURNS)
 def test_every_answer_is_marked_once_with_the_text_that_it_was_asked_with(name: str, turns: list[dict[str, Any]]) -> None:
     tokenizer, given = chat_tokenizer(TEMPLATES[name]), Conversation(tuple(turns))

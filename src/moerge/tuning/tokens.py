@@ -53,7 +53,7 @@ class Tokens:
 
     def marks(self, number: int) -> np.ndarray:
         """Marks [T] of a sequence's tokens, uint8: all 0, `packing.LEARNED`, but in conversations."""
-        return np.zeros(self.length, np.uint8) if self.learned is None else np.asarray(self._marks_N[self._slice(number)])
+        return np.zeros(self.length, np.uint8) if self.learned is None else np.array(self._marks_N[self._slice(number)])
 
     def _slice(self, number: int) -> slice:
         return slice(number * self.length, (number + 1) * self.length)
