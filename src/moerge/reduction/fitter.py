@@ -36,7 +36,7 @@ from moerge.runtime.layerwise import Dispatch, Layer, LayerwiseModel, MixtureTen
 from moerge.tensors.source import Source
 from moerge.tensors.spec import TensorSpec
 from moerge.tensors.streams import read_values
-from moerge.texts import Texts
+from moerge.texts import Texts, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class ReductionFitter(Fitter):
 
     def steps(self, calibration: Sequence[Texts]) -> int:
         """A rough number of tokens times layers."""
-        tokens = sum(min(self._reduction.tokens, 1 + len(doc) // 4) for texts in calibration for doc in texts.documents)
+        tokens = sum(min(self._reduction.tokens, 1 + len(text_of(doc)) // 4) for texts in calibration for doc in texts.documents)
         return tokens * len(self._choices) if self._reduction.needs_text else len(self._choices)
 
     def fit(self, context: FitContext) -> Mapping[str, np.ndarray]:

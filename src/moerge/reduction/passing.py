@@ -20,6 +20,7 @@ from moerge.reduction.states import States
 from moerge.reduction.sums import PEAK, Sums
 from moerge.runtime.layerwise import Dispatch, Layer, LayerwiseModel
 from moerge.runtime.tokens import encode_checked, load_tokenizer
+from moerge.texts import Document
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class TokenizedText:
     ids: Sequence[int]
 
 
-def tokenized(folder: Path, domain: str, documents: Sequence[str], tokens: int, rows: int) -> list[TokenizedText]:
+def tokenized(folder: Path, domain: str, documents: Sequence[Document], tokens: int, rows: int) -> list[TokenizedText]:
     """A domain's documents, each up to so many tokens; InputError if there is no token, or one beyond the embedding's rows."""
     tokenizer = load_tokenizer(folder)
     every = (encode_checked(tokenizer, document, tokens, rows, domain).tolist() for document in documents)

@@ -18,7 +18,7 @@ from moerge.evaluation.texts import read_texts
 from moerge.planning.plan import Plan
 from moerge.runtime.loading import Loaded, load
 from moerge.searching.settings import SearchFile
-from moerge.texts import document_hash
+from moerge.texts import Document, document_hash
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ _BATCH = 8
 _LARGEST = 256
 """An expert's likeliest tokens, which are told apart; the others count as one."""
 
-Documents = Mapping[str, Sequence[str]]
+Documents = Mapping[str, Sequence[Document]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Divergence:
     combine: Over
     window: int | None
     experts: Mapping[str, str]
-    cache: dict[str, dict[str, Any]]
+    cache: dict[str, dict[Document, Any]]
     device: str | None = None
     dtype: str | None = None
     metric: str = "kl"
@@ -130,12 +130,12 @@ class Divergence:
                 expert = load(self.experts[domain], device=self.device, dtype=self.dtype)
                 known |= {text: self._predict(expert, text) for text in missing}
 
-    def _predict(self, expert: Loaded, text: str) -> tuple[list[int], Any, Any]:
+    def _predict(self, expert: Loaded, text: Document) -> tuple[list[int], Any, Any]:
         ids_T, log_TV = self._log_probabilities(expert, text)
         top = log_TV.topk(min(_LARGEST, log_TV.shape[-1]), dim=-1)
         return ids_T, top.values, top.indices
 
-    def _log_probabilities(self, loaded: Loaded, text: str) -> tuple[list[int], torch.Tensor]:
+    def _log_probabilities(self, loaded: Loaded, text: Document) -> tuple[list[int], torch.Tensor]:
         import torch
 
         ids_1T = loaded.encode(text, self.window or WINDOW)
@@ -143,7 +143,7 @@ class Divergence:
             logits_TV = loaded.model(input_ids=ids_1T, use_cache=False).logits[0]
         return ids_1T[0].tolist(), logits_TV.float().log_softmax(-1)
 
-    def _divergence(self, loaded: Loaded, domain: str, text: str) -> Sums:
+    def _divergence(self, loaded: Loaded, domain: str, text: Document) -> Sums:
         ids_T, expert_TK, indices_TK = self.cache[domain][text]
         own_T, log_TV = self._log_probabilities(loaded, text)
         if own_T != ids_T:
@@ -219,7 +219,7 @@ def read_search_texts(file: SearchFile, given: int) -> Texts:
     return Texts({name: both[0] for name, both in parted.items()}, {name: both[1] for name, both in parted.items()})
 
 
-def _documents(file: SearchFile, places: Mapping[str, str], given: int) -> dict[str, tuple[str, ...]]:
+def _documents(file: SearchFile, places: Mapping[str, str], given: int) -> dict[str, tuple[Document, ...]]:
     try:
         texts = read_texts({name: file.place(place) for name, place in places.items()}, limit=None, given=given)
     except InputError as error:
@@ -227,7 +227,9 @@ def _documents(file: SearchFile, places: Mapping[str, str], given: int) -> dict[
     return {text.domain: tuple(dict.fromkeys(text.documents)) for text in texts}
 
 
-def _part(file: SearchFile, name: str, texts: Sequence[str], share: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _part(
+    file: SearchFile, name: str, texts: Sequence[Document], share: float
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     """Documents to search on and to judge by, drawn by their content, so that more text changes the parts little."""
     ordered = sorted(texts, key=document_hash)
     judged = round(share * len(ordered))

@@ -20,6 +20,7 @@ from moerge.searching.result import Trial, shown
 from moerge.searching.settings import Choice, Range, Search
 from moerge.searching.space import Space
 from moerge.tensors.digest import file_digest
+from moerge.texts import Document
 
 if TYPE_CHECKING:
     import optuna
@@ -195,7 +196,7 @@ class Study:
             raise InputError(f"the merge gives no finite {objective.metric}")
         return value
 
-    def _portions(self) -> Iterator[dict[str, Sequence[str]]]:
+    def _portions(self) -> Iterator[dict[str, Sequence[Document]]]:
         """Parts of the texts that have a document of each."""
         least = min((len(texts) for texts in self.texts.searched.values()), default=1)
         parts = min(_PORTIONS, least)

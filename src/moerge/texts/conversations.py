@@ -40,6 +40,9 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     where: str = field(default="the conversation", compare=False)
 
+    def __hash__(self) -> int:
+        return hash(text_of(self))
+
     @property
     def answers(self) -> tuple[int, ...]:
         """The places of the assistant's messages."""
