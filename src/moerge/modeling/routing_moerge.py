@@ -108,7 +108,7 @@ class Prompt:
         return Prompt(*(None if part is None else share.take(part) for part in self._parts))  # type: ignore[arg-type]
 
     def row(self, index: int) -> Prompt:
-        """What routing reads of one row, as fresh tensors that autograd can keep."""
+        """The tokens of one row that routing reads, as fresh tensors that autograd can keep."""
         real_T = self.routed_BT[index]
         ids_T = self.ids_BT[index][real_T]
         return Prompt(ids_T[None].clone(), None, None, self.position_ids_BT[index][real_T][None].clone())

@@ -87,7 +87,7 @@ def _common(first: str, second: str) -> int:
 
 
 class _Answers:
-    """Where the answers of a conversation lie in its text."""
+    """The places of a conversation's answers in its text."""
 
     def __init__(self, tokenizer: Any, conversation: Conversation) -> None:
         self._tokenizer, self._conversation = tokenizer, conversation

@@ -1,4 +1,4 @@
-"""What of a batch is learned, read, and padding. Shapes: B sequences, T tokens, N tokens of all of them."""
+"""The parts of a batch that are learned, read, or padding. Shapes: B sequences, T tokens, N tokens of all of them."""
 
 from __future__ import annotations
 

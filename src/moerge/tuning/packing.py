@@ -46,7 +46,7 @@ class Packer:
                 yield self._add(ids_N, np.full(len(ids_N), LEARNED, np.uint8))
 
     def finish(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What fills a last sequence that ends with a conversation; of one that ends with a text nothing is used."""
+        """Padding of a last sequence that ends with a conversation; one that ends with a text is not used."""
         if self._open:
             yield from self._pad()
 
