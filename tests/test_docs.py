@@ -148,7 +148,11 @@ class Session:
                 moerge.merge(recipe, out, threads=1)
             assert not out.exists()
             return
-        moerge.merge(moerge.plan(recipe), out, threads=1)
+        plan = moerge.plan(recipe)
+        if plan.recipe.output is None:
+            moerge.merge(plan, out, threads=1)
+        else:
+            moerge.merge_adapters(recipe, out, threads=1)
         assert moerge.verify(out, threads=1).problems == (), str(snippet)
 
     def run_console(self, snippet: Snippet) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moerge.demonstration import demo
     from moerge.errors import InputError, MachineError, MoergeError
     from moerge.evaluation import evaluate
+    from moerge.extraction.adapters import merge_adapters
     from moerge.extraction.extract import extract
     from moerge.gather.gather import stats
     from moerge.hub import push
@@ -57,6 +58,7 @@ _HOMES = {
     "learn": "moerge.learning.run",
     "load_recipe": "moerge.recipe",
     "merge": "moerge.merging.pipeline",
+    "merge_adapters": "moerge.extraction.adapters",
     "merge_state_dicts": "moerge.merging.state_dicts",
     "method": "moerge.methods.function",
     "merge_methods": "moerge.methods.method",
@@ -90,6 +92,7 @@ __all__ = [
     "learn",
     "load_recipe",
     "merge",
+    "merge_adapters",
     "merge_methods",
     "merge_state_dicts",
     "method",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +68,67 @@ def extract(
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy is {energy}: it is a share, above 0 and at most 1")
     folder = target_of(out)
-    if folder.exists():
-        raise InputError(f"{folder} already exists: choose another folder", code="target-exists")
     begun = time.perf_counter()
     recipe = {"base": base, "experts": {"expert": expert}, "merge": {"method": "task_arithmetic"}, "config": "base"}
     if has_tokenizer(locate(base, name="base", weights=False).folder):
         recipe["tokenizer"] = "base"
-    plan = build_plan(load_recipe(recipe), weights=True)
-    names = names_for_peft(plan)
-    targets = choose_targets(plan, modules, modules_to_save, names)
     most = rank if rank is not None else DEFAULT_RANK if energy is None else None
-    with reporter(progress) as report, AdapterWriter(folder, _largest(targets, most, plan), FLOATS[dtype]) as writer:
+    wanted = Wanted(most, energy, tuple(modules), tuple(modules_to_save), dtype)
+    _refuse_existing(folder)
+    plan = build_plan(load_recipe(recipe), weights=True)
+    return extract_plan(plan, folder, wanted, base, expert, begun, threads=threads, progress=progress)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The parts of a task vector that an adapter is to have.
+
+    `rank` is the most that a matrix may have (None: any), `energy` the share to keep by the smallest rank. `modules` and
+    `modules_to_save` are patterns; with `exact` the tensors that these name are the only ones that differ from the base.
+    """
+
+    rank: int | None
+    energy: float | None
+    modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    dtype: str
+    exact: bool = False
+
+
+def extract_plan(
+    plan: Plan,
+    folder: Path,
+    wanted: Wanted,
+    base: str,
+    expert: str,
+    begun: float,
+    *,
+    threads: int | None,
+    progress: Progress | bool,
+) -> Extraction:
+    """Write the task vector of a plan's only expert as an adapter; `base` and `expert` are what its files call the models."""
+    _refuse_existing(folder)
+    names = names_for_peft(plan)
+    targets = choose_targets(plan, wanted.modules, wanted.modules_to_save, names)
+    if wanted.exact and (wanted.modules or wanted.modules_to_save):
+        targets = [target for target in targets if target.kind != "left out"]
+    with (
+        reporter(progress) as report,
+        AdapterWriter(folder, _largest(targets, wanted.rank, plan), FLOATS[wanted.dtype]) as writer,
+    ):
         advance = report.phase("extracting", 2 * sum(t.output.nbytes for t in targets))
         with single_threaded_blas(), ThreadPoolExecutor(threads or default_threads()) as pool:
-            work = _Extraction(plan, names, writer, most, energy, pool.map)
+            work = _Extraction(plan, names, writer, wanted.rank, wanted.energy, pool.map)
             for target in targets:
                 work.add(target)
                 advance(2 * target.output.nbytes)
         check_unchanged(plan.sources)
         return work.publish(base, expert, begun)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise InputError(f"{folder} already exists: choose another folder", code="target-exists")
 
 
 def _largest(targets: Sequence[Target], rank: int | None, plan: Plan) -> list[tuple[str, Shape]]:

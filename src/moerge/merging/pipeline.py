@@ -105,6 +105,8 @@ def merge(
     model's file was changed since the plan was made.
     """
     plan = plan if isinstance(plan, Plan) else build_plan(load_recipe(plan))
+    if plan.recipe.output is not None:
+        raise InputError(f"{plan.recipe.source}: its output is an adapter, which moerge.merge_adapters and `moerge merge` write")
     plan = check_plan(plan, clients)
     target, threads = target_of(out), threads or default_threads()
     if resume and (written := _manifest_of(target)):

@@ -96,10 +96,17 @@ def _planned(recipe: Recipe, draft: Draft) -> Plan:
             *_router_warnings(recipe),
             *_calibration_warnings(recipe, calibration),
         ),
-        notes=(*recipe.notes, *(text for model in models for text in model.notes), *draft.notes),
+        notes=(*recipe.notes, *(text for model in models for text in model.notes), *draft.notes, *_output_notes(recipe)),
         family=draft.models[0].family,
     )
     return replace(plan, notes=(*plan.notes, *_fit_notes(plan)))
+
+
+def _output_notes(recipe: Recipe) -> list[str]:
+    if recipe.output is None:
+        return []
+    rank = f"rank {recipe.output.rank}" if recipe.output.rank else "the adapters' largest rank"
+    return [f"the result is an adapter: what this changes of the base, as a LoRA of {rank}"]
 
 
 def calibration_texts(

@@ -26,7 +26,20 @@ from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
 _OVERRIDES = ("merge", "overrides")
-_SECTIONS = ("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn")
+_SECTIONS = (
+    "base",
+    "experts",
+    "merge",
+    "moe",
+    "calibration",
+    "dtype",
+    "tokenizer",
+    "chat_template",
+    "config",
+    "parts",
+    "learn",
+    "output",
+)
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Recipe:

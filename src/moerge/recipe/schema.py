@@ -147,6 +147,19 @@ class Slice(_Strict):
         return self.sources[0].stop - self.sources[0].start
 
 
+class AdapterOutput(_Strict):
+    """A LoRA as the result: its largest `rank` (default: that of the adapters), the `energy` to keep, its element type."""
+
+    kind: Literal["adapter"]
+    rank: int | None = Field(default=None, ge=1, strict=True)
+    energy: float | None = Field(default=None, gt=0, le=1)
+    dtype: Float = "float32"
+
+
+def _output(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Recipe(_Strict):
     """A recipe. `folder` is what relative paths start from, `written` the document as the user wrote it.
 
@@ -179,6 +192,7 @@ class Recipe(_Strict):
     chat_template: str | None = Field(default=None, min_length=1)
     config: str | None = None
     parts: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
+    output: Annotated[AdapterOutput | None, BeforeValidator(_output)] = None
     seed: int = 0
     folder: Path = Path()
     source: str = "recipe"

@@ -11,7 +11,9 @@ from moerge.cli.interruption import resumable
 from moerge.cli.options import AsJson, CheckpointName, For, Quiet, RecipeFile, Seed, Threads
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Mapping
+
+    from moerge.recipe import Recipe
 
 
 def plan(
@@ -64,9 +66,29 @@ def merge(
         "clients": clients,
     }
     loaded = load_recipe(recipe, seed=seed)
+    if loaded.output is not None:
+        _merge_adapters(loaded, out, {"--resume": resume, "--force": force, "--for": clients}, threads, quiet, json)
+        return
     with TerminalProgress(quiet=quiet) as progress, resumable(lambda: staging_folder(out).exists()):
         result = run_merge(loaded, out, progress=progress, **options)
     views.merge(result, quiet=quiet, as_json=json)
+
+
+def _merge_adapters(
+    recipe: Recipe, out: Path, refused: Mapping[str, Any], threads: int | None, quiet: bool, as_json: bool
+) -> None:
+    """Merge into an adapter. InputError for an option that is for models."""
+    from moerge.cli.views import adapters as views
+    from moerge.errors import InputError
+    from moerge.extraction.adapters import merge_adapters
+    from moerge.progress import TerminalProgress
+
+    option = next((option for option, value in refused.items() if value), None)
+    if option:
+        raise InputError(f"{option} is for models, and the output of {recipe.source} is an adapter: leave it out")
+    with TerminalProgress(quiet=quiet) as progress:
+        found = merge_adapters(recipe, out, threads=threads, progress=progress)
+    views.extraction(found, quiet=quiet, as_json=as_json)
 
 
 def verify(checkpoint: CheckpointName, threads: Threads = None, quiet: Quiet = False, json: AsJson = False) -> None:
