@@ -113,7 +113,7 @@ def test_a_low_rank_is_the_best_there_is(here: Path, tmp_path: Path) -> None:
 def test_peft_loads_it_and_other_parts_stay(here: Path, tmp_path: Path) -> None:
     moerge.merge_adapters(recipe(here, output={"kind": "adapter", "rank": 5}), tmp_path / "out")
     model = peft.PeftModel.from_pretrained(load(here / "base"), tmp_path / "out")
-    keys = {key for key in peft.get_peft_model_state_dict(model)}
+    keys = set(peft.get_peft_model_state_dict(model))
     assert keys == set(locate(str(tmp_path / "out")).tensors)
     tokens = torch.tensor([[3, 7, 9, 5]])
     model_a, model_b = (peft.PeftModel.from_pretrained(load(here / "base"), here / name).merge_and_unload() for name in "ab")
@@ -140,7 +140,7 @@ def test_what_adapters_store_whole_is_merged_and_stored_whole(here: Path, tmp_pa
 def test_the_command(here: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe(here)))
-    assert "as a LoRA of the adapters' largest rank" in command("plan", file).out.replace("\n", " ")
+    assert "as a LoRA of the adapters' largest rank" in " ".join(command("plan", file).out.split())
     first = command("merge", file, tmp_path / "out", "--threads", 1, "--quiet")
     assert first.code == 0, first.err
     assert command("verify", tmp_path / "out", "--quiet").code == 0

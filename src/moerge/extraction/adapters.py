@@ -34,9 +34,9 @@ def merge_adapters(
 ) -> Extraction:
     """Merge the recipe's experts by its method, and write what that changes of the base as a LoRA: one adapter of several.
 
-    Ranks and targets of the experts may differ. What is merged are their task vectors (scale * B @ A), never A and B by themselves;
-    each merged matrix becomes its truncated singular value decomposition, computed one after the other. What an adapter stores
-    whole is merged and stored whole.
+    Ranks and targets of the experts may differ. What is merged are their task vectors (scale * B @ A), never A and B by
+    themselves; each merged matrix becomes its truncated singular value decomposition, computed one after the other. What an
+    adapter stores whole is merged and stored whole.
 
     Args:
         recipe: With `output: adapter`, or `output` with a `rank` (default: the largest of the adapters') or an `energy`.
@@ -98,7 +98,7 @@ def _merged_plan(plan: Plan) -> Plan:
 
 
 def _changed(plan: Plan) -> tuple[list[str] | None, list[str]]:
-    """The names of tensors that adapters change by a product, and of those that they store whole; None for all, if one is none."""
+    """The names of tensors that adapters change by a product (None: any, if an expert is no adapter), and that they store whole."""
     products: dict[str, None] = {}
     whole: dict[str, None] = {}
     for model in plan.models[1:]:

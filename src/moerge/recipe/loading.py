@@ -27,17 +27,7 @@ from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, seq
 
 _OVERRIDES = ("merge", "overrides")
 _SECTIONS = (
-    "base",
-    "experts",
-    "merge",
-    "moe",
-    "calibration",
-    "dtype",
-    "tokenizer",
-    "chat_template",
-    "config",
-    "parts",
-    "learn",
+    *("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn"),
     "output",
 )
 
