@@ -43,6 +43,12 @@ def compare_with_transformers(folder: Path, config: Mapping[str, Any]) -> Compar
 
 def names_in_memory(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names that a checkpoint's tensors have in its class, None where transformers does not have that. Needs transformers."""
+    model = model_without_values(folder, config)
+    return None if model is None else tuple(model.state_dict())
+
+
+def model_without_values(folder: Path, config: Mapping[str, Any]) -> Any:
+    """A checkpoint's model on torch's device `meta`, None where transformers does not have its class. Needs transformers."""
     import torch
     import transformers
 
@@ -55,7 +61,7 @@ def names_in_memory(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...] 
     with without_warnings():
         settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            return tuple(kind(settings).state_dict())
+            return kind(settings)
 
 
 def _load(kind: Any, folder: Path, what: str, transformers: Any) -> Compared:

@@ -18,6 +18,7 @@ from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.plan import Plan
 from moerge.progress import Progress
 from moerge.recipe import Recipe, load_recipe
+from moerge.tensors.views.joined import Joined
 from moerge.tensors.views.low_rank import LowRankTensor
 from moerge.tensors.views.reshaped import Reshaped
 
@@ -98,14 +99,14 @@ def _merged_plan(plan: Plan) -> Plan:
 
 
 def _changed(plan: Plan) -> tuple[list[str] | None, list[str]]:
-    """The names of tensors that adapters change by a product (None: any, if an expert is no adapter), and that they store whole."""
+    """The names of tensors that adapters change by a product, and that they store whole; None if an expert is no adapter."""
     products: dict[str, None] = {}
     whole: dict[str, None] = {}
     for model in plan.models[1:]:
         if not isinstance(model, AdaptedCheckpoint) or model.base.name == model.name:
             return None, []
         for name, tensor in _own(model).items():
-            if _is_product(tensor) and len(tensor.shape) == 2:
+            if _is_product(tensor) and len(tensor.shape) > 1:
                 products[name] = None
             elif not _is_product(tensor):
                 whole[name] = None
@@ -117,7 +118,14 @@ def _own(model: AdaptedCheckpoint) -> dict[str, Any]:
 
 
 def _is_product(tensor: Any) -> bool:
-    return isinstance(tensor.of if isinstance(tensor, Reshaped) else tensor, LowRankTensor)
+    return any(isinstance(part, LowRankTensor) for part in _parts(tensor))
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """The tensor without what gives it another shape: a matrix, or that of each expert."""
+    if isinstance(tensor, Joined):
+        return [part.tensor for part in tensor.parts]
+    return [tensor.of if isinstance(tensor, Reshaped) else tensor]
 
 
 def _largest_rank(plan: Plan) -> int:
@@ -129,4 +137,5 @@ def _largest_rank(plan: Plan) -> int:
 def _ranks(model: Checkpoint) -> list[int]:
     if not isinstance(model, AdaptedCheckpoint):
         return []
-    return [tensor.a.shape[0] for tensor in model.tensors.values() if isinstance(tensor, LowRankTensor) and tensor.a is not None]
+    parts = (part for tensor in model.tensors.values() for part in _parts(tensor))
+    return [part.a.shape[0] for part in parts if isinstance(part, LowRankTensor) and part.a is not None]

@@ -27,9 +27,10 @@ def adapter_config(
     saved: Sequence[str],
     modules: Sequence[str],
     tied: bool,
+    parameters: Sequence[str] = (),
 ) -> bytes:
     """adapter_config.json. alpha equals the rank everywhere, so every factor counts as it is, also for programs that know no
-    `rank_pattern`. `modules` are all modules of the base."""
+    `rank_pattern`. `modules` are all modules of the base, `parameters` what is no module's weight: all experts of a layer."""
     pattern = {module: rank for module, rank in ranks.items() if rank != found.rank}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -40,7 +41,7 @@ def adapter_config(
         "lora_alpha": found.rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": _short(list(ranks), modules),
+        "target_modules": _short([target.module for target in targets], modules),
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": any(target.transposed and target.kind == "lora" for target in targets),
         "bias": "none",
@@ -48,6 +49,8 @@ def adapter_config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if parameters:
+        config["target_parameters"] = list(parameters)
     return to_json({**config, "ensure_weight_tying": True} if tied else config)
 
 

@@ -6,7 +6,7 @@ Shapes: R rows and C columns of a stored matrix, K the rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,12 @@ from moerge.checkpoint.locate import locate
 from moerge.checkpoint.reader import ADAPTER_CONFIG
 from moerge.errors import InputError
 from moerge.extraction.card import adapter_card, adapter_config
-from moerge.extraction.naming import is_multimodal, names_for_peft
+from moerge.extraction.checking import check_with_peft
+from moerge.extraction.experts import ExpertsTarget, target_parameters
+from moerge.extraction.naming import ModuleNames, is_multimodal, names_for_peft
 from moerge.extraction.result import Extraction, Kept
 from moerge.extraction.targets import Target, choose_targets
+from moerge.extraction.task_vector import squares, task_vector
 from moerge.extraction.writer import AdapterWriter, Shape
 from moerge.files import check_unchanged, target_of
 from moerge.planning.build import build_plan
@@ -29,8 +32,7 @@ from moerge.progress import Progress, reporter
 from moerge.recipe import load_recipe
 from moerge.tensors.dtypes import FLOATS
 from moerge.tensors.linalg import Map, leading_svd
-from moerge.tensors.source import Source
-from moerge.tensors.streams import WINDOW, Stream, read_values
+from moerge.tensors.streams import read_values
 from moerge.tensors.threads import default_threads, single_threaded_blas
 from moerge.tensors.views.low_rank import add_product
 from moerge.tokenizer import has_tokenizer
@@ -116,12 +118,12 @@ def extract_plan(
         reporter(progress) as report,
         AdapterWriter(folder, _largest(targets, wanted.rank, plan), FLOATS[wanted.dtype]) as writer,
     ):
-        advance = report.phase("extracting", 2 * sum(t.output.nbytes for t in targets))
+        advance = report.phase("extracting", 2 * sum(target.nbytes for target in targets))
         with single_threaded_blas(), ThreadPoolExecutor(threads or default_threads()) as pool:
             work = _Extraction(plan, names, writer, wanted.rank, wanted.energy, pool.map)
             for target in targets:
                 work.add(target)
-                advance(2 * target.output.nbytes)
+                advance(2 * target.nbytes)
         check_unchanged(plan.sources)
         return work.publish(base, expert, begun)
 
@@ -131,11 +133,16 @@ def _refuse_existing(folder: Path) -> None:
         raise InputError(f"{folder} already exists: choose another folder", code="target-exists")
 
 
-def _largest(targets: Sequence[Target], rank: int | None, plan: Plan) -> list[tuple[str, Shape]]:
+def _largest(targets: Sequence[Target | ExpertsTarget], rank: int | None, plan: Plan) -> list[tuple[str, Shape]]:
     """The tensors to be written, as large as they may become."""
     found: list[tuple[str, Shape]] = []
     for target in targets:
-        if target.kind in ("lora", "embedding"):
+        if isinstance(target, ExpertsTarget):
+            outputs, inputs = target.shape
+            most = target.parameter.experts * min(outputs, inputs, rank or max(outputs, inputs))
+            names = (f"{_PREFIX}{name}" for name in target.factor_names)
+            found += zip(names, ((most, inputs), (outputs, most)), strict=True)
+        elif target.kind in ("lora", "embedding"):
             outputs, inputs = reversed(target.output.shape) if target.transposed else target.output.shape
             most = min(outputs, inputs, rank or max(outputs, inputs))
             found += zip(_factor_names(target), ((most, inputs), (outputs, most)), strict=True)
@@ -159,7 +166,7 @@ class _Extraction:
     """An adapter on its way."""
 
     def __init__(
-        self, plan: Plan, names: Mapping[str, str], writer: AdapterWriter, most: int | None, energy: float | None, spread: Map
+        self, plan: Plan, names: ModuleNames, writer: AdapterWriter, most: int | None, energy: float | None, spread: Map
     ) -> None:
         self.plan, self.names, self.writer = plan, names, writer
         self.most, self.energy, self.spread = most, energy, spread
@@ -167,22 +174,26 @@ class _Extraction:
         self.ranks: dict[str, int] = {}
         self.saved: dict[str, None] = {}
         self.targets: dict[str, Target] = {}
+        self.experts: dict[str, ExpertsTarget] = {}
 
-    def add(self, target: Target) -> None:
+    def add(self, target: Target | ExpertsTarget) -> None:
         """Store what is wanted of one tensor, and count what is lost."""
         kept = self.kept.setdefault((target.role, target.kind), Kept(target.role, target.kind))
+        if isinstance(target, ExpertsTarget):
+            kept.add(*self._experts(target))
+            return
         if target.kind == "whole":
             kept.add(self._whole(target), 0.0, None)
             return
-        tau_RC = _task_vector(*target.pair).reshape(target.output.shape)
-        total = _squares(tau_RC)
+        tau_RC = task_vector(*target.pair).reshape(target.output.shape)
+        total = squares(tau_RC)
         if target.kind == "left out":
             kept.add(total, total, None)
         elif total == 0:  # nothing was trained here: peft is not told of this module
             kept.add(0.0, 0.0, None)
         else:
             rank = self._low_rank(target, tau_RC, total)
-            kept.add(total, _squares(tau_RC), rank)
+            kept.add(total, squares(tau_RC), rank)
 
     def _whole(self, target: Target) -> float:
         """Store the expert's own tensor; the squared norm of its task vector."""
@@ -191,7 +202,28 @@ class _Extraction:
         for name in _saved_names(target, self.plan):
             self.writer.add(f"{_PREFIX}{name}", values_N.reshape(target.output.shape))
             self.saved[name.rpartition(".")[0]] = None
-        return _squares(values_N - read_values(base))
+        return squares(values_N - read_values(base))
+
+    def _experts(self, target: ExpertsTarget) -> tuple[float, float, int]:
+        """Store the factors of all experts of a layer; their squared norm, what is lost of it, and the rank."""
+        factors, sizes = [], []
+        for expert in range(target.parameter.experts):
+            tau_OI = target.task_vector(expert)
+            sizes.append(squares(tau_OI))
+            left_OK, sigma_K, right_KI = self._decomposed(tau_OI, sizes[-1])
+            root_K = np.sqrt(sigma_K)
+            factors.append((left_OK * root_K, right_KI * root_K[:, None]))
+        a, b, rank = target.packed(factors)
+        a, b = (self.writer.add(f"{_PREFIX}{name}", part) for name, part in zip(target.factor_names, (a, b), strict=True))
+        lost = 0.0
+        for expert in range(target.parameter.experts):
+            tau_OI = target.task_vector(expert)
+            left_OK = np.ascontiguousarray(b.reshape(len(b), rank, -1)[:, :, expert])
+            add_product(left_OK, a[expert * rank : (expert + 1) * rank], np.float32(-1), 0, tau_OI)
+            lost += squares(tau_OI)
+        self.experts[target.name] = target
+        self.ranks[target.name] = rank
+        return sum(sizes), lost, rank
 
     def _low_rank(self, target: Target, tau_RC: np.ndarray, total: float) -> int:
         """Store the factors of a task vector; what they do not express is left in it."""
@@ -240,9 +272,12 @@ class _Extraction:
             warnings=(*self.plan.warnings, *self._without_tokens(), *self._left_out()),
             revision=revision,
         )
-        modules = [name.rpartition(".")[0] for name in self.names.values()]
+        modules = [name.rpartition(".")[0] for name in self.names.by_file.values()]
         tied = ties_head(self.plan.models[0]) and any(holds_vocabulary(f"{name}.weight") for name in self.saved)
-        config = adapter_config(found, list(self.targets.values()), self.ranks, list(self.saved), modules, tied)
+        experts = target_parameters(list(self.experts.values()), self.names.memory)
+        config = adapter_config(found, list(self.targets.values()), self.ranks, list(self.saved), modules, tied, experts)
+        if self.names.memory:
+            check_with_peft(self.plan.models[0], config, self.writer.shapes)
         self.writer.publish(
             {ADAPTER_CONFIG: config, "README.md": adapter_card(found, multimodal=is_multimodal(self.plan.models[0]))}
         )
@@ -267,22 +302,3 @@ class _Extraction:
             f"{', '.join(first)}{more} are left out: {100 * part:.2g}% of the task vector's squared norm "
             "(--modules-to-save stores tensors whole)"
         ]
-
-
-def _task_vector(base: Source, expert: Source) -> np.ndarray:
-    """expert - base [N] in float32, with no second copy of either."""
-    of_base, of_expert = Stream(base, digested=False), Stream(expert, digested=False)
-    values_N = np.empty(expert.tensor.size, np.float32)
-    base_N = np.empty(min(WINDOW, values_N.size), np.float32)
-    for start in range(0, values_N.size, WINDOW):
-        part_N = values_N[start : start + WINDOW]
-        of_base.fill_finite(base_N[: part_N.size])
-        of_expert.fill_finite(part_N, base_N[: part_N.size])
-    return values_N
-
-
-def _squares(values: np.ndarray) -> float:
-    """The sum of squares in float64."""
-    flat_N = values.reshape(-1)
-    parts = (flat_N[start : start + WINDOW] for start in range(0, flat_N.size, WINDOW))
-    return float(sum(np.square(part_N, dtype=np.float64).sum() for part_N in parts))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 from moerge.architecture.needed import names_in_memory
+from moerge.checkpoint.fused_experts import expert_parameters
 from moerge.checkpoint.module_names import Names
 from moerge.checkpoint.reader import Checkpoint
 from moerge.extras import require
@@ -16,17 +19,27 @@ def is_multimodal(model: Checkpoint) -> bool:
     return any(isinstance(model.config.get(key), Mapping) for key in ("text_config", "vision_config", "llm_config"))
 
 
-def names_for_peft(plan: Plan) -> dict[str, str]:
-    """The names in memory of the plan's tensors, by their names in files.
+@dataclass(frozen=True)
+class ModuleNames:
+    """The names in memory of tensors, by their names in files; and all that are known of there, none where both are alike."""
+
+    by_file: Mapping[str, str]
+    memory: tuple[str, ...] = ()
+
+
+def names_for_peft(plan: Plan) -> ModuleNames:
+    """The names of the plan's tensors in memory, which differ in models of several modalities and in mixtures of experts.
 
     What several tensors are one of there has no name. Raises InputError where only transformers knows them and is not installed.
     """
     base, stored = plan.models[0], [output.name for output in plan.outputs]
-    if not is_multimodal(base):
-        return {name: name for name in stored}
-    require("models", f"{base.folder}: naming the modules of a model of several modalities as peft does")
+    same = ModuleNames({name: name for name in stored})
+    if is_multimodal(base):
+        require("models", f"{base.folder}: naming the modules of a model of several modalities as peft does")
+    elif not expert_parameters(base.tensors) or not (find_spec("transformers") and find_spec("torch")):
+        return same
     known = names_in_memory(base.folders[-1], base.config)
     if known is None:  # code of its own, which loads its files as they are
-        return {name: name for name in stored}
+        return same
     names = Names(known)
-    return {name: own for name in stored if (own := names.find(name))}
+    return ModuleNames({name: own for name in stored if (own := names.find(name))}, known)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from moerge.checkpoint.adapter import holds_vocabulary, stores_inputs_first, ties_head
 from moerge.errors import InputError, suggest
+from moerge.extraction.experts import ExpertsTarget, expert_tensors, experts_targets
+from moerge.extraction.naming import ModuleNames
 from moerge.operations.operations import Merge, Output
 from moerge.planning.plan import Plan
 from moerge.recipe.rules import matches
@@ -36,6 +38,11 @@ class Target:
         return self.name.rpartition(".")[0]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.output.nbytes
+
+    @property
     def pair(self) -> tuple[Source, Source]:
         """Base and expert."""
         operation = self.output.operation
@@ -48,10 +55,10 @@ class Target:
         return re.sub(r"\.\d+(?=\.|$)", ".*", self.output.role or self.output.name)
 
 
-def choose_targets(plan: Plan, modules: Sequence[str], whole: Sequence[str], names: Mapping[str, str]) -> list[Target]:
+def choose_targets(plan: Plan, modules: Sequence[str], whole: Sequence[str], names: ModuleNames) -> list[Target | ExpertsTarget]:
     """Every tensor of the plan that has a task vector; by default attention and feed-forward matrices become low-rank.
 
-    `names` are those in memory by those in files. `modules` are patterns (as in a recipe's overrides) of what becomes low-rank
+    `modules` are patterns (as in a recipe's overrides) of what becomes low-rank
     instead, `whole` of what is stored as it is.
     Raises InputError for a pattern that matches nothing, or something that cannot become low-rank.
     """
@@ -60,23 +67,31 @@ def choose_targets(plan: Plan, modules: Sequence[str], whole: Sequence[str], nam
     saved = {output.name.rpartition(".")[0] for output in outputs if output.name in stored}
     base = plan.models[0]
     tied = ties_head(base)
+    mixture = expert_tensors(base)
+    of_experts = [output for output in outputs if output.name in mixture and output.name not in stored]
+    asked = {output.name for output in of_experts if not modules or output.name in low_rank} if names.memory else set()
+    experts = experts_targets(plan, of_experts, asked, names.memory)
+    grouped = {output.name for target in experts for stack in target.outputs for output in stack}
+    untrained = asked - grouped
     for name, pattern in {**low_rank, **stored}.items():
         _check_head(name, pattern, base.model_type, tied)
-        if name not in names:
+        if name not in names.by_file and name not in asked:
             raise InputError(f"pattern {pattern!r} matches tensor {name!r}, which is none by itself in memory: leave it out")
-    found = []
+    found: list[Target | ExpertsTarget] = list(experts)
     for output in outputs:
+        if output.name in grouped or output.name in untrained:
+            continue
         module = output.name.rpartition(".")[0]
-        wanted = output.name in low_rank if modules else _is_projection(output) and output.name in names
+        wanted = output.name in low_rank if modules else _is_projection(output) and output.name in names.by_file
         if module in saved:
-            found.append(Target(output, "whole", names.get(output.name, "")))
+            found.append(Target(output, "whole", names.by_file.get(output.name, "")))
         elif not wanted:
-            found.append(Target(output, "left out", names.get(output.name, "")))
+            found.append(Target(output, "left out", names.by_file.get(output.name, "")))
         else:
             _check(output, low_rank.get(output.name, ""), tied)
             embedding = _is_embedding(output)
             transposed = embedding or stores_inputs_first(base.model_type, module)
-            found.append(Target(output, "embedding" if embedding else "lora", names.get(output.name, ""), transposed))
+            found.append(Target(output, "embedding" if embedding else "lora", names.by_file.get(output.name, ""), transposed))
     return found
 
 
@@ -86,7 +101,7 @@ def _matched(outputs: Sequence[Output], patterns: Sequence[str], option: str) ->
     for pattern in patterns:
         names = [o.name for o in outputs if matches(pattern, o.role, o.name)]
         if option == "--modules":
-            names = [name for name in names if name.endswith(".weight")]
+            names = [o.name for o in outputs if o.name in names and (o.name.endswith(".weight") or len(o.shape) == 3)]
         if not names:
             known = {re.sub(r"^layers\.\d+\.", "", output.role) or output.name for output in outputs}
             raise InputError(f"{option}: {pattern!r} matches no tensor, {suggest(pattern, known)}", code="unknown-name")
@@ -120,6 +135,6 @@ def _check(output: Output, pattern: str, tied: bool) -> None:
     if len(output.shape) != 2:
         raise InputError(f"{where} is no matrix: name it with --modules-to-save, or leave it out")
     if _EXPERT.search(f"{output.role} {output.name}"):
-        raise InputError(f"{where} belongs to an expert of a MoE: peft adapts those as fused parameters, which is not supported")
+        raise InputError(f"{where} belongs to an expert of a MoE, whose name in memory is not known: leave it out")
     if tied and holds_vocabulary(output.name):
         raise InputError(f"{where} the base ties (embedding and head are one tensor): name it with --modules-to-save")

@@ -62,6 +62,11 @@ class AdapterWriter:
         return rounded_N.reshape(values.shape)
 
     @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the tensors stored so far."""
+        return {name: shape for name, _, shape in self._written}
+
+    @property
     def parameters(self) -> int:
         """Elements stored so far."""
         return sum(int(np.prod(shape)) for _, _, shape in self._written)
