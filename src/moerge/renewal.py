@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from moerge.architecture.sequence import HETEROGENEOUS, MODEL_TYPE
+from moerge.architecture.token_mixture import MODEL_TYPE as BY_TOKEN
 from moerge.checkpoint.manifest import read_manifest, sealed, to_json
 from moerge.checkpoint.reader import read_json
 from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError, MachineError
 from moerge.files import atomic_path, read_file
-from moerge.modeling import AUTO_MAP, HETEROGENEOUS_AUTO_MAP, code_files
+from moerge.modeling import AUTO_MAP, HETEROGENEOUS_AUTO_MAP, TOKEN_AUTO_MAP, code_files
 from moerge.tensors.digest import file_digest
 
 _CONFIG = "config.json"
-_AUTO_MAPS = {MODEL_TYPE: AUTO_MAP, HETEROGENEOUS: HETEROGENEOUS_AUTO_MAP}
+_AUTO_MAPS = {MODEL_TYPE: AUTO_MAP, HETEROGENEOUS: HETEROGENEOUS_AUTO_MAP, BY_TOKEN: TOKEN_AUTO_MAP}
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def _case(name: str, sizes: Mapping[str, Any] = GROUPED, **keys: Any) -> Callabl
 
 
 def _gpt2(**more: Any) -> Any:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, bos_token_id=1, eos_token_id=2, **more)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **more}
+    return transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, bos_token_id=1, eos_token_id=2)
 
 
 def _gemma3(*, tie_word_embeddings: bool = True, **more: Any) -> Any:

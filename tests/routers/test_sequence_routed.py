@@ -315,7 +315,7 @@ BAD = {
         "line 3: moe.router.kind: 'task_vector' routes whole sequences, which needs 'format: moerge'"
     ),
     "base: base\nexperts: {math: math}\nmoe:\n  separate: [ffn, attention]\n": (
-        "line 4: moe.separate[1]: native formats keep only 'ffn' separate, not 'attention': use 'format: moerge'"
+        "line 4: moe.separate[1]: token-routed models keep only 'ffn' separate, not 'attention': use 'format: moerge'"
     ),
     "base: base\nexperts: {math: math}\nmoe:\n  mix: layer\n": "line 4: moe.mix is for models that route whole sequences",
     "base: base\nexperts: {math: math}\nmoe: {format: moerg}\n": "unknown MoE format 'moerg': did you mean 'moerge'?",

@@ -29,6 +29,7 @@ class SharedSlot:
 
     keys: Callable[[Mapping[str, Any]], dict[str, Any]]
     gated: bool = False
+    weighs: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from moerge.architecture.config import normalized_config
 from moerge.architecture.derived import derived_family
 from moerge.architecture.family import Family
 from moerge.architecture.moe_format import MoEFormat
+from moerge.architecture.token_mixture import MODEL_TYPE, token_family
 from moerge.errors import InputError
 from moerge.registry import Registry
 
@@ -23,6 +24,8 @@ def tabled_family(config: Mapping[str, Any]) -> Family | None:
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
     """The family of a config, derived from transformers where moerge has no table; None where neither knows it."""
+    if config.get("model_type") == MODEL_TYPE:
+        return token_family(config, family_of)
     return tabled_family(config) or derived_family(config)
 
 
@@ -71,5 +74,8 @@ def _candidates(model_type: str) -> list[MoEFormat]:
     found = [candidate for candidate in formats if model_type in candidate.sources]
     if not found:
         takes = sorted({source for candidate in formats for source in candidate.sources})
-        raise InputError(f"no token-routed MoE format is known for experts of type {model_type!r} (known: {', '.join(takes)})")
+        raise InputError(
+            f"no token-routed MoE format is known for experts of type {model_type!r} (known: {', '.join(takes)}): "
+            "'format: moerge' with 'level: token' routes tokens in any family"
+        )
     return sorted(found, key=lambda candidate: model_type in candidate.fallback_for)

@@ -13,7 +13,7 @@ from moerge.modeling.naming_moerge import dense_name, role_of, separate_name
 MODEL_TYPE = "moerge"
 HETEROGENEOUS = "moerge_heterogeneous"
 BY_SEQUENCE = (MODEL_TYPE, HETEROGENEOUS)
-"""Our model types: of experts of one family, and of whole models."""
+"""Our model types that route sequences: of experts of one family, and of whole models."""
 GATE = "router.weight"
 
 

@@ -26,7 +26,7 @@ VERSIONS = {
 _DENSE = ("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 _MOE = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe")
 
-OWN_FORMATS = ("moerge", "moerge_heterogeneous")
+OWN_FORMATS = ("moerge", "moerge_heterogeneous", "moerge_token")
 
 RUNS: dict[str, frozenset[str]] = {
     LLAMA_CPP: frozenset({*_DENSE, *_MOE, "olmoe"}),

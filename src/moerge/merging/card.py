@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```"""
 
-_BY_SEQUENCE_USE = """The architecture is moerge's own, for transformers 5.5 or newer, and its code lies beside the weights:
+_OWN_CODE_USE = """The architecture is moerge's own, for transformers 5.5 or newer, and its code lies beside the weights:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def model_card(plan: Plan) -> str:
         *(["## Tokens", _list(tokens)] if (tokens := plan.vocabulary.get("notes")) else ()),
         *(["## Warnings", _list(plan.warnings)] if plan.warnings else ()),
         "## Use",
-        _BY_SEQUENCE_USE if by_sequence else _USE,
+        _OWN_CODE_USE if plan.experts and plan.config.get("auto_map") else _USE,
         "`moerge verify path/to/this/folder` checks every tensor against the manifest `moerge.json`.",
     ]
     return "\n\n".join(parts) + "\n"

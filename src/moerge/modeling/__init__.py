@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from moerge.modeling.cache_moerge import MoergeCache
     from moerge.modeling.configuration_heterogeneous_moerge import MoergeHeterogeneousConfig
     from moerge.modeling.configuration_moerge import MoergeConfig
+    from moerge.modeling.configuration_token_moerge import MoergeTokenConfig
     from moerge.modeling.modeling_heterogeneous_moerge import MoergeHeterogeneousForCausalLM, MoergeHeterogeneousModel
     from moerge.modeling.modeling_moerge import MoergeForCausalLM, MoergeModel
+    from moerge.modeling.modeling_token_moerge import MoergeTokenForCausalLM
     from moerge.modeling.routing_moerge import Routing
 
 _HOMES = {
@@ -32,6 +34,8 @@ _HOMES = {
     "MoergeHeterogeneousForCausalLM": "modeling_heterogeneous_moerge",
     "MoergeHeterogeneousModel": "modeling_heterogeneous_moerge",
     "MoergeModel": "modeling_moerge",
+    "MoergeTokenConfig": "configuration_token_moerge",
+    "MoergeTokenForCausalLM": "modeling_token_moerge",
     "Routing": "routing_moerge",
 }
 
@@ -49,6 +53,14 @@ HETEROGENEOUS_AUTO_MAP = {
 }
 """The same for experts of different architectures."""
 
+TOKEN_AUTO_MAP = {
+    "AutoConfig": "configuration_token_moerge.MoergeTokenConfig",
+    "AutoModelForCausalLM": "modeling_token_moerge.MoergeTokenForCausalLM",
+}
+"""The same for a dense family's model that routes tokens."""
+
+AUTO_MAPS = (AUTO_MAP, HETEROGENEOUS_AUTO_MAP, TOKEN_AUTO_MAP)
+
 _IMPORTS = re.compile(r"^from \.(\w+) import", re.MULTILINE)
 
 __all__ = [
@@ -56,6 +68,7 @@ __all__ = [
     "FAMILIES",
     "HETEROGENEOUS_AUTO_MAP",
     "ROLES",
+    "TOKEN_AUTO_MAP",
     "MoergeCache",
     "MoergeConfig",
     "MoergeForCausalLM",
@@ -63,6 +76,8 @@ __all__ = [
     "MoergeHeterogeneousForCausalLM",
     "MoergeHeterogeneousModel",
     "MoergeModel",
+    "MoergeTokenConfig",
+    "MoergeTokenForCausalLM",
     "Routing",
     "code_files",
     "dense_name",
@@ -77,17 +92,19 @@ def register() -> None:
     """Make transformers' Auto classes know the models, and `save_pretrained` put their code beside the weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    for auto_map in (AUTO_MAP, HETEROGENEOUS_AUTO_MAP):
-        config, model, causal = (
-            getattr(import_module(f"moerge.modeling.{home}"), name)
-            for home, name in (auto_map[auto].split(".") for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM"))
-        )
+    models = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    for auto_map in AUTO_MAPS:
+        known = {auto: getattr(import_module(f"moerge.modeling.{home}"), name) for auto, (home, name) in _homes(auto_map)}
+        config = known.pop("AutoConfig")
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal, exist_ok=True)
         config.register_for_auto_class()
-        model.register_for_auto_class("AutoModel")
-        causal.register_for_auto_class("AutoModelForCausalLM")
+        for auto, kind in known.items():
+            models[auto].register(config, kind, exist_ok=True)
+            kind.register_for_auto_class(auto)
+
+
+def _homes(auto_map: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    return [(auto, place.split(".")) for auto, place in auto_map.items()]
 
 
 def code_files(auto_map: Mapping[str, str] = AUTO_MAP) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from moerge.recipe.heterogeneous import conflicting_key
 from moerge.recipe.learned import read_rule
 from moerge.recipe.mergekit import is_mergekit, read_mergekit
 from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
-from moerge.recipe.schema import DROP, HETEROGENEOUS_KEYS, UNION, MoE, Override, Recipe
+from moerge.recipe.schema import DROP, HETEROGENEOUS_KEYS, UNION, MoE, Override, Recipe, routes_sequences
 from moerge.recipe.tokens import read_tokenizer_section
 from moerge.routers.base import Router, router, routers
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
@@ -65,7 +65,7 @@ def _set_seed(data: dict[str, Any], seed: int) -> None:
             if isinstance(override, dict) and "seed" in override:
                 override["seed"] = seed
     if isinstance(moe := data.get("moe"), dict) and isinstance(settings := moe.setdefault("router", {}), dict):
-        by_sequence = moe.get("format") == FORMAT
+        by_sequence = routes_sequences(moe.get("format"), moe.get("level"))
         kind = settings.get("kind", _default_kind(by_sequence))
         known = sequence_routers() if by_sequence else routers()
         if "seed" in settings or kind not in known or "seed" in _router_class(kind, by_sequence).model_fields:
@@ -150,7 +150,7 @@ def _method(document: Document, path: Key, section: Mapping[str, Any], seed: int
 def _moe_section(document: Document) -> MoE:
     section = document.mapping(("moe",), document.data["moe"])
     parameters = document.mapping(("moe", "router"), section.get("router"))
-    by_sequence = section.get("format") == FORMAT
+    by_sequence = routes_sequences(section.get("format"), section.get("level"))
     kind = str(parameters.pop("kind", _default_kind(by_sequence)))
     try:
         chosen = _router_class(kind, by_sequence)
@@ -317,10 +317,12 @@ def _check_moe(recipe: Recipe, document: Document) -> None:
         raise document.error(("moe", "top_k"), f" is {recipe.moe.top_k}, but there are only {count} experts")
     if isinstance(recipe.moe.router, SequenceRouter):
         _check_by_sequence(recipe.moe, recipe.moe.router, recipe.expert_names, document)
-        _refuse_keys(recipe.moe, _TOKEN_KEYS, f" is for models that route tokens: remove it, or 'format: {FORMAT}'", document)
+        _refuse_keys(recipe.moe, _TOKEN_KEYS, " is for models that route tokens: add 'level: token', or remove it", document)
         if recipe.moe.adapters == "keep":
             _check_kept_adapters(recipe.moe, recipe.base, document)
     else:
+        if recipe.moe.level == "sequence":
+            raise document.error(("moe", "level"), f": native formats route tokens: use 'format: {FORMAT}', or remove 'level'")
         _check_by_token(recipe.moe, document)
         _check_shared(recipe, recipe.moe, document)
 
@@ -347,7 +349,7 @@ def _check_shared(recipe: Recipe, moe: MoE, document: Document) -> None:
 def _check_by_token(moe: MoE, document: Document) -> None:
     other = next((index for index, role in enumerate(moe.separate) if role != "ffn"), None)
     if other is not None:
-        message = f": native formats keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
+        message = f": token-routed models keep only 'ffn' separate, not {moe.separate[other]!r}: use 'format: {FORMAT}'"
         raise document.error(("moe", "separate", other), message)
     why = f" is for models that route whole sequences: use 'format: {FORMAT}', or remove it"
     _refuse_keys(moe, ("mix", "adapters", *HETEROGENEOUS_KEYS), why, document)

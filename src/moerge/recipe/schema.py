@@ -72,12 +72,19 @@ def _expert(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 
 
+def routes_sequences(moe_format: Any, level: Any) -> bool:
+    """Return whether a model in our own format routes sequences, which it does unless its recipe says tokens."""
+    return bool(moe_format == FORMAT and level != "token")
+
+
 class MoE(_Strict):
     """A MoE instead of a dense model: token-routed (MergeME, section 3.1.1; BTX) or sequence-routed (section 3.1.3).
 
     `include_base` makes the base expert 0, as in the paper; by default wherever there is a base. `mix`, `adapters`, and
     roles other than ffn in `separate`, are for sequence-routed models. `adapters: keep` leaves experts that are LoRA adapters
     adapters, on one copy of the base (Self-MoE).
+
+    `level: token` routes tokens in our own format too, for families without a native one.
 
     Token-routed models may have a `shared` expert, by its model's name, that every token goes through and that makes up
     `shared_weight` of a layer's output (a base that is shared is no routed expert by default); and experts in some `layers` only
@@ -94,6 +101,7 @@ class MoE(_Strict):
     top_k: int = Field(default=2, ge=1, strict=True)
     router: InstanceOf[Router]
     format: str = "auto"
+    level: Literal["token", "sequence"] | None = None
     shared: str | None = Field(default=None, min_length=1)
     shared_weight: float = Field(default=0.5, gt=0, lt=1, strict=True)
     layers: Layers | None = None
@@ -105,7 +113,7 @@ class MoE(_Strict):
     @property
     def by_sequence(self) -> bool:
         """Return whether whole sequences are routed instead of tokens."""
-        return self.format == FORMAT
+        return routes_sequences(self.format, self.level)
 
     @property
     def asks_for_heterogeneous(self) -> bool:

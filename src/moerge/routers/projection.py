@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SEQUENCES, TOKENS = 24, 128
 """How many random sequences are run, and of how many tokens."""
+_FIRST = ("gate", "up", "gate_up")
+"""The matrices of a feed-forward module that read its input."""
 
 
 class ProjectionRouter(ModelRouter):
@@ -92,8 +94,8 @@ class ProjectionRouter(ModelRouter):
         if expert == "base":
             return np.zeros((hidden, 1), np.float32)
         block = context.outputs[layer].role.removesuffix(".router")
-        roles = [f"{block}.ffn.{part}" for part in ("gate", "up")]
-        tau_RH = np.concatenate([context.read(expert, role) - context.read("base", role) for role in roles])
+        roles = [role for part in _FIRST if context.has("base", role := f"{block}.ffn.{part}")]
+        tau_RH = np.concatenate([_rows(context.read(expert, role) - context.read("base", role), hidden) for role in roles])
         if not tau_RH.any():
             return np.zeros((hidden, 1), np.float32)
         leading_HK, sigma_K = leading_directions(tau_RH, self.rank)
@@ -108,6 +110,11 @@ class ProjectionRouter(ModelRouter):
             ]
         states_LTH = [np.concatenate([run[layer].cpu().numpy() for run in runs]) for layer in range(len(context.outputs))]
         return lambda layer, scaled_HK: _signs((states_LTH[layer].astype(np.float64) @ scaled_HK) ** 3)
+
+
+def _rows(tau: np.ndarray, hidden: int) -> np.ndarray:
+    """The task vector [R, H] of a matrix; GPT-2 stores [H, R]."""
+    return tau if tau.shape[1] == hidden else tau.T
 
 
 def _mean_signs(context: FitContext) -> Callable[[int, np.ndarray], np.ndarray]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moerge.architecture.moe_format import GROUPED_BYTES
 from moerge.architecture.sequence import BY_SEQUENCE
 from moerge.architecture.sizes import MAX_MODULES
+from moerge.architecture.token_mixture import MODEL_TYPE as BY_TOKEN
 from moerge.checkpoint.header import UnknownElements, read_header
 from moerge.checkpoint.manifest import read_manifest
 from moerge.checkpoint.reader import check_files, read_json, weight_files
@@ -137,6 +138,7 @@ def load_model(place: str | Path | None, *, name: str = "", dtype: str | None = 
     name = name or str(place)
     if place is not None and Path(place).is_dir():
         check_runnable(Path(place))
+        _register_ours(name, str(place), {})
     kind: Any = auto or transformers.AutoModelForCausalLM
     with explained(name):
         safe = {**options, **in_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
@@ -211,7 +213,7 @@ def _register_ours(checkpoint: str, place: str, options: dict[str, Any]) -> None
     except ImportError as error:
         revision = {key: value for key, value in options.items() if key == "revision"}
         with suppress(OSError):
-            if PretrainedConfig.get_config_dict(place, **revision)[0].get("model_type") in BY_SEQUENCE:
+            if PretrainedConfig.get_config_dict(place, **revision)[0].get("model_type") in (*BY_SEQUENCE, BY_TOKEN):
                 raise InputError(f"{checkpoint}: {error}: pip install --upgrade transformers") from None
 
 

@@ -96,8 +96,9 @@ def _by_number(names: Iterable[str]) -> dict[int, set[str]]:
 def _slices(model: Any, names: Iterable[str]) -> dict[int, set[str]]:
     """Slices of a native MoE's expert parameters by the expert's number; empty if not all hold one expert after the other."""
     parameters = dict(model.named_parameters())
-    lengths = {len(parameters[name]) if parameters[name].ndim == 3 else 0 for name in names}
-    if len(lengths) != 1 or 0 in lengths:
+    stacked = [parameters[name] for name in names]
+    lengths = {len(parameter) for parameter in stacked}
+    if len(lengths) != 1 or not any(parameter.ndim == 3 for parameter in stacked):
         return {}
     return {number: {f"{name}[{number}]" for name in names} for number in range(lengths.pop())}
 

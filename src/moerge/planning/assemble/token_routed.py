@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from moerge.architecture import ExpectedTensor
-from moerge.architecture.config import portable_config
+from moerge.architecture import ExpectedTensor, family_of
+from moerge.architecture.config import normalized_config, portable_config
+from moerge.architecture.family import Family, expected_tensors
 from moerge.architecture.mixture import is_routed
 from moerge.architecture.moe_format import GROUPED_BYTES, MoEFormat
 from moerge.architecture.parts import part_of
@@ -18,8 +19,9 @@ from moerge.operations.fitter import MODULE
 from moerge.operations.operations import Copy, Draw, Merge, Operation, Output
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.assemble.from_mixtures import config_of, format_of, router_operation, unlike_mixtures
-from moerge.planning.checks import expected_of
+from moerge.planning.assemble.token_format import token_format
 from moerge.recipe.schema import MoE, layers_in
+from moerge.routers.sequence import FORMAT
 
 _SHARED, _SHARED_GATE = "ffn.shared.", "ffn.shared_gate"
 _OUTPUT = re.compile(r"\.down(\.bias)?$")
@@ -32,7 +34,7 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     moe = assembly.recipe.moe
     assert moe is not None
     config = assembly.leader.config
-    chosen = format_of(assembly.leader, moe.format)
+    chosen = token_format(assembly, moe) if moe.format == FORMAT else format_of(assembly.leader, moe.format)
     unknown = next((tensor.name for tensor in assembly.candidates if not tensor.role), None)
     if unknown:
         way = f"'parts: {{{part_of(unknown, config.get('num_hidden_layers'))}: drop}}' leaves its part out"
@@ -41,15 +43,28 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     converted = config_of(assembly.leader, chosen, len(experts), moe.top_k)
     converted |= _shared(moe, chosen, config) | _layers(moe, chosen, config)
     dense = {tensor.dense_role: tensor for tensor in assembly.candidates}
-    if "head" not in dense and not converted.get("tie_word_embeddings"):
+    if "head" not in dense and not config.get("tie_word_embeddings"):
         raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
-    tensors = expected_of(replace(assembly.leader, family=chosen.family).with_written(converted), chosen.name)
+    family, tensors = _table(chosen, converted)
     block = _Block(assembly, moe, chosen, dense)
     outputs = [assembly.output(tensor, block.operation(tensor)) for tensor in tensors]
     assembly.resolver.check_all_used()
-    made = portable_config(converted, family=chosen.family, dtype=str(assembly.dtype.torch_name))
-    warnings = filter(None, (chosen.warning(config), _unaligned(outputs), unlike_mixtures(assembly.models, moe.router)))
+    made = portable_config(converted, family=family, dtype=str(assembly.dtype.torch_name))
+    if "auto_map" in converted:
+        made["auto_map"] = converted["auto_map"]
+    warnings = filter(None, (chosen.warning(config), _unaligned(chosen, outputs), unlike_mixtures(assembly.models, moe.router)))
     return Assembled(made, outputs, experts, tuple(warnings))
+
+
+def _table(chosen: MoEFormat, converted: Mapping[str, Any]) -> tuple[Family, list[ExpectedTensor]]:
+    """The family of the MoE with this config and its tensors; a format without a table has the one of its config."""
+    family = chosen.family if chosen.family.tensors else family_of(converted)
+    if family is None:
+        raise InputError(f"cannot build a {chosen.name} model: its table comes from transformers: pip install 'moerge[models]'")
+    try:
+        return family, expected_tensors(family, normalized_config(converted, family))
+    except ValueError as error:
+        raise InputError(f"{chosen.name}: config.json: {error}") from None
 
 
 def _shared(moe: MoE, chosen: MoEFormat, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +111,12 @@ class _Block:
             return Draw(seed=0, bound=0.0)
         if _among(self.format.random_roles, role):
             return Draw.of_linear(tensor.shape[-1])
-        return self._scaled(self._of_experts(tensor), tensor, 1 - self.moe.shared_weight if self.moe.shared else 1)
+        return self._scaled(self._of_experts(tensor), tensor, 1 - self.moe.shared_weight if self._scales else 1)
+
+    @property
+    def _scales(self) -> bool:
+        """True if the weights of a shared expert and of the others have to be in their tensors."""
+        return self.moe.shared is not None and self.format.shared is not None and not self.format.shared.weighs
 
     def _of_experts(self, tensor: ExpectedTensor) -> Operation:
         """An expert's own tensor, or that of all experts joined where the format stores them as one."""
@@ -116,7 +136,8 @@ class _Block:
         names = [self.dense[role.replace(f".{_SHARED}", ".ffn.")].name for role in roles]
         own = self.moe.shared
         copied = self.assembly.joined(tensor, [own], names) if tensor.parts else self.assembly.copied(own, names[0])
-        return self._scaled(copied, tensor, self.moe.shared_weight * (2 if self.format.shared.gated else 1))
+        scale = self.moe.shared_weight * (2 if self.format.shared.gated else 1)
+        return self._scaled(copied, tensor, scale if self._scales else 1)
 
     def _scaled(self, copied: Operation, tensor: ExpectedTensor, scale: float) -> Operation:
         """The operation, or where it makes what a module ends with, its result times `scale`."""
@@ -126,8 +147,10 @@ class _Block:
         return Merge(Linear(normalize=False), (copied.source,), (scale,))
 
 
-def _unaligned(outputs: Sequence[Output]) -> str | None:
-    """A warning about experts that transformers 5 does not run as it is set up."""
+def _unaligned(chosen: MoEFormat, outputs: Sequence[Output]) -> str | None:
+    """A warning about experts that transformers 5 does not run as it is set up; our own code looks for itself."""
+    if chosen.name == FORMAT:
+        return None
     kept = [output for output in outputs if MODULE.search(output.role) and len(output.shape) > 1]
     odd = {size for output in kept for size in output.shape[-2:] if size * output.dtype.itemsize % GROUPED_BYTES}
     if not odd:
