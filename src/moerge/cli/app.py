@@ -13,6 +13,7 @@ app = typer.Typer(
     help="Merge fine-tuned language models into a dense model or a mixture of experts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
