@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import moerge
+from tests.helpers.tiny import make_models, write_recipe
 
 ROOT = Path(moerge.__file__).parent
 
@@ -102,3 +103,11 @@ def test_the_core_needs_no_extra() -> None:
     core = ("cli.app", "merging.pipeline", "inspection", "comparison", "extraction", "renewal", "hub", "doctor")
     code = f"import sys; sys.modules |= dict.fromkeys({extras}); import " + ", ".join(f"moerge.{name}" for name in core)
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_planning_starts_without_a_compiler(tmp_path: Path) -> None:
+    """Numba takes longer to import than all else together: what runs no kernel does without."""
+    make_models(tmp_path)
+    recipe = str(write_recipe(tmp_path, merge={"method": "ties"}))
+    code = f"import sys, moerge; moerge.plan({recipe!r}); print([name for name in ('numba', 'torch') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

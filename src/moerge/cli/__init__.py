@@ -45,8 +45,7 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 def _fail(error: MoergeError) -> NoReturn:
     """Exit with the error's sentence on standard error and, after `--json`, an object on standard output."""
-    if str(error):
-        print(f"moerge: {error}", file=sys.stderr)
+    print(f"moerge: {error}", file=sys.stderr)
     if "--json" in takewhile("--".__ne__, sys.argv[1:]):
         print(json.dumps({"error": {"code": error.code, "message": str(error), "exit_code": error.exit_code}}, indent=2))
     sys.exit(error.exit_code)
