@@ -55,7 +55,8 @@ class _Kernel(Generic[Function]):
         linked = FunctionType(
             function.__code__, {**function.__globals__, **callees}, function.__name__, function.__defaults__, function.__closure__
         )
-        return update_wrapper(linked, function)
+        update_wrapper(linked, function)
+        return linked
 
 
 def _names(code: CodeType) -> Iterator[str]:
