@@ -31,6 +31,10 @@ class _Texts(_Part):
     documents: list[str] | None = None
 
 
+class _Versions(_Part):
+    moerge: str
+
+
 class _Recipe(_Part):
     merge: dict[str, Any] | None = None
     merge_method: str | None = None
@@ -41,7 +45,7 @@ class _Manifest(_Part):
     """The keys that moerge reads again; more are written for people."""
 
     format: Literal[1]
-    versions: dict[str, str]
+    versions: _Versions
     recipe: _Recipe
     models: dict[str, dict[str, Any]]
     experts: list[str]

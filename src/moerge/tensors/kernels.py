@@ -36,7 +36,7 @@ class _Kernel(Generic[Function]):
 
     @cached_property
     def compiled(self) -> Callable[..., Any]:
-        """What Numba makes of the function."""
+        """The function as Numba compiles it."""
         import numba
 
         with _compiling:
