@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from moerge.architecture.meta_model import MetaModel, NoTableError, as_stored, enlarge, settings_of
+from moerge.architecture.meta_model import MetaModel, NoTableError, as_stored, attribute, enlarge, settings_of
 from moerge.architecture.role_names import layer_role, outer_role
 from moerge.quiet import without_warnings
 
@@ -92,17 +92,23 @@ class _Table:
         """The names of the lists of the language model's layers."""
         layers = getattr(self.model.text, "num_hidden_layers", None)
         modules = dict(self.model.model.named_modules())
-        lists = {name: m for name, m in modules.items() if isinstance(m, torch.nn.ModuleList) and len(m) == layers}
+        every = {name: m for name, m in modules.items() if isinstance(m, torch.nn.ModuleList) and len(m) > 0}
+        lists = {name: m for name, m in every.items() if len(m) == layers} or every
         lists = {name: m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
         first = next(name for name, value in self.model.memory.items() if value is embedding)
         groups: dict[str, list[str]] = {}
         for name in lists:
             groups.setdefault(name.rpartition(".")[0], []).append(name)
         if not groups:
-            raise NoTableError("its layers are no list of num_hidden_layers modules")
+            raise NoTableError("it has no list of layers")
         sizes = {parent: sum(_size(lists[name]) for name in names) for parent, names in groups.items()}
         best = max(groups, key=lambda parent: (_shared(parent, first), "decoder" in parent, sizes[parent]))
-        return groups[best]
+        return [name for name in groups[best] if len(lists[name]) == max(len(lists[other]) for other in groups[best])]
+
+    @cached_property
+    def _layers(self) -> int:
+        """The number of layers, which not every config calls num_hidden_layers."""
+        return len(dict(self.model.model.named_modules())[self.lists[0]])
 
     def _nested(self) -> str:
         text, settings = self.model.text, self.model.settings
@@ -116,16 +122,17 @@ class _Table:
         whole = settings.to_dict()
         inner = whole.pop(nested, {}) if nested else {}
         values = {**inner, **whole}
-        canonical = {key: getattr(text, key, None) for key in _CANONICAL}
+        canonical = {key: attribute(text, key) for key in _CANONICAL}
         tied = getattr(settings, "tie_word_embeddings", canonical["tie_word_embeddings"])
         values |= {key: value for key, value in canonical.items() if value is not None}
         experts = self._experts
-        more = {"num_local_experts": experts} if experts else {}
-        return {**values, "tie_word_embeddings": bool(tied), **more, "model_type": settings.model_type}
+        more: dict[str, Any] = {"num_local_experts": experts} if experts else {}
+        more |= {"num_hidden_layers": self._layers, "tie_word_embeddings": bool(tied), "model_type": settings.model_type}
+        return {**values, **more}
 
     @cached_property
     def _experts(self) -> int:
-        return next((n for key in _EXPERT_COUNTS if type(n := getattr(self.model.text, key, None)) is int), 0)
+        return next((n for key in _EXPERT_COUNTS if type(n := attribute(self.model.text, key)) is int), 0)
 
     @cached_property
     def _memory_names(self) -> dict[int, str]:
@@ -238,14 +245,14 @@ class _Table:
             row = rows.setdefault((role, named, shape), {"layers": set(), "experts": set()})
             row["layers"] |= set() if layer is None else {layer}
             row["experts"] |= set() if expert is None else {expert}
-        layers = set(range(self.model.text.num_hidden_layers))
+        layers = set(range(self._layers))
         return [
             {
                 "role": role,
                 "name": name,
                 "shape": list(shape),
                 **({"layers": sorted(row["layers"])} if row["layers"] and row["layers"] != layers else {}),
-                **({"when": "!tie_word_embeddings"} if role in ("head", "head.bias") and self._can_tie else {}),
+                **({"when": "!tie_word_embeddings"} if role == "head" and self._can_tie else {}),
             }
             for (role, name, shape), row in rows.items()
         ]

@@ -26,9 +26,16 @@ def settings_of(config: Mapping[str, Any]) -> Any:
     if kind not in transformers.CONFIG_MAPPING:
         raise NoTableError(f"transformers {transformers.__version__} does not know this type")
     try:
-        return transformers.CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key not in _UNREAD})
+        return transformers.CONFIG_MAPPING[kind].from_dict({k: _numbers(v) for k, v in config.items() if k not in _UNREAD})
     except Exception as error:  # each family's config checks in its own way
         raise NoTableError(f"transformers cannot read config.json: {_short(error)}") from None
+
+
+def _numbers(value: Any) -> Any:
+    """A value with infinity as a number, which transformers writes as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        return float(str(value["__float__"])) if set(value) == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(entry) for entry in value] if isinstance(value, list) else value
 
 
 def enlarge(settings: Any, more: int) -> None:
@@ -36,6 +43,14 @@ def enlarge(settings: Any, more: int) -> None:
     for part in {id(part): part for part in (settings, settings.get_text_config(decoder=True))}.values():
         for key in [key for key, value in vars(part).items() if key.startswith("vocab_size") and type(value) is int]:
             setattr(part, key, getattr(part, key) + more)
+
+
+def attribute(settings: Any, key: str) -> Any:
+    """A value of a config, None where it has none or one for each layer."""
+    try:
+        return getattr(settings, key, None)
+    except Exception:  # transformers refuses to read one value where layers have their own
+        return None
 
 
 def _class_of(settings: Any, config: Mapping[str, Any]) -> Any:

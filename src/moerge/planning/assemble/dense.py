@@ -12,6 +12,7 @@ from moerge.architecture.config import portable_config
 from moerge.architecture.derived import no_family
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
+from moerge.planning.assemble.layer_values import reordered
 from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of, relevant
 from moerge.planning.models import SourceModel
 from moerge.recipe.rules import TensorContext
@@ -19,8 +20,6 @@ from moerge.recipe.schema import Recipe, Slice, Span
 from moerge.tensors.tensor import Tensor
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-_LAYER_LISTS = ("layer_types", "no_rope_layers")
-"""Keys of config.json with an entry for each layer."""
 
 
 def assemble_dense(assembly: Assembly) -> Assembled:
@@ -142,11 +141,8 @@ def _with_layers_of(model: SourceModel, slices: Sequence[Slice]) -> SourceModel:
     language = dict(nested if isinstance(nested, Mapping) else model.written)
     own_name = next((name for name, key in family.keys.items() if key == "num_hidden_layers" and name in language), None)
     language[own_name or "num_hidden_layers"] = sum(part.layers for part in slices)
-    spans = [part.sources[0] for part in slices]
-    for listed in _LAYER_LISTS:
-        kinds = language.get(listed, model.config.get(listed))  # derived from other keys, they would not fit the new layers
-        if isinstance(kinds, list) and kinds and (listed in language or len(set(kinds)) > 1):
-            language[listed] = [kinds[min(i, len(kinds) - 1)] for span in spans for i in range(span.start, span.stop)]
+    order = [layer for part in slices for layer in range(part.sources[0].start, part.sources[0].stop)]
+    language |= reordered(model.config, language, order)
     return model.with_written({**model.written, family.nested: language} if isinstance(nested, Mapping) else language)
 
 
