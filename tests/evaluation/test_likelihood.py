@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moerge.errors import InputError
-from moerge.evaluation.likelihood import Loss, beginning, context_length, document_losses
-from moerge.runtime.loading import Loaded, load
+from moerge.evaluation.likelihood import Loss, beginning, document_losses
+from moerge.runtime.loading import Loaded, context_length, load
 
 torch = pytest.importorskip("torch", reason="needs moerge[models]")
 

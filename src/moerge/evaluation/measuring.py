@@ -13,11 +13,11 @@ import numpy as np
 from moerge.errors import InputError
 from moerge.evaluation.bootstrap import Array, Estimate, accuracy, bootstrap
 from moerge.evaluation.data import Questions
-from moerge.evaluation.likelihood import context_length, document_losses
+from moerge.evaluation.likelihood import document_losses
 from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Kind, Score
 from moerge.evaluation.texts import HeldOut
-from moerge.runtime.loading import Loaded
+from moerge.runtime.loading import Loaded, context_length
 from moerge.texts import text_of
 
 Row = Mapping[str, Any]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
 from moerge.formatting import Displayed
 from moerge.runtime.loading import Loaded, explained, load
+from moerge.texts import has_template
+
+if TYPE_CHECKING:
+    import torch
 
 LEAST_TEMPERATURE = 1e-3
 """Below it logits overflow, and the likeliest token is what is meant."""
@@ -18,7 +23,10 @@ LEAST_TEMPERATURE = 1e-3
 
 @dataclass(frozen=True, repr=False)
 class Generation(Displayed):
-    """A model's continuation of a prompt. `routing` has a sequence-routed model's weight of each expert by name."""
+    """A model's continuation of a prompt. `routing` has a sequence-routed model's weight of each expert by name.
+
+    `messages` are the whole conversation, where there is one.
+    """
 
     checkpoint: str
     prompt: str
@@ -27,6 +35,8 @@ class Generation(Displayed):
     tokens: int
     seconds: float
     routing: dict[str, float] | None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
@@ -38,6 +48,8 @@ class Generation(Displayed):
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "routing": self.routing,
+            **({"messages": list(self.messages)} if self.messages else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
@@ -52,32 +64,69 @@ def generate(
 ) -> Generation:
     """Continue `prompt`: the likeliest token each time at temperature 0, else a sample that `seed` determines.
 
-    Sampling follows top-p and top-k of the checkpoint's generation config. No chat template is applied. Raises InputError if
-    the checkpoint does not load, and for a temperature between 0 and `LEAST_TEMPERATURE`.
+    Sampling follows top-p and top-k of the checkpoint's generation config. No chat template is applied, of which the result's
+    notes say if the model has one: `moerge.inference.chat.Chat` applies it. Raises InputError if the checkpoint does not load,
+    and for a temperature between 0 and `LEAST_TEMPERATURE`.
     """
+    check_temperature(temperature)
+    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_remote_code=trust_remote_code)
+    ids_1T = loaded.encode(prompt)
+    new_T, seconds = continue_tokens(loaded, ids_1T, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    text = loaded.tokenizer.decode(new_T, skip_special_tokens=True)
+    routing = routing_by_name(loaded, None, ids_1T)
+    return Generation(loaded.name, prompt, text, ids_1T.shape[1], len(new_T), seconds, routing, notes=_notes(loaded, prompt))
+
+
+def check_temperature(temperature: float) -> None:
+    """InputError for one at which logits overflow."""
     if 0 < temperature < LEAST_TEMPERATURE:
         raise InputError(f"temperature is {temperature:g}: use 0 for the likeliest token, or at least {LEAST_TEMPERATURE:g}")
-    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def continue_tokens(
+    loaded: Loaded,
+    ids_1T: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    ends: Collection[int] = (),
+    **options: Any,
+) -> tuple[torch.Tensor, float]:
+    """The tokens [T] that go on behind these, and the seconds that they took.
+
+    `ends` are the tokens that end the text, by default the generation config's; `options` go to transformers' `generate`.
+    """
     import torch
 
-    ids_1T = loaded.encode(prompt)
     settings = _settings(loaded, max_new_tokens, temperature)
+    if ends:
+        settings.eos_token_id = sorted(ends)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     begun = time.perf_counter()
     try:
         with explained(loaded.name, "generate with"):
-            out_1T = loaded.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+            mask_1T = torch.ones_like(ids_1T)
+            out_1T = loaded.model.generate(ids_1T, attention_mask=mask_1T, generation_config=settings, **options)
     finally:
         torch.set_rng_state(state)
-    seconds = time.perf_counter() - begun
-    new_T = out_1T[0, ids_1T.shape[1] :]
-    routing = None
-    if loaded.by_sequence:
-        names = loaded.model.config.expert_names
-        routing = dict(zip(names, loaded.model.route(ids_1T).alpha[0].tolist(), strict=True))
-    text = loaded.tokenizer.decode(new_T, skip_special_tokens=True)
-    return Generation(loaded.name, prompt, text, ids_1T.shape[1], len(new_T), seconds, routing)
+    return out_1T[0, ids_1T.shape[1] :], time.perf_counter() - begun
+
+
+def routing_by_name(loaded: Loaded, routing: Any, ids_1T: torch.Tensor) -> dict[str, float] | None:
+    """The weights of a sequence-routed model's experts, of a `routing` or of that which the model finds for these tokens."""
+    if not loaded.by_sequence:
+        return None
+    found = loaded.model.route(ids_1T) if routing is None else routing
+    return dict(zip(loaded.model.config.expert_names, found.alpha[0].tolist(), strict=True))
+
+
+def _notes(loaded: Loaded, prompt: str) -> tuple[str, ...]:
+    """A note where a chat model gets a prompt without its template."""
+    if not has_template(loaded.tokenizer) or any(token in prompt for token in loaded.tokenizer.all_special_tokens):
+        return ()
+    return (f"{loaded.name} is a chat model, and the prompt was given to it as it is: --chat asks it in its own template",)
 
 
 def _settings(loaded: Loaded, max_new_tokens: int, temperature: float) -> Any:

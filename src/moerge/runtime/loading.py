@@ -86,6 +86,16 @@ class Loaded:
             )
 
 
+def context_length(loaded: Loaded) -> int | None:
+    """Tokens that a model takes at once, as its configuration says; None where that says nothing."""
+    config = loaded.model.config
+    for part in (config, config.get_text_config()):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(length := getattr(part, key, None), int) and length > 0:
+                return length
+    return None
+
+
 def load(
     checkpoint: str | Path,
     *,

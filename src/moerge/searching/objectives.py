@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moerge.errors import InputError
-from moerge.evaluation.likelihood import context_length, document_losses
+from moerge.evaluation.likelihood import document_losses
 from moerge.evaluation.texts import read_texts
 from moerge.planning.plan import Plan
-from moerge.runtime.loading import Loaded, load
+from moerge.runtime.loading import Loaded, context_length, load
 from moerge.searching.settings import SearchFile
 from moerge.texts import Document, document_hash
 

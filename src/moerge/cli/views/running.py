@@ -13,6 +13,8 @@ def generation(found: Generation, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
     else:
+        for note in found.notes:
+            say(note, stderr=True)
         print(printable(found.text))
 
 
