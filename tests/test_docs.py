@@ -8,6 +8,7 @@ What a fence's language and words mean:
     yaml                  a recipe, saved as recipe.yaml (or file=NAME), planned, merged and verified; a part of a recipe is
                           completed with base and experts
     yaml tune             settings of `moerge tune`, saved as tune.yaml (or file=NAME)
+    yaml reduce           a recipe of `moerge reduce`, saved as reduce.yaml (or file=NAME)
     yaml broken           the same as yaml, except that it must be refused; later blocks show how
     console               `$ ` starts a command, moerge's or `echo $?`; the lines below are its output, `...` being anything
     text output           what the python block before it printed
@@ -133,9 +134,10 @@ class Session:
         registry._entry_points.cache_clear()
 
     def run_yaml(self, snippet: Snippet) -> None:
-        path = Path(snippet.file or ("tune.yaml" if "tune" in snippet.words else "recipe.yaml"))
+        other = next((word for word in ("tune", "reduce") if word in snippet.words), None)
+        path = Path(snippet.file or f"{other or 'recipe'}.yaml")
         path.write_text(snippet.text)
-        if "tune" in snippet.words:
+        if other:
             return
         recipe: Any = path
         written = yaml.safe_load(snippet.text)
