@@ -3,10 +3,10 @@
     python experiments/reduce.py --seeds 0 1 2 --work DIR --results experiments/results/reduce.json
 
 For each seed: train the demo's base and, from it, two experts of each domain on other batches, build a Mixtral of them and
-the base with a ridge router (`built`); with `--mixtures tuned` also one of 8 copies of the base that is tuned as a whole. Every row reduces
-the same mixture by text of the training part. Measured on held-out text: perplexity by domain, exact answers to arithmetic, and
-the share of continuations that end in a loop. Statistics are gathered once for each choice of text. What lies in DIR is not made
-again.
+the base with a ridge router (`built`); with `--mixtures tuned` also one of 8 copies of the base that is tuned as a whole. Every
+row reduces the same mixture by text of the training part. Measured on held-out text: perplexity by domain, exact answers to
+arithmetic, and the share of continuations that end in a loop. Statistics are gathered once for each choice of text. What lies in
+DIR is not made again.
 """
 
 from __future__ import annotations
