@@ -121,7 +121,7 @@ def _dense(
 ) -> tuple[Family, dict[str, Any]] | None:
     """The dense family whose model computes what the mixture does if it had this expert alone, and that model's config."""
     formats = [MOE_FORMATS.get(name) for name in MOE_FORMATS.names()]
-    for moe in (known for known in formats if known.family.model_type == family.model_type):
+    for moe in (known for known in formats if known.family.tensors and known.family.model_type == family.model_type):
         if moe.zero_roles and not built:
             continue
         types = sorted(moe.sources, key=lambda name: (name not in preferred, name in moe.fallback_for, name))

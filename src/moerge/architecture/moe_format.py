@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moerge.architecture.family import Family
 
@@ -44,7 +44,11 @@ class MoEFormat:
     config says, or None.
 
     `shared` is the place for a shared expert. `layers(chosen)` are the config's keys that say which layers are mixtures, None
-    where the format cannot say just these; without it a format has experts in every layer.
+    where the format cannot say just these; without it a format has experts in every layer. `gate` is what makes weights of the
+    router's logits, before they are made to add up to 1. `dense_module` begins the roles of the dense feed-forward module.
+
+    A `family` without tensors has the table that transformers says for the MoE's config; `convert` then gives the keys that
+    differ from the dense config as it is written, and is given the width of the feed-forward matrices as `intermediate_size`.
     """
 
     name: str
@@ -58,6 +62,8 @@ class MoEFormat:
     warning: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     shared: SharedSlot | None = None
     layers: Callable[[Sequence[bool]], dict[str, Any] | None] = lambda chosen: None
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    dense_module: str = "ffn"
 
 
 def native_config(family: Family, config: Mapping[str, Any], **own: Any) -> dict[str, Any]:

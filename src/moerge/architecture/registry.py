@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from moerge.architecture.config import normalized_config
 from moerge.architecture.derived import derived_family
@@ -43,6 +43,12 @@ def known_families() -> list[str]:
 def moe_formats() -> list[str]:
     """Names of all token-routed MoE formats."""
     return MOE_FORMATS.names()
+
+
+def gate_kind(model_type: str) -> Literal["softmax", "sigmoid"]:
+    """Return what makes weights of a router's logits in a mixture of this type."""
+    formats = (MOE_FORMATS.get(known) for known in MOE_FORMATS.names())
+    return next((known.gate for known in formats if known.family.model_type == model_type), "softmax")
 
 
 def moe_format(name: str, config: Mapping[str, Any]) -> MoEFormat:

@@ -31,7 +31,7 @@ _PARTS = {
     "ffn": {
         "gate": r"gate_proj|w1|gate|wi_0|linear_fc1_g",
         "up": r"up_proj|w3|up|fc1|c_fc|fc_in|dense_h_to_4h|lin1|wi_1|v1|dense_in|linear_in",
-        "down": r"down_proj|w2|down|fc2|c_proj|fc_out|dense_4h_to_h|lin2|wo|dense_out|linear_out",
+        "down": r"down_proj|w2|down|fc2|c_proj|fc_out|dense_4h_to_h|lin2|wo|dense_out|linear_out|output_linear",
         "gate_up": r"gate_up_proj|input_linear|gate_up",
     },
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moerge.architecture.sequence import HETEROGENEOUS
-from moerge.clients.limits import LIMITS, OWN_FORMATS, RUNS, VERSIONS
+from moerge.clients.limits import LIMITS, OWN_FORMATS, RUNS, UNTRIED, VERSIONS
 from moerge.clients.result import Result
 from moerge.errors import InputError, suggest
 from moerge.planning.plan import Plan
@@ -52,7 +52,7 @@ def _not_run(result: Result, client: str) -> Finding:
             native = "experts of different architectures fit no other, so serve it with transformers, or the experts one by one"
         only = "only transformers 5.5 and newer do"
         return Finding(client, "cannot", f"{client} does not run moerge's own architecture, {only}: {native}")
-    if any(kind in types for types in RUNS.values()):
+    if kind not in UNTRIED and any(kind in types for types in RUNS.values()):
         others = sorted(other for other, types in RUNS.items() if kind in types)
         dense = ", or leave out `moe` for a dense model" if result.experts else ""
         return Finding(client, "cannot", f"{client} does not run {kind} models: use {' or '.join(others)} instead{dense}")

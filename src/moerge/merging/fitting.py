@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moerge.architecture.registry import gate_kind
 from moerge.checkpoint.staging import Staging
 from moerge.errors import InputError
 from moerge.operations.fitter import FitContext, Fitter, Unit
@@ -89,6 +90,7 @@ def _context(plan: Plan, staging: Staging, outputs: tuple[Output, ...]) -> FitCo
         models={model.name: model for model in plan.models},
         family=plan.family,
         relative_to=plan.recipe.folder,
+        gate=gate_kind(str(plan.config.get("model_type"))),
     )
 
 

@@ -50,7 +50,7 @@ class FitContext:
     `folder` loads with transformers. Of a router the outputs are its gates, by layer, and `experts` the names of their rows.
     `digests` are those of what is not fitted, by role. `models` are the inputs by name, all of `family`. Relative paths start
     from `relative_to`. What `read` returned is in `read_digests`, for the manifest. `threads` may be used, whose number must
-    not change the results; `advance(count)` is told of texts that are done.
+    not change the results; `advance(count)` is told of texts that are done. `gate` is what makes weights of logits.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class FitContext:
     read_digests: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     advance: Callable[[int], None] = lambda count: None
+    gate: Literal["softmax", "sigmoid"] = "softmax"
 
     def model_digest(self, expert: int | None) -> str:
         """Digest of all tensors that take part when every token goes to one expert; to all of them for None."""

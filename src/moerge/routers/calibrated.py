@@ -257,5 +257,11 @@ def _same(saved: Path, facts: dict[str, Any]) -> bool:
 
 
 def gates_by_name(context: FitContext, make: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """The gate that `make(layer)` returns, for every layer, by name."""
-    return {gate.name: make(layer) for layer, gate in enumerate(context.outputs)}
+    """The gate that `make(layer)` returns, for every layer, by name.
+
+    The mean row is subtracted for gates with a sigmoid, which it would drive to 1 for all experts: it says nothing about which.
+    """
+    gates = {output.name: make(layer) for layer, output in enumerate(context.outputs)}
+    if context.gate == "softmax":
+        return gates
+    return {name: gate_EH - gate_EH.mean(axis=0) for name, gate_EH in gates.items()}

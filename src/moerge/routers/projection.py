@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SEQUENCES, TOKENS = 24, 128
 """How many random sequences are run, and of how many tokens."""
-_FIRST = ("gate", "up", "gate_up")
+_FIRST = ("gate", "up", "gate_up", "shared.gate_up")
 """The matrices of a feed-forward module that read its input."""
 
 

@@ -46,6 +46,7 @@ class ForcedRoutingModel:
         self._model = load_model(folder, dtype=dtype) if model is None else model
         self._model.to(self._device).eval()
         self._gates = find_gates(self._model, experts)
+        self._routers = _routers(self._model, self._gates)
         self._blocks = [module for module in self._model.modules() if _chooses(module, self._gates)]
         if not self._gates:
             raise InputError(f"{folder}: moerge finds no gates in a model of type {self._model.config.model_type}")
@@ -123,7 +124,8 @@ class ForcedRoutingModel:
     @contextmanager
     def _force_routing(self, path: Route) -> Iterator[None]:
         handles = [
-            gate.register_forward_hook(partial(_override_router_output, path=path, experts=self.experts)) for gate in self._gates
+            router.register_forward_hook(partial(_override_router_output, path=path, experts=self.experts))
+            for router in self._routers
         ]
         chosen = {block: block.top_k for block in self._blocks}
         try:
@@ -137,7 +139,9 @@ class ForcedRoutingModel:
                 block.top_k = top_k
 
 
-_GATES = (".gate", ".router", ".router.layer")
+_INSIDE = (".gate.wg", ".router.proj")
+"""What a gate's matrix is called inside of the module that chooses: HunYuan, Gemma 4."""
+_GATES = (".gate", ".router", ".router.layer", *_INSIDE)
 """How the module that holds a gate's matrix is called: Mixtral and most others, GraniteMoe in transformers 5, and in 4."""
 
 
@@ -145,6 +149,16 @@ def find_gates(model: Any, experts: int) -> list[Any]:
     """The modules of a model, layer by layer, whose `weight` is a gate [E, H] and whose input is what the router sees."""
     named = [module for name, module in model.named_modules() if name.endswith(_GATES)]
     return [module for module in named if hasattr(module, "weight") and len(module.weight) == experts]
+
+
+def _routers(model: Any, gates: list[Any]) -> list[Any]:
+    """The modules that choose experts by what gates say: the gates themselves, or those that hold them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for gate in gates:
+        name = names[id(gate)]
+        found.append(model.get_submodule(name.rpartition(".")[0]) if name.endswith(_INSIDE) else gate)
+    return found
 
 
 def _chooses(module: Any, gates: list[Any]) -> bool:

@@ -27,6 +27,11 @@ def format_of(leader: SourceModel, name: str) -> MoEFormat:
     family = leader.family
     if family is None or not expert_count(family, leader.written):
         return moe_format(name, leader.config)
+    if not isinstance(leader.checkpoint, ExpertCheckpoint):
+        raise InputError(
+            f"no token-routed MoE format is known for experts of type {family.model_type!r} that are mixtures themselves: name "
+            f"one of {leader.name}'s experts as MIXTURE{SEPARATOR}EXPERT"
+        )
     if name not in ("auto", family.model_type):
         raise InputError(f"moe.format: {leader.name} is an expert of a {family.model_type}, which does not map to {name} exactly")
     return MoEFormat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moerge.architecture import ExpectedTensor, family_of
@@ -40,12 +40,16 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
         way = f"'parts: {{{part_of(unknown, config.get('num_hidden_layers'))}: drop}}' leaves its part out"
         raise InputError(f"cannot build a {chosen.name} model: it has no place for tensor {unknown!r}: {way}")
     experts = assembly.recipe.expert_names
-    converted = config_of(assembly.leader, chosen, len(experts), moe.top_k)
+    dense = {_as_ffn(tensor.dense_role or tensor.role, chosen): tensor for tensor in assembly.candidates}
+    if not chosen.family.tensors and chosen.name != FORMAT:
+        config = {**config, "intermediate_size": _width(chosen, dense)}
+        converted = {**assembly.leader.written, **chosen.convert(config, len(experts), moe.top_k)}
+    else:
+        converted = config_of(assembly.leader, chosen, len(experts), moe.top_k)
     converted |= _shared(moe, chosen, config) | _layers(moe, chosen, config)
-    dense = {tensor.dense_role: tensor for tensor in assembly.candidates}
     if "head" not in dense and not config.get("tie_word_embeddings"):
         raise InputError(f"cannot build a {chosen.name} model: {assembly.source} has no head, so it is no language model")
-    family, tensors = _table(chosen, converted)
+    family, tensors = _table(chosen, converted, dense)
     block = _Block(assembly, moe, chosen, dense)
     outputs = [assembly.output(tensor, block.operation(tensor)) for tensor in tensors]
     assembly.resolver.check_all_used()
@@ -56,13 +60,41 @@ def assemble_token_routed(assembly: Assembly) -> Assembled:
     return Assembled(made, outputs, experts, tuple(warnings))
 
 
-def _table(chosen: MoEFormat, converted: Mapping[str, Any]) -> tuple[Family, list[ExpectedTensor]]:
+def _as_ffn(role: str, chosen: MoEFormat) -> str:
+    """The role of a dense tensor with the usual name for its feed-forward module."""
+    return role.replace(f".{chosen.dense_module}.", ".ffn.", 1)
+
+
+def _width(chosen: MoEFormat, dense: Mapping[str, ExpectedTensor]) -> int:
+    """The width of the feed-forward modules. Raises InputError where it is not the same in all layers."""
+    widths = {tensor.shape[1] for role, tensor in dense.items() if role.endswith(".ffn.down")}
+    if len(widths) != 1:
+        raise InputError(
+            f"cannot build a {chosen.name} model: the feed-forward modules are {' and '.join(map(str, sorted(widths)))} wide in "
+            "different layers, and experts of this format have one width"
+        )
+    return widths.pop()
+
+
+def _joined_parts(tensor: ExpectedTensor, dense: Mapping[str, ExpectedTensor]) -> ExpectedTensor:
+    """The tensor, which may hold all experts' of a layer, with the roles of the dense tensors that it is made of."""
+    block, ffn, part = tensor.role.rpartition(".ffn.")
+    if not ffn or tensor.parts or tensor.expert is not None or len(tensor.shape) != 3:
+        return tensor
+    halves = [f"{block}.ffn.gate", f"{block}.ffn.up"] if part == "gate_up" and tensor.role not in dense else [tensor.role]
+    return replace(tensor, parts=tuple(halves))
+
+
+def _table(
+    chosen: MoEFormat, converted: Mapping[str, Any], dense: Mapping[str, ExpectedTensor]
+) -> tuple[Family, list[ExpectedTensor]]:
     """The family of the MoE with this config and its tensors; a format without a table has the one of its config."""
     family = chosen.family if chosen.family.tensors else family_of(converted)
     if family is None:
         raise InputError(f"cannot build a {chosen.name} model: its table comes from transformers: pip install 'moerge[models]'")
     try:
-        return family, expected_tensors(family, normalized_config(converted, family))
+        expected = expected_tensors(family, normalized_config(converted, family))
+        return family, [_joined_parts(tensor, dense) for tensor in expected]
     except ValueError as error:
         raise InputError(f"{chosen.name}: config.json: {error}") from None
 
@@ -101,7 +133,7 @@ class _Block:
     def operation(self, tensor: ExpectedTensor) -> Operation:
         """The operation that fills a tensor of the MoE."""
         role = tensor.role.split(".", 2)[-1]
-        if is_routed(tensor.role):
+        if is_routed(tensor.role) and not _among(self.format.zero_roles, role):
             return router_operation(self.assembly, self.moe.router, tensor)
         if self.moe.shared is not None and role.startswith((_SHARED, _SHARED_GATE)):
             return self._of_shared(tensor)
