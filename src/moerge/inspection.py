@@ -20,9 +20,9 @@ from moerge.architecture.sequence import BY_SEQUENCE, HETEROGENEOUS, MODEL_TYPE,
 from moerge.checkpoint.adapter_config import describe_adapter
 from moerge.checkpoint.expert import SEPARATOR, expert_labels
 from moerge.checkpoint.header import read_metadata
-from moerge.checkpoint.locate import locate
 from moerge.checkpoint.manifest import damaged_files, read_manifest
 from moerge.checkpoint.reader import Checkpoint, is_adapter
+from moerge.checkpoint.state_dict import open_model
 from moerge.errors import InputError
 from moerge.execution.schedule import Job, run_jobs
 from moerge.formatting import Displayed
@@ -71,7 +71,7 @@ def verify(location: str | Path, *, threads: int | None = None, progress: Progre
     Which tensors have to be there the family's table says and, where it is installed, transformers for the config's class.
     Raises InputError where not even the headers make sense.
     """
-    model = SourceModel.of(locate(str(location)))
+    model = SourceModel.of(open_model(str(location)))
     checkpoint, manifest = model.checkpoint, read_manifest(model.folder)
     problems = _structure(model, manifest)
     compared = Compared()
@@ -212,7 +212,7 @@ class Role:
 
 def inspect(location: str | Path) -> Inspection:
     """Family, sizes, roles, tokenizer and origin of a checkpoint folder or Hub id, without reading a tensor."""
-    model = SourceModel.of(locate(str(location), weights=False))
+    model = SourceModel.of(open_model(str(location), weights=False))
     checkpoint, family = model.checkpoint, model.family
     tensors = checkpoint.tensors.values()
     dtypes: Counter[str] = Counter()

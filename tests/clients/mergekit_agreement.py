@@ -43,9 +43,10 @@ CALLER = """
 import json, sys
 from mergekit.scripts.moe import main as moe
 from mergekit.scripts.multimerge import main as multi
+from mergekit.scripts.merge_raw_pytorch import main as pytorch
 from mergekit.scripts.run_yaml import main as merge
 for kind, arguments in json.loads(sys.argv[1]):
-    {"moe": moe, "multi": multi, "merge": merge}[kind](arguments, standalone_mode=False)
+    {"moe": moe, "multi": multi, "merge": merge, "pytorch": pytorch}[kind](arguments, standalone_mode=False)
 """
 EXACT = "dtype: float32\nout_dtype: bfloat16\n"
 
@@ -247,6 +248,13 @@ base_model: models/base
 merge_method: task_arithmetic
 parameters: {weight: 1, lambda: 0.75}
 """
+BARE = """
+models:
+  - {model: models/math/model.safetensors, parameters: {weight: 0.5}}
+  - {model: models/code/model.safetensors, parameters: {weight: [{filter: mlp, value: 0.3}, {value: 0.6}]}}
+base_model: models/base/model.safetensors
+merge_method: %s
+"""
 TOKENS = """
 tokenizer:
   source: union
@@ -308,6 +316,8 @@ CASES = [
     case("model_stock, one task", ALIKE),
     case("other vocabularies, base", VOCABULARIES % "base"),
     case("other vocabularies, union", VOCABULARIES % "union"),
+    case("mergekit-pytorch, task_arithmetic", BARE % "task_arithmetic"),
+    case("mergekit-pytorch, ties, density 1", BARE % "ties"),
     case("modules of a model of several parts", MODULES),
     case("a module of slices", ONE_MODULE),
     case("other vocabularies, rows of tokens and padding", VOCABULARIES_TOKENS),
@@ -437,10 +447,13 @@ def run_mergekit(python: Path, files: Sequence[Path]) -> None:
         shutil.rmtree(theirs(file), ignore_errors=True)
         documents = list(yaml.safe_load_all(file.read_text()))
         kind = "multi" if len(documents) > 1 else "moe" if "experts" in documents[0] else "merge"
+        kind = "pytorch" if str(documents[0].get("base_model")).endswith(".safetensors") else kind
         options = ["--device", "cpu"] if kind == "moe" else MERGING
         target = [theirs(file).name]
         if kind == "multi":
             target = ["--out-path", *target, "--intermediate-dir", f"{file.stem}-steps", "--no-lazy"]
+        if kind == "pytorch":
+            options = ["--random-seed", "0"]
         calls.append([kind, [file.name, *target, "--quiet", "--clone-tensors", "--no-write-model-card", *options]])
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run([python, "-c", CALLER, json.dumps(calls)], env=quiet, capture_output=True, text=True)
@@ -449,10 +462,12 @@ def run_mergekit(python: Path, files: Sequence[Path]) -> None:
 
 def by_token(folder: Path) -> dict[str, np.ndarray]:
     """A checkpoint's tensors, the rows of embeddings in the alphabetical order of their tokens."""
+    tensors = tiny.read_tensors(folder)
+    if not (folder / "tokenizer.json").exists():
+        return tensors
     stored = json.loads((folder / "tokenizer.json").read_text())
     ids = {**stored["model"]["vocab"], **{token["content"]: token["id"] for token in stored["added_tokens"]}}
     rows = [ids[token] for token in sorted(ids)]
-    tensors = tiny.read_tensors(folder)
     table = ("embed_tokens", "lm_head")
     return {
         name: value[[*rows, *range(max(rows) + 1, len(value))]] if any(part in name for part in table) else value

@@ -141,6 +141,6 @@ def _object(content: bytes) -> dict[str, Any]:
 
 def _everything(folder: Path, opened: Sequence[str]) -> list[str]:
     """Files and folders in a folder, and what is in those that are `opened`."""
-    names = [path.name if path.is_file() else f"{path.name}/" for path in folder.iterdir()]
+    names = [path.name if path.is_file() else f"{path.name}/" for path in (folder.iterdir() if folder.is_dir() else ())]
     inner = [f"{module}/{path.name}" for module in opened for path in (folder / module).glob("*")]
     return sorted([name for name in names if name.rstrip("/") not in opened] + inner)

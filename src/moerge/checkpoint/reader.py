@@ -168,7 +168,7 @@ def _adapter_inside(folder: Path, name: str) -> Path | None:
 
 def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
     if (folder / _ADAPTER_INDEX).exists() and not (folder / ADAPTER_WEIGHTS).exists():
-        return _read_shards(folder, folder / _ADAPTER_INDEX)
+        return read_shards(folder, folder / _ADAPTER_INDEX)
     if (folder / ADAPTER_WEIGHTS).exists():
         tensors = read_header(folder / ADAPTER_WEIGHTS)
         if not tensors:
@@ -211,7 +211,7 @@ def _read_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
             f"{_label(name)}{folder} has both {WEIGHTS} and {INDEX}, so it is unclear which weights count: remove the stale one"
         )
     if index.exists() or single.exists():
-        tensors = _read_shards(folder, index) if index.exists() else read_header(single)
+        tensors = read_shards(folder, index) if index.exists() else read_header(single)
         if not tensors:
             raise InputError(f"{_label(name)}{folder} holds no tensors: fetch or copy it again")
         return tensors
@@ -249,7 +249,8 @@ def check_files(folder: Path) -> None:
         _refuse_pickled_adapter(folder, "")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    """The tensors of several files; InputError where they are not those that the index names."""
     weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder, weight_map, index.name):

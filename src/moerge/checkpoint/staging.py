@@ -48,8 +48,8 @@ def workspace(target: Path) -> Workspace:
     return Workspace(target, "partial", lock=JOURNAL, marker=_CHECKPOINT)
 
 
-def assign_shards(outputs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
-    """Outputs by shard file name, each shard at most `limit` bytes unless one tensor alone is larger."""
+def assign_shards(outputs: Sequence[TensorSpec], limit: int, stem: str = Path(WEIGHTS).stem) -> dict[str, list[TensorSpec]]:
+    """Outputs by shard file name, from `stem` on; each shard has at most `limit` bytes, unless one tensor alone is larger."""
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for output in outputs:
@@ -59,8 +59,8 @@ def assign_shards(outputs: Sequence[TensorSpec], limit: int) -> dict[str, list[T
         groups[-1].append(output)
         filled += output.nbytes
     if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,8 @@ class Staging(Workspace):
         weight_map = {o.name: shard for shard, outputs in self._shards.items() for o in outputs}
         total = sum(o.nbytes for outputs in self._shards.values() for o in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return {**files, INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+        name = INDEX.replace(Path(WEIGHTS).stem, next(iter(self._shards)).partition("-")[0], 1)
+        return {**files, name: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
 
     def __enter__(self) -> Staging:
         return self

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```"""
 
+_BARE_USE = "These are tensors by name, for the program that the merged ones are from; `safetensors.torch.load_file` reads them."
 _OWN_CODE_USE = """The architecture is moerge's own, for transformers 5.5 or newer, and its code lies beside the weights:
 
 ```python
@@ -55,8 +56,7 @@ def model_card(plan: Plan) -> str:
     parts = [
         "---\n" + _yaml(_metadata(plan, cards)) + "---",
         f"# {plan.account.title}" if plan.account else f"# A {kind} merged from {len(plan.recipe.experts)} experts",
-        f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, "
-        f"`{plan.config['dtype']}`, architecture {code(_architecture(plan))}.",
+        f"Made by moerge {version('moerge')}: {plan.parameters:,} parameters, {_stored_as(plan)}.",
         "## How",
         *_how(plan),
         "## Sources",
@@ -67,7 +67,7 @@ def model_card(plan: Plan) -> str:
         *(["## Tokens", _list(tokens)] if (tokens := plan.vocabulary.get("notes")) else ()),
         *(["## Warnings", _list(plan.warnings)] if plan.warnings else ()),
         "## Use",
-        _OWN_CODE_USE if plan.experts and plan.config.get("auto_map") else _USE,
+        _OWN_CODE_USE if plan.experts and plan.config.get("auto_map") else _USE if plan.config.get("model_type") else _BARE_USE,
         "`moerge verify path/to/this/folder` checks every tensor against the manifest `moerge.json`.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -100,13 +100,19 @@ def _metadata(plan: Plan, cards: Sequence[SourceCard]) -> dict[str, Any]:
     known = {
         "base_model": on_hub,
         "base_model_relation": "merge" if on_hub else "",
-        "library_name": "transformers",
+        **({"library_name": "transformers"} if plan.config.get("model_type") else {}),
         **licence_metadata(cards),
         "language": all_of(cards, lambda card: card.languages),
         "datasets": all_of(cards, lambda card: card.datasets),
         "tags": ["merge", "moerge", *(["moe"] if plan.experts else [])],
     }
     return {key: value for key, value in known.items() if value}
+
+
+def _stored_as(plan: Plan) -> str:
+    if not plan.config.get("model_type"):
+        return ", ".join(sorted({f"`{output.dtype.torch_name}`" for output in plan.outputs}))
+    return f"`{plan.config['dtype']}`, architecture {code(_architecture(plan))}"
 
 
 def _architecture(plan: Plan) -> str:

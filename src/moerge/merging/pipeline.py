@@ -17,6 +17,7 @@ from typing import Any
 from moerge.checkpoint.manifest import damaged_files, read_manifest, sealed, to_json
 from moerge.checkpoint.reader import open_folder
 from moerge.checkpoint.staging import MANIFEST, Staging, Start, assign_shards, workspace
+from moerge.checkpoint.state_dict import is_state_dict, open_state_dict, stem_of
 from moerge.clients import check_plan
 from moerge.errors import InputError, MachineError
 from moerge.execution.executor import Executor
@@ -33,6 +34,7 @@ from moerge.planning.statistics import differing
 from moerge.progress import Progress, reporter
 from moerge.recipe import Recipe, load_recipe
 from moerge.tensors.digest import file_digest
+from moerge.tensors.spec import TensorSpec
 from moerge.tensors.threads import default_threads
 
 SHARD_BYTES = 5_000_000_000
@@ -120,7 +122,7 @@ def merge(
     plan = _complete(plan)
     for fitting in plan.fit_jobs:
         fitting.fitter.require()
-    shards = assign_shards(plan.stored, max_shard_bytes)
+    shards = _shards(plan, max_shard_bytes)
     begun = time.perf_counter()
     fingerprint = f"{plan.fingerprint}-{max_shard_bytes}-{allow_nonfinite}-{version('moerge')}"
     with reporter(progress) as report, Staging(target, shards, fingerprint, start) as staging:
@@ -156,15 +158,22 @@ def _manifest_of(target: Path) -> Mapping[str, Any]:
 def _is_result(target: Path, manifest: Mapping[str, Any], plan: Plan, max_shard_bytes: int) -> bool:
     """Tell a checkpoint that this plan has made and nobody has changed since, as far as its headers and small files show it."""
     try:
-        shards = {file.name for file in open_folder(target).files}
+        opened = open_state_dict(target) if is_state_dict(target) else open_folder(target)
+        shards = {file.name for file in opened.files}
     except InputError:
         return False
     same = manifest.get("plan") == plan.fingerprint and manifest["versions"].get("moerge") == version("moerge")
-    return same and shards == assign_shards(plan.stored, max_shard_bytes).keys() and not damaged_files(target, manifest)
+    return same and shards == _shards(plan, max_shard_bytes).keys() and not damaged_files(target, manifest)
 
 
 def _files(plan: Plan) -> dict[str, bytes]:
-    return {**plan.files, "config.json": to_json(plan.config), "README.md": model_card(plan).encode()}
+    config = {"config.json": to_json(plan.config)} if plan.config else {}
+    return {**plan.files, **config, "README.md": model_card(plan).encode()}
+
+
+def _shards(plan: Plan, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    leader = next((model for model in plan.models if model.name == plan.recipe.config), plan.models[0])
+    return assign_shards(plan.stored, max_shard_bytes, stem_of(leader))
 
 
 def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:

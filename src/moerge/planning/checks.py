@@ -141,6 +141,8 @@ def merge_candidates(models: Sequence[SourceModel], recipe: Recipe, source: str)
 
 def _merged_by_name(leader: SourceModel, tensors: Sequence[ExpectedTensor]) -> list[str]:
     """A warning if tensors without a role are merged, those aside that the family has beside its language model."""
+    if leader.family is None and not leader.model_type:
+        return [f"{leader.name}: no config.json of a transformers model: tensors are merged by name, and nothing else is checked"]
     if leader.family is None:
         how = f"merged by tensor name, without roles; configs are compared key by key ({no_family(leader.written)})"
         return [f"unknown model type {leader.model_type!r}: {how}"]

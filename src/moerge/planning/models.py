@@ -17,6 +17,7 @@ from moerge.checkpoint.expert import ExpertCheckpoint, expert_of
 from moerge.checkpoint.locate import locate
 from moerge.checkpoint.quantised import with_numbers
 from moerge.checkpoint.reader import Checkpoint, is_adapter
+from moerge.checkpoint.state_dict import open_model
 from moerge.errors import InputError
 from moerge.planning.merged import merged_checkpoint
 from moerge.planning.plan import Plan
@@ -137,8 +138,9 @@ def locate_models(recipe: Recipe, *, weights: bool, commits: Commits, build: Bui
         if name in recipe.recipes:
             found[name] = merged_checkpoint(build(recipe.recipes[name], _inside(commits, name)), name, location)
         else:
-            found[name] = locate(location, name=name, relative_to=recipe.folder, weights=weights, commit=commits.get(name))
+            found[name] = open_model(location, name=name, relative_to=recipe.folder, weights=weights, commit=commits.get(name))
     found = {name: with_numbers(model) for name, model in _experts_alike(found).items()}
+    _check_bare(found)
     base = found.get("base")
     if base is not None and recipe.base_adapter is not None:
         base = found["base"] = _adapted(recipe, base, recipe.base_adapter, weights, commits)
@@ -158,6 +160,13 @@ def _experts_alike(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
         name: expert_of(m.mixture, m.expert, m.location, types) if isinstance(m, ExpertCheckpoint) and types else m
         for name, m in models.items()
     }
+
+
+def _check_bare(models: Mapping[str, Checkpoint]) -> None:
+    """InputError where one model has no config.json, and others have."""
+    bare = [model for model in models.values() if not model.config]
+    if bare and len(bare) < len(models):
+        raise InputError(f"{bare[0].folder / 'config.json'} is missing: a checkpoint folder needs it", code="not-found")
 
 
 def _inside(commits: Commits, name: str) -> Commits:

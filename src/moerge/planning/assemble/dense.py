@@ -40,6 +40,8 @@ def assemble_dense(assembly: Assembly) -> Assembled:
 
 
 def _portable_config(assembly: Assembly, model: SourceModel) -> dict[str, Any]:
+    if not model.model_type and model.family is None:  # tensors without a model of transformers'
+        return dict(model.written)
     return portable_config(model.written, family=model.family, dtype=str(assembly.dtype.torch_name))
 
 
