@@ -96,8 +96,8 @@ def resolve_vocabulary(models: Sequence[SourceModel], recipe: Recipe, config_sou
             raise InputError("tokenizer: no model has tokenizer files, which rows of tokens and padding need: add them")
         if _differ(sizes):
             raise no_tokenizers(sizes)
-        warnings = (_NO_TOKENIZER,) if any(model.model_type for model in models) else ()
-        return ResolvedVocabulary(tuple(models), source, files, warnings=warnings)
+        lacking = (_NO_TOKENIZER,) if any(model.model_type for model in models) else ()
+        return ResolvedVocabulary(tuple(models), source, files, warnings=lacking)
     without = [model.name for model in models if model not in having]
     warnings = [f"{', '.join(without)}: no tokenizer, assumed to be that of {having[0].name}"] if without else []
     check_roles(having, recipe.tokenizer)
