@@ -10,7 +10,7 @@ import pytest
 
 from moerge.checkpoint.reader import open_folder
 from moerge.gather.places import places_of
-from moerge.gather.running import Sequences, fisher_sums, layout_of
+from moerge.gather.running import Sequences, TokenSequence, fisher_sums, layout_of
 from moerge.statistics.facts import Settings
 from tests.gather import gathered_texts as texts
 from tests.helpers import tiny
@@ -23,7 +23,7 @@ hf_models = pytest.importorskip("hf_models")
 
 pytestmark = pytest.mark.slow
 
-TEXT = Sequences(([5, 9, 11, 3, 40], [7, 8, 30]), (0, 1))
+TEXT = Sequences((TokenSequence([5, 9, 11, 3, 40], 0, [True] * 5), TokenSequence([7, 8, 30], 1, [True] * 3)))
 
 
 def saved(name: str, folder: Path) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from moerge.gather.gather import Options, gather
 from moerge.gather.places import places_of
-from moerge.gather.running import Sequences, _drawn, fisher_sums, gram_sums, layout_of, tokenized
+from moerge.gather.running import Sequences, TokenSequence, _drawn, fisher_sums, gram_sums, layout_of, tokenized
 from moerge.statistics import Statistics
 from tests.gather import gathered_texts as texts
 from tests.helpers import tiny
@@ -180,7 +180,7 @@ def test_fisher_information_at_sampled_labels(models: Path, tmp_path: Path) -> N
     model, name = load(models / "math"), "model.layers.1.mlp.up_proj.weight"
     given = sequences(models / "math", count=2)
     expected = []
-    for ids, seed in zip(given.ids, given.seeds, strict=True):
+    for ids, seed, _, _ in given.documents:
         model.zero_grad()
         logits_TV = model(input_ids=torch.tensor([ids])).logits[0, :-1]
         labels_T = _drawn(logits_TV, 7, seed)
@@ -223,7 +223,7 @@ def test_gpt2_stores_inputs_first(tmp_path: Path) -> None:
     assert {name: gram.axis for name, gram in layout.grams.items()} == {
         f"h.0.{part}.weight": 0 for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    given = Sequences(([1, 2, 3, 4], [5, 6]), (0, 1))
+    given = Sequences((TokenSequence([1, 2, 3, 4], 0, [True] * 4), TokenSequence([5, 6], 1, [True] * 2)))
     sums = gram_sums(
         model,
         layout,
@@ -282,5 +282,5 @@ def texts_settings() -> Any:
 def test_documents_of_one_token_are_left_out(models: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "math")
     found = tokenized(tokenizer, ["w5", "w5 w6 w7", "w9 w8"], 2)
-    assert found.ids == ([5, 6], [9, 8])
+    assert found.ids == [[5, 6], [9, 8]]
     assert (found.tokens, found.predicted) == (4, 2)

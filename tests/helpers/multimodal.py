@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from tests.helpers.hf_models import FAMILIES, GROUPED, torch, transformers
+import numpy as np
+
+from tests.helpers import tiny
+from tests.helpers.hf_models import FAMILIES, GROUPED, random_model, save, torch, transformers
 
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 _IMAGES = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
@@ -46,6 +51,14 @@ def _qwen3_vl(**more: Any) -> Any:
     vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     text = {**GROUPED, "head_dim": 8, "rope_parameters": rope, **more}
     return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **_IMAGES)
+
+
+def vision_mixture() -> Any:
+    """The config of a mixture of experts that sees."""
+    like, experts = _qwen3_vl(), {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    text = {key: value for key, value in like.text_config.to_dict().items() if key != "model_type"}
+    vision = {key: value for key, value in like.vision_config.to_dict().items() if key != "model_type"}
+    return transformers.Qwen3VLMoeConfig(text_config={**text, **experts}, vision_config=vision, **_IMAGES)
 
 
 def _whole(name: str, text: str, vision: dict[str, Any], **keys: Any) -> Callable[[], Any]:
@@ -106,3 +119,53 @@ def picture(config: Any) -> dict[str, Any]:
         "image_grid_thw": grid,
         "mm_token_type_ids": (ids == config.image_token_id).int(),
     }
+
+
+_TEMPLATE = """{% for message in messages %}{{ message.role }} {% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}\
+{{ part.text }}{% endif %}{% endfor %}{% endif %} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"""
+_MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def write_processor(folder: Path) -> None:
+    """A tokenizer with a chat template and a processor of images, as Qwen's models have them."""
+    words = ["user", "assistant", *(f"w{number}" for number in range(5, 60))]
+    tiny.write_tokenizer(folder, ["<unk>", "<s>", "</s>", *words, *_MARKS])
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [{**first, "id": 60 + number, "content": mark} for number, mark in enumerate(_MARKS)]
+    tiny.write_json(file, tokenizer)
+    (folder / "chat_template.jinja").write_text(_TEMPLATE)
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 512}
+    tiny.write_json(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", **sizes})
+
+
+def write_pictures(folder: Path, name: str, count: int, *, seed: int = 0) -> Path:
+    """A jsonl file of questions about images and answers, in three usual spellings, and the images beside it."""
+    from PIL import Image
+
+    numbers, lines = np.random.default_rng(seed), []
+    for index in range(count):
+        picture = f"{name}{index}.png"
+        Image.fromarray(numbers.integers(0, 255, (16, 8 * (1 + index % 3), 3), dtype=np.uint8)).save(folder / picture)
+        question, answer = (" ".join(f"w{token}" for token in numbers.integers(5, 60, 4)) for _ in range(2))
+        parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        messages: Sequence[Any] = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+        told = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        bare = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        spelled = ({"messages": messages}, {"conversations": told, "image": picture}, {"messages": bare, "images": [picture]})
+        lines.append(json.dumps(spelled[index % 3]))
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def save_with_processor(config: Any, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Models of one config by name, the others near the first, with tokenizer and processor."""
+    models: dict[str, Any] = {}
+    for seed, name in enumerate(names, 1):
+        models[name] = random_model(config, seed, near=next(iter(models.values()), None))
+        save(models[name], folder / name)
+        write_processor(folder / name)
+    return models

@@ -262,7 +262,8 @@ class _Gathering:
             loaded.check_ids(ids)
         if not sequences.ids:
             raise InputError(f"calibration.{self.expert}: no text has two tokens: name a file with longer ones")
-        layout = layout_of(loaded.model, self.tensors, self.wanted, sequences.ids[0])
+        sample = next((one for one in sequences.documents if one.beside), sequences.documents[0])
+        layout = layout_of(loaded.model, self.tensors, self.wanted, sample.ids, sample.beside)
         held = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
         groups = passes_within(layout.bytes, self.options.passes, free_memory(loaded.model.device))
         memory = held + max((sum(layout.bytes[name] for name in group) for group in groups), default=0)

@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
 from moerge.errors import InputError, MachineError
 from moerge.gather.places import Place, places_of
 from moerge.methods.regmean import triangle
+from moerge.runtime.inputs import Inputs, model_inputs, on_device, text_tokens
 from moerge.statistics.facts import Gram, Kind, Settings
 from moerge.statistics.files import stored_name
 from moerge.tensors.source import Source
 from moerge.tensors.streams import read_values
 from moerge.tensors.tensor import Tensor
-from moerge.texts import Document, encode, text_of
+from moerge.texts import Document, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,29 +36,60 @@ _LAST_INPUTS = 4
 """Layers that read one input, such as query, key and value, run soon after each other."""
 
 
+class TokenSequence(NamedTuple):
+    """A document's tokens, a number that depends on its text alone, which tokens are text, and what the model takes beside."""
+
+    ids: list[int]
+    seed: int
+    text: list[bool]
+    beside: Inputs = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Sequences:
-    """Tokenised text, one list a document, and a number for each document that depends on its text alone."""
+    """Tokenised documents."""
 
-    ids: tuple[list[int], ...]
-    seeds: tuple[int, ...]
+    documents: tuple[TokenSequence, ...]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Return the tokens, one list a document."""
+        return [document.ids for document in self.documents]
 
     @property
     def tokens(self) -> int:
         """Tokens that run."""
-        return sum(map(len, self.ids))
+        return sum(len(document.ids) for document in self.documents)
 
     @property
     def predicted(self) -> int:
-        """Tokens that are predicted: all but the first of each document."""
-        return sum(len(ids) - 1 for ids in self.ids)
+        """Tokens that are predicted: all but the first of each document, and no images."""
+        return sum(sum(document.text[1:]) for document in self.documents)
+
+    def batches(self, size: int) -> Iterator[tuple[list[list[int]], Inputs]]:
+        """Tokens of up to `size` documents that run together, or of one, and what that one has beside them."""
+        waiting: list[list[int]] = []
+        for document in self.documents:
+            if waiting and (document.beside or len(waiting) == size):
+                yield waiting, {}
+                waiting = []
+            if document.beside:
+                yield [document.ids], document.beside
+            else:
+                waiting.append(document.ids)
+        if waiting:
+            yield waiting, {}
 
 
 def tokenized(tokenizer: Any, documents: Sequence[Document], tokens: int) -> Sequences:
     """The first `tokens` tokens of each document, as the tokenizer starts a text; documents of a single token are left out."""
-    encoded = [(encode(tokenizer, document, tokens), text_of(document)) for document in documents]
-    kept = [(ids, xxhash.xxh3_64_intdigest(text.encode())) for ids, text in encoded if len(ids) > 1]
-    return Sequences(tuple(ids for ids, _ in kept), tuple(seed for _, seed in kept))
+    found = []
+    for document in documents:
+        beside = model_inputs(tokenizer, document, tokens)
+        ids = beside.pop("input_ids")[0].tolist()
+        seed = xxhash.xxh3_64_intdigest(text_of(document).encode())
+        found.append(TokenSequence(ids, seed, text_tokens(tokenizer, ids), beside))
+    return Sequences(tuple(one for one in found if len(one.ids) > 1))
 
 
 @dataclass(frozen=True)
@@ -126,8 +159,17 @@ def adapt(model: Any, tensors: Mapping[str, Tensor], vocabulary: int | None) -> 
             places[name].parameter.copy_(torch.from_numpy(values_N).reshape(tensor.shape))
 
 
-def layout_of(model: Any, tensors: Mapping[str, Tensor], wanted: Mapping[Kind, frozenset[str]], sample: list[int]) -> Layout:
-    """The sums to gather of a model for the tensors `wanted` by kind; runs `sample` through it to see who shares inputs."""
+def layout_of(
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[Kind, frozenset[str]],
+    sample: list[int],
+    beside: Inputs = MappingProxyType({}),
+) -> Layout:
+    """The sums to gather of a model for the tensors `wanted` by kind.
+
+    Tokens `sample` run through it, with what it takes `beside`, to see who shares inputs.
+    """
     places = places_of(model, tensors)
     fisher, gram = wanted.get("fisher", frozenset()), wanted.get("gram", frozenset())
     used = {name: place for name, place in places.items() if fisher & set(place.stored)}
@@ -140,7 +182,7 @@ def layout_of(model: Any, tensors: Mapping[str, Tensor], wanted: Mapping[Kind, f
             if name in gram and _axis(module) is not None and module.weight is not embedding:
                 linear[str(name)] = module
     having = frozenset(name for place in used.values() for name in place.stored)
-    return Layout(used, linear, _shared_inputs(model, linear, sample), fisher & having)
+    return Layout(used, linear, _shared_inputs(model, linear, sample, beside), fisher & having)
 
 
 def _axis(module: Any) -> Any:
@@ -151,7 +193,7 @@ def _axis(module: Any) -> Any:
     return 1 if isinstance(module, torch.nn.Linear) else 0 if isinstance(module, Conv1D) else None
 
 
-def _shared_inputs(model: Any, linear: Mapping[str, Any], sample: list[int]) -> dict[str, Gram]:
+def _shared_inputs(model: Any, linear: Mapping[str, Any], sample: list[int], beside: Inputs) -> dict[str, Gram]:
     """Each layer's Gram matrix: the first one's for layers given the very same tensor, none for layers that never run."""
     import torch
 
@@ -166,7 +208,8 @@ def _shared_inputs(model: Any, linear: Mapping[str, Any], sample: list[int]) -> 
 
     with torch.no_grad(), _watched({name: (module, partial(look, name)) for name, module in linear.items()}):
         if linear:
-            model(input_ids=_batch([sample], model.device)[0], use_cache=False)
+            options = on_device(beside, model.device, model.dtype)
+            model(input_ids=_batch([sample], model.device)[0], use_cache=False, **options)
     return found
 
 
@@ -211,11 +254,11 @@ def gram_sums(
     owners = {gram.stored: name for name, gram in layout.grams.items() if gram.stored == stored_name("gram", name)}
     looks = {name: (layout.linear[owners[name]], partial(look, name)) for name in names}
     with torch.no_grad(), _watched(looks):
-        for start in range(0, len(sequences.ids), batch_size):
-            batch = sequences.ids[start : start + batch_size]
+        for batch, beside in sequences.batches(batch_size):
             ids_BT, mask_BT = _batch(batch, model.device)
             tokens_N[:] = [mask_BT.reshape(-1)]
-            options = {} if bool(mask_BT.all()) else {"attention_mask": mask_BT.long()}
+            options = on_device(beside, model.device, model.dtype)
+            options |= {} if bool(mask_BT.all()) else {"attention_mask": mask_BT.long()}
             model(input_ids=ids_BT, use_cache=False, **options)
             advance(sum(map(len, batch)))
     return sums
@@ -226,8 +269,9 @@ def fisher_sums(
 ) -> dict[str, torch.Tensor]:
     """sum over sequences of the squared gradient of log p(sequence), by the parameters' names in memory, in float32.
 
-    log p is the sum of the log-probabilities of all tokens but the first given those before them: the text's own, or with
-    `labels: sampled` tokens drawn from the model. One sequence at a time: the square of a mean gradient is no mean of squares.
+    log p is the sum of the log-probabilities of all tokens but the first given those before them, images left out: the
+    text's own, or with `labels: sampled` tokens drawn from the model. One sequence at a time: a square of a mean is no mean of
+    squares.
     """
     import torch
 
@@ -245,10 +289,12 @@ def fisher_sums(
         for name, parameter in chosen.items():
             parameter.requires_grad_(True)
             handles.callback(parameter.register_post_accumulate_grad_hook(partial(add, name)).remove)
-        for ids, seed in zip(sequences.ids, sequences.seeds, strict=True):
+        for ids, seed, text, beside in sequences.documents:
             ids_1T, _ = _batch([ids], model.device)
-            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+            options = on_device(beside, model.device, model.dtype)
+            logits_TV = model(input_ids=ids_1T, use_cache=False, **options).logits[0, :-1].float()
             labels_T = ids_1T[0, 1:] if settings.labels == "text" else _drawn(logits_TV, settings.seed, seed)
+            labels_T = labels_T.masked_fill(~torch.tensor(text[1:], device=labels_T.device), -100)
             loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
             if loss.requires_grad:  # not if none of these parameters takes part
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moerge.errors import InputError
 from moerge.runtime.forced_routing import ForcedRoutingModel
+from moerge.runtime.inputs import Inputs, text_tokens
 from moerge.runtime.loading import Loaded
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class RouterProbe(Protocol):
     level: str
     experts: tuple[str, ...]
 
-    def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
+    def route(self, inputs: Inputs, oracle: bool) -> DocumentRouting:
         """A document, with the losses of the experts alone if `oracle`."""
         ...
 
@@ -59,8 +60,9 @@ class BySequence:
         self._model = loaded.model
         self.experts = tuple(loaded.model.config.expert_names)
 
-    def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
+    def route(self, inputs: Inputs, oracle: bool) -> DocumentRouting:
         """From `model.route`."""
+        ids_1T = inputs["input_ids"]
         routing = self._model.route(ids_1T)
         alpha_E = routing.alpha[0].tolist()
         best = max(range(len(alpha_E)), key=alpha_E.__getitem__)
@@ -87,24 +89,27 @@ class ByToken:
 
     def __init__(self, loaded: Loaded) -> None:
         self.experts = _experts(loaded)
+        self._tokenizer = loaded.tokenizer
         self._moe = ForcedRoutingModel(Path(loaded.name), experts=len(self.experts), model=loaded.model)
 
-    def route(self, ids_1T: torch.Tensor, oracle: bool) -> DocumentRouting:
-        """From the softmax over all experts of every layer's gate."""
+    def route(self, inputs: Inputs, oracle: bool) -> DocumentRouting:
+        """From the softmax over all experts of every layer's gate; the losses of text alone."""
         import torch
 
-        log_LTE = torch.stack(self._moe.router_logits(ids_1T)).log_softmax(-1)
+        ids_1T, beside = inputs["input_ids"], {name: value for name, value in inputs.items() if name != "input_ids"}
+        log_LTE = torch.stack(self._moe.router_logits(ids_1T, **beside)).log_softmax(-1)
         alpha_LE = log_LTE.exp().mean(1)
         first_E = torch.nn.functional.one_hot(log_LTE.argmax(-1), len(self.experts)).float().mean((0, 1))
         entropy = float(-(log_LTE.exp() * log_LTE).sum(-1).mean())
         wanted = range(len(self.experts)) if oracle and ids_1T.shape[1] > 1 else ()
-        losses = [self._moe.losses(ids_1T, expert).mean().item() for expert in wanted]
+        text_T = torch.tensor(text_tokens(self._tokenizer, ids_1T[0].tolist())[1:], device=ids_1T.device)
+        losses = [self._moe.losses(ids_1T, expert, **beside)[text_T].mean().item() for expert in wanted]
         return DocumentRouting(alpha_LE.mean(0).tolist(), first_E.tolist(), entropy, alpha_LE.tolist(), losses)
 
 
 def _experts(loaded: Loaded) -> tuple[str, ...]:
     """Names of the experts; their numbers where nobody wrote the names down."""
-    config = loaded.model.config
+    config = loaded.model.config.get_text_config()
     count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if not count:
         raise InputError(f"{loaded.name} is a {config.model_type} model without experts: only a MoE routes")

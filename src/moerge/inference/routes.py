@@ -45,7 +45,7 @@ def route(
     warnings = check_disjoint(documents, texts, loaded.manifest, loaded.name, allow=allow_calibration_text)
     probe = router_probe(loaded)
     routed = {
-        name: _summary(name, [probe.route(loaded.encode(document, tokens), oracle) for document in listed], probe.experts)
+        name: _summary(name, [probe.route(loaded.inputs(document, tokens), oracle) for document in listed], probe.experts)
         for name, listed in documents.items()
     }
     digest = weights_digest(loaded.manifest) if loaded.manifest else None

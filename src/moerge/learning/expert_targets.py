@@ -9,15 +9,21 @@ import torch
 
 from moerge.distillation import DistillationTarget, TargetFiles
 from moerge.learning.model import MergingModel
+from moerge.runtime.inputs import Inputs
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text as tokens [1, T], and the number of the expert it belongs to (`BASE` for the base)."""
+    """A document as the model takes it in, and the number of the expert it belongs to (`BASE` for the base)."""
 
-    ids_1T: torch.Tensor
+    inputs: Inputs
     task: int
     index: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of its tokens."""
+        return self.inputs["input_ids"].shape[1]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class ExpertTargets(TargetFiles):
             model.set_mode(task)
             for sample in (sample for sample in samples if sample.task == task):
                 with torch.no_grad():
-                    output = model.forward(sample.ids_1T, task)
+                    output = model.forward(sample.inputs, task)
                 states = [output.hidden_states[layer][0] for layer in self.layers]
                 self.save(_name(sample), output.logits[0], states)
                 advance()

@@ -32,8 +32,9 @@ from moerge.progress import SILENT, Advance, Progress
 from moerge.recipe.coefficients import Coefficients, chunk_count, chunk_size
 from moerge.recipe.learning import Learning
 from moerge.recipe.schema import Recipe
+from moerge.runtime.inputs import model_inputs
 from moerge.runtime.loading import load_tokenizer
-from moerge.texts import Texts, encode, read_texts
+from moerge.texts import Texts, read_texts
 from moerge.tokenizer import VOCABULARY_FILES
 
 OFF = 0.1
@@ -115,15 +116,15 @@ def _samples(plan: Plan, texts: Mapping[int, Texts], settings: Learning, folder:
     found: dict[int, list[Sample]] = {}
     for task, given in texts.items():
         for document in given.documents:
-            ids = encode(tokenizer, document, settings.tokens)
-            if max(ids, default=0) >= rows:
+            inputs = model_inputs(tokenizer, document, settings.tokens)
+            largest = max(inputs["input_ids"].flatten().tolist(), default=0)
+            if largest >= rows:
                 raise InputError(
-                    f"{plan.recipe.source}: calibration.{given.expert}: the tokenizer makes token {max(ids)} of a text, but the "
+                    f"{plan.recipe.source}: calibration.{given.expert}: the tokenizer makes token {largest} of a text, but the "
                     f"embedding has {rows} rows: give the models their own tokenizer"
                 )
-            if len(ids) > 1:
-                row = torch.tensor([ids], dtype=torch.long, device=settings.device)
-                found.setdefault(task, []).append(Sample(row, task, len(found.get(task, ()))))
+            if inputs["input_ids"].shape[1] > 1:
+                found.setdefault(task, []).append(Sample(inputs, task, len(found.get(task, ()))))
         if task not in found:
             raise InputError(
                 f"{plan.recipe.source}: calibration.{given.expert}: no text in {given.location} has two tokens: name a longer one"
@@ -173,7 +174,7 @@ class _Job:
             return
         itemsize = getattr(torch, settings.dtype).itemsize
         largest = None if settings.targets == "full" else settings.targets
-        tokens = sum(sample.ids_1T.shape[1] for sample in distinct)
+        tokens = sum(sample.tokens for sample in distinct)
         text = known_config(self.plan.config, self.recipe.source).get_text_config()
         nbytes = target_bytes(tokens, text.vocab_size, text.hidden_size, len(layers), largest, itemsize)
         free = shutil.disk_usage(self.folder).free

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from moerge.errors import InputError
 from moerge.learning.directions import Directions, inner_products, merged
+from moerge.runtime.inputs import Inputs, on_device
 from moerge.runtime.loading import explained, load_config
 from moerge.tensors.source import Source
 from moerge.tensors.streams import read_values
@@ -131,10 +132,10 @@ class MergingModel:
             else:
                 parameter.data = _values(slot.of(BASE if model is None else model), parameter, self._dtype)
 
-    def forward(self, ids_1T: torch.Tensor, task: int) -> Any:
-        """transformers' output, with hidden states, for a text of this task."""
+    def forward(self, inputs: Inputs, task: int) -> Any:
+        """transformers' output, with hidden states, for a document of this task."""
         self.running.task = task
-        return self.module(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
+        return self.module(**on_device(inputs, self.module.device, self._dtype), use_cache=False, output_hidden_states=True)
 
     def _parametrize(self, parameter: nn.Parameter, slot: MergedParameter, logit_EC: torch.Tensor | None) -> None:
         """Wherever the parameter stands: a tied one is the embedding's and the head's."""

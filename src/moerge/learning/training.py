@@ -113,7 +113,7 @@ class Trainer:
 
     def objective(self, sample: Sample) -> torch.Tensor:
         """The loss of one text without the regulariser."""
-        settings, output = self.settings, self.model.forward(sample.ids_1T, sample.task)
+        settings, output = self.settings, self.model.forward(sample.inputs, sample.task)
         logits_TV = output.logits[0]
         logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
         if settings.objective == "entropy":

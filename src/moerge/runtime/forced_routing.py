@@ -82,12 +82,12 @@ class ForcedRoutingModel:
         shared = (*self._model.parameters(), *self._model.buffers(), self._tokenizer)
         return copy.deepcopy(self, {id(part): part for part in shared})
 
-    def router_logits(self, ids_1T: torch.Tensor) -> list[torch.Tensor]:
-        """Return each layer's own router outputs, L times [T, E] in float32."""
+    def router_logits(self, ids_1T: torch.Tensor, **beside: torch.Tensor) -> list[torch.Tensor]:
+        """Return each layer's own router outputs, L times [T, E] in float32, given what the model takes `beside` tokens."""
         import torch
 
         with torch.no_grad(), self._record_router_inputs() as inputs_LTH:
-            self._model.base_model(input_ids=ids_1T, use_cache=False)
+            self._model.base_model(input_ids=ids_1T, use_cache=False, **beside)
             return [state_TH @ gate.weight.float().T for state_TH, gate in zip(inputs_LTH, self._gates, strict=True)]
 
     def router_inputs(self, ids_1T: torch.Tensor, path: Route) -> list[torch.Tensor]:
@@ -98,12 +98,12 @@ class ForcedRoutingModel:
             self._model.base_model(input_ids=ids_1T, use_cache=False)
         return inputs_LTH
 
-    def losses(self, ids_1T: torch.Tensor, path: Route) -> torch.Tensor:
-        """-log P of each token but the first given those before it, [T - 1], in nats."""
+    def losses(self, ids_1T: torch.Tensor, path: Route, **beside: torch.Tensor) -> torch.Tensor:
+        """-log P of each token but the first given those before it, [T - 1], in nats; `beside` as in `router_logits`."""
         import torch
 
         with torch.no_grad(), self._force_routing(path):
-            logits_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0].float()
+            logits_TV = self._model(input_ids=ids_1T, use_cache=False, **beside).logits[0].float()
         return torch.nn.functional.cross_entropy(logits_TV[:-1], ids_1T[0, 1:], reduction="none")
 
     @contextmanager

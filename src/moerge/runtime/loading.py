@@ -24,8 +24,8 @@ from moerge.errors import InputError, MachineError, MoergeError
 from moerge.extras import require
 from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
-from moerge.texts.chat import encode
-from moerge.texts.conversations import Document, text_of
+from moerge.texts.chat import refuse_images
+from moerge.texts.conversations import Conversation, Document, text_of
 from moerge.texts.documents import check_unicode
 
 if TYPE_CHECKING:
@@ -66,15 +66,21 @@ class Loaded:
 
     def encode(self, document: Document, limit: int | None = None) -> torch.Tensor:
         """Up to `limit` tokens of a text or conversation, [1, T], as `moerge.texts.encode`; InputError if there are none."""
-        import torch
+        if isinstance(document, Conversation):
+            refuse_images(document)
+        return self.inputs(document, limit)["input_ids"]
+
+    def inputs(self, document: Document, limit: int | None = None) -> dict[str, torch.Tensor]:
+        """Arguments of the model for up to `limit` tokens of a document, see `model_inputs`; InputError if there are none."""
+        from moerge.runtime.inputs import model_inputs, on_device
 
         shown = text_of(document)[:40]
         check_unicode(text_of(document), f"the text {shown!a}")
-        ids = encode(self.tokenizer, document, limit)
-        if not ids:
+        inputs = on_device(model_inputs(self.tokenizer, document, limit), self.model.device, self.model.dtype)
+        if not inputs["input_ids"].numel():
             raise InputError(f"the text {shown!r} has no tokens: give a longer one")
-        self.check_ids(ids)
-        return torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        self.check_ids(inputs["input_ids"][0].tolist())
+        return inputs
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """InputError for a token that the model has no embedding for."""
@@ -123,7 +129,7 @@ def load(
     if folder.is_dir():
         check_runnable(folder)  # before anything else looks at it
     _register_ours(str(checkpoint), place, options)
-    model = load_model(place, name=str(checkpoint), dtype=dtype, **options)
+    model = load_model(place, name=str(checkpoint), dtype=dtype, auto=_auto_class(place, options), **options)
     tokenizer = load_tokenizer(tokenizer_from or place, name=str(tokenizer_from or checkpoint), options=options)
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -134,6 +140,19 @@ def load(
     with explained(str(checkpoint), "run"), torch.inference_mode():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     return Loaded(str(checkpoint), model, tokenizer)
+
+
+def _auto_class(place: str, options: Mapping[str, Any]) -> Any:
+    """The class that loads a multimodal model whole, None for all others: as causal language models some lose what sees."""
+    import transformers
+
+    try:
+        revision = {key: value for key, value in options.items() if key == "revision"}
+        named = transformers.PretrainedConfig.get_config_dict(place, **revision)[0].get("architectures") or [""]
+    except OSError:
+        return None
+    whole = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return transformers.AutoModelForImageTextToText if named[0] in whole.values() else None
 
 
 def load_model(place: str | Path | None, *, name: str = "", dtype: str | None = None, auto: Any = None, **options: Any) -> Any:
@@ -186,6 +205,29 @@ def load_tokenizer(folder: str | Path, *, options: Mapping[str, Any] = MappingPr
 
     with explained(**{"name": str(folder), "what": "load the tokenizer of", **said}):
         return transformers.AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False, **options})
+
+
+def load_processor(folder: str | Path, **said: str) -> Any:
+    """What makes a model's inputs of texts and images, from its folder; `said` is for `explained`, which raises InputError."""
+    import transformers
+
+    with explained(**{"name": str(folder), "what": "load the processor of", **said}), without_warnings():
+        try:
+            return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError:
+            return _for_images_alone(load_config(folder), transformers).from_pretrained(folder, trust_remote_code=False)
+
+
+def _for_images_alone(config: Any, transformers: Any) -> Any:
+    """The class of a processor without its part for videos, which needs torchvision, and which images do not need."""
+    kind = getattr(transformers, transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[config.model_type])
+
+    class Stills(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if "video" not in name]
+
+    return Stills
 
 
 def check_runnable(folder: Path) -> None:

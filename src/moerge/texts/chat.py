@@ -30,6 +30,12 @@ class Encoded:
     answers: list[bool]
 
 
+def refuse_images(conversation: Conversation) -> None:
+    """InputError for a conversation with images, where only its text would be read."""
+    if conversation.images:
+        raise InputError(f"{conversation.where} has images, and here only text is read: leave it out")
+
+
 def has_template(tokenizer: Any) -> bool:
     """True if the tokenizer's model is a chat model."""
     return bool(getattr(tokenizer, "chat_template", None))
@@ -39,6 +45,7 @@ def encode(tokenizer: Any, document: Document, limit: int | None = None) -> list
     """Up to `limit` tokens of a document: a text as the tokenizer starts one, a conversation as the chat template writes it."""
     options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
     if isinstance(document, Conversation):
+        refuse_images(document)
         text = render(tokenizer, document)
         for place in document.answers:
             _check_written(document, place, text, thinking=place == len(document.messages) - 1)
@@ -61,6 +68,7 @@ def encode_answers(tokenizer: Any, conversation: Conversation) -> Iterator[Encod
     Some templates write an answer otherwise once others follow, such as without its thinking. Such an answer is marked in a
     conversation of its own, which ends with it. Raises InputError as `render`, and for a tokenizer that does not tell characters.
     """
+    refuse_images(conversation)
     if not tokenizer.is_fast:
         raise InputError(
             f"{conversation.where}: this tokenizer does not tell which characters a token stands for, so answers cannot be told "

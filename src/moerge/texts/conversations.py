@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.texts.images import Picture, has_images, with_pictures
 
 MESSAGES = ("messages", "conversations")
 """Fields that hold a conversation: OpenAI's and transformers' name, and ShareGPT's."""
@@ -33,12 +35,14 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 class Conversation:
     """Messages in order, each with a `role`, and the schemas of the `tools` that they may call, as chat templates read them.
 
-    Whatever else a message has (`tool_calls`, `reasoning_content`) is there for the template. `where` names the place it is from.
+    Whatever else a message has (`tool_calls`, `reasoning_content`) is there for the template. `where` names the place it is from,
+    `images` are those that parts of messages stand for, in order.
     """
 
     messages: tuple[Mapping[str, Any], ...] = field(repr=False)
     tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     where: str = field(default="the conversation", compare=False)
+    images: tuple[Picture, ...] = field(default=(), repr=False)
 
     def __hash__(self) -> int:
         return hash(text_of(self))
@@ -50,7 +54,14 @@ class Conversation:
 
     def until(self, end: int) -> Conversation:
         """The messages before this place."""
-        return Conversation(self.messages[:end], self.tools, self.where)
+        count = sum(part["type"] == "image" for message in self.messages[:end] for part in parts_of(message))
+        return Conversation(self.messages[:end], self.tools, self.where, self.images[:count])
+
+
+def parts_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of a message's content, of which one that is no text makes it a list."""
+    content = message.get("content", "")
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 Document = str | Conversation
@@ -61,14 +72,16 @@ def text_of(document: Document) -> str:
     """A document's text; of a conversation its messages and tools as JSON, the same however the file spelt them."""
     if isinstance(document, str):
         return document
-    written = {"messages": document.messages, **({"tools": document.tools} if document.tools else {})}
+    written: dict[str, Any] = {"messages": document.messages, **({"tools": document.tools} if document.tools else {})}
+    written |= {"images": [picture.digest for picture in document.images]} if document.images else {}
     return json.dumps(written, ensure_ascii=False, sort_keys=True)
 
 
-def read_conversation(entry: Mapping[str, Any], name: str, where: str) -> Conversation:
-    """The conversation in the field `name` of a file's entry, with the entry's `tools` and `system`, if it has some.
+def read_conversation(entry: Mapping[str, Any], name: str, where: str, folder: Path = Path()) -> Conversation:
+    """The conversation in the field `name` of a file's entry, with the entry's `tools`, `system` and images, if it has some.
 
-    Raises InputError for a message without a role, and for content other than text.
+    Paths of images start from `folder`. Raises InputError for a message without a role, for content other than text and images,
+    and for an image that cannot be read.
     """
     given = entry[name]
     if not isinstance(given, list) or not given:
@@ -77,7 +90,8 @@ def read_conversation(entry: Mapping[str, Any], name: str, where: str) -> Conver
     system = entry.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    found = Conversation(tuple(messages), _tools(entry.get("tools"), where), where)
+    messages, pictures = with_pictures(messages, entry, where, folder)
+    found = Conversation(tuple(messages), _tools(entry.get("tools"), where), where, pictures)
     try:
         text_of(found).encode()
     except UnicodeEncodeError:
@@ -109,19 +123,23 @@ def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
     if not isinstance(speaker, str) or speaker not in _SHAREGPT:
         raise InputError(f"{place} is from {_shown(speaker)}, which is no role: known are {', '.join(_SHAREGPT)}")
     if speaker == _CALL:
-        calls = _parsed(content, f"{place}: a function call")
+        calls = _parsed(str(content), f"{place}: a function call")
         calls = calls if isinstance(calls, list) else [calls]
         return {**message, "role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]}
     return {**message, "role": _SHAREGPT[speaker], "content": content}
 
 
-def _content(given: Any, place: str) -> str:
-    """A message's text; parts that are all text count as one."""
+def _content(given: Any, place: str) -> str | list[Any]:
+    """A message's text, or its parts where some are images; parts that are all text count as one."""
     if isinstance(given, str):
         return given
-    if isinstance(given, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in given):
-        return "".join(part["text"] for part in given)
-    raise InputError(f"{place} should have text as its content, and has {_shown(given)}: moerge reads text alone")
+    if isinstance(given, list) and all(_is_text(part) or has_images([part]) for part in given):
+        return given if has_images(given) else "".join(part["text"] for part in given)
+    raise InputError(f"{place} should have text or images as its content, and has {_shown(given)}: moerge reads nothing else")
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
 def _call(given: Any, place: str) -> dict[str, Any]:

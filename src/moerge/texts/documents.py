@@ -22,10 +22,11 @@ from moerge.errors import InputError
 from moerge.files import open_file, unreadable
 from moerge.tensors.digest import file_digest
 from moerge.texts.conversations import MESSAGES, Conversation, Document, read_conversation, text_of
+from moerge.texts.images import COLUMNS
 from moerge.texts.overlap import document_hash
 
 _TEXT = "text"
-_BESIDE = ("tools", "system")
+_BESIDE = ("tools", "system", *COLUMNS)
 """Columns that belong to a conversation."""
 _ENCODING = "utf-8-sig"
 """UTF-8, at the beginning of a file with a byte order mark or without."""
@@ -164,20 +165,25 @@ def _read_jsonl(path: Path, named_itself: bool, field: str | None) -> Iterator[D
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
-        yield document_of(entry, f"{path}, line {number}", field)
+        yield document_of(entry, f"{path}, line {number}", field, path.parent)
 
 
-def document_of(entry: Any, where: str, field: str | None) -> Document:
-    """The text or the conversation of an entry of jsonl, parquet or a Hub dataset; InputError where it has none."""
+def document_of(entry: Any, where: str, field: str | None, folder: Path = Path()) -> Document:
+    """The text or the conversation of an entry of jsonl, parquet or a Hub dataset; InputError where it has none.
+
+    Text beside images is a user's message. Paths of images start from `folder`.
+    """
     name = field or _TEXT
     held = next((key for key in _fields(field) if key in entry), None) if isinstance(entry, Mapping) else None
     found = entry[held] if held else None
     if held and (held in MESSAGES or (isinstance(found, list) and found and isinstance(found[0], Mapping))):
-        return read_conversation(entry, held, where)
+        return read_conversation(entry, held, where, folder)
     if not isinstance(found, str):
         other = "" if field is None else ", or say with 'field' where its text is"
         raise InputError(f'{where}: should be an object with a "{name}", such as {{"{name}": "..."}}{other}')
     check_unicode(found, f"{where}: the text")
+    if any(entry.get(name) for name in COLUMNS):
+        return read_conversation({**entry, "messages": [{"role": "user", "content": found}]}, "messages", where, folder)
     return found
 
 
@@ -210,14 +216,14 @@ def _read_parquet(path: Path, named_itself: bool, field: str | None) -> Iterator
             if held is None:
                 remedy = "rename the one that holds the text" if field is None else "say with 'field' which holds the text"
                 raise InputError(f"{path} has no column {field or _TEXT!r}, only {', '.join(names)}: {remedy}")
-            columns = [held, *(name for name in _BESIDE if name in names and held != _TEXT)]
+            columns = [held, *(name for name in _BESIDE if name in names)]
             row = 0
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 _check_column(batch.column(held), path)
                 for entry in batch.to_pylist():
                     row += 1
                     entry[held] = "" if entry[held] is None else entry[held]
-                    yield document_of(entry, f"{path}, row {row}", field)
+                    yield document_of(entry, f"{path}, row {row}", field, path.parent)
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {path} as parquet: {error}") from None
 
