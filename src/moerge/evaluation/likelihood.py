@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
+from moerge.runtime.inputs import Inputs, answer_inputs, cut, on_device
 from moerge.runtime.loading import Loaded
-from moerge.texts import Document, encode_answers
+from moerge.texts import Conversation, Document, encode_answers
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +45,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Tokens of a document, start token first. Those before `first`, and those that are no `answers`, are only read."""
+    """Tokens of a document, start token first. Those before `first`, and those that are no `answers`, are only read.
+
+    `inputs` are what the model takes in for a document with images.
+    """
 
     document: int
     tokens: list[int]
     first: int
     bytes: int
     answers: list[bool] | None = None
+    inputs: Inputs | None = None
 
     def predicted(self, first: int, end: int) -> list[int]:
         """The places among these of the tokens that are predicted."""
@@ -88,6 +93,7 @@ def document_losses(
     import torch
 
     sequences = [one for index, document in enumerate(documents) for one in _encode(loaded, index, document, given)]
+    _check_window(sequences, documents, window)
     routings = _routings(loaded, sequences, batch_size) if loaded.by_sequence else None
     windows = [found for index, sequence in enumerate(sequences) for found in _windows(index, sequence, window)]
     windows.sort(key=lambda found: (found.begin - found.end, found.sequence, found.begin))
@@ -95,7 +101,7 @@ def document_losses(
     for sequence in sequences:
         sizes[sequence.document] += sequence.bytes
     with torch.inference_mode():
-        for batch in _groups(windows, batch_size):
+        for batch in _batches(sequences, windows, batch_size):
             for found, loss in zip(batch, _nats(loaded, sequences, batch, routings), strict=True):
                 sequence = sequences[found.sequence]
                 nats[sequence.document] += loss
@@ -109,9 +115,15 @@ def _encode(loaded: Loaded, index: int, document: Document, given: int) -> Itera
         yield _encode_text(loaded, index, document, given)
         return
     size = sum(_size(document.messages[place]) for place in document.answers if place)
-    for encoded in encode_answers(loaded.tokenizer, document):
-        loaded.check_ids(encoded.ids)
-        yield _Sequence(index, encoded.ids, max(1, encoded.answers.index(True)), size, encoded.answers)
+    found: Iterator[tuple[list[int], list[bool], Inputs | None]]
+    if document.images:
+        pictured = answer_inputs(loaded.tokenizer, document)
+        found = ((inputs["input_ids"][0].tolist(), answers, inputs) for inputs, answers in pictured)
+    else:
+        found = ((encoded.ids, encoded.answers, None) for encoded in encode_answers(loaded.tokenizer, document))
+    for ids, answers, inputs in found:
+        loaded.check_ids(ids)
+        yield _Sequence(index, ids, max(1, answers.index(True)), size, answers, inputs)
         size = 0
 
 
@@ -153,6 +165,24 @@ def _windows(index: int, sequence: _Sequence, window: int) -> Iterator[_Window]:
         begin += max(1, window // 2)
 
 
+def _check_window(sequences: Sequence[_Sequence], documents: Sequence[Document], window: int) -> None:
+    """InputError for a document with images that the model does not read at once."""
+    for sequence in sequences:
+        document, tokens = documents[sequence.document], len(sequence.tokens) - 1
+        if sequence.inputs is not None and tokens > window:
+            where = document.where if isinstance(document, Conversation) else "a document"
+            raise InputError(
+                f"{where} has {tokens:,} tokens with its images, and {window:,} are read at once: choose a larger --window"
+            )
+
+
+def _batches(sequences: Sequence[_Sequence], windows: Sequence[_Window], size: int) -> Iterator[Sequence[_Window]]:
+    """Windows that run together: up to `size`, and those with images alone."""
+    pictured = [sequences[found.sequence].inputs is not None for found in windows]
+    yield from _groups([found for found, alone in zip(windows, pictured, strict=True) if not alone], size)
+    yield from _groups([found for found, alone in zip(windows, pictured, strict=True) if alone], 1)
+
+
 def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -169,6 +199,7 @@ def _nats(
     read = [sequences[found.sequence].tokens[found.begin : found.end - 1] for found in batch]
     options = {} if routings is None else {"routing": _joined([routings[found.sequence] for found in batch])}
     ids_BT, mask_BT = _padded(read, device, left=False)
+    options |= _beside(loaded, sequences[batch[0].sequence])
     logits_BTV = loaded.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **options).logits
     step = max(1, _LOGITS // logits_BTV.shape[-1])
     totals = []
@@ -183,6 +214,14 @@ def _nats(
         ]
         totals.append(float(torch.stack(losses).sum()))
     return totals
+
+
+def _beside(loaded: Loaded, sequence: _Sequence) -> dict[str, Any]:
+    """The arguments beside tokens of a document with images, whose last token is only predicted."""
+    if sequence.inputs is None:
+        return {}
+    inputs = on_device(cut(sequence.inputs, len(sequence.tokens) - 1), loaded.model.device, loaded.model.dtype)
+    return {name: value for name, value in inputs.items() if name != "input_ids"}
 
 
 def _padded(rows: Sequence[list[int]], device: Any, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,10 +24,11 @@ _DAY |= dict.fromkeys(("%H", "%M", "%S"), "00")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of a conversation [T], and whether the assistant writes each."""
+    """Tokens of a conversation [T], whether the assistant writes each, and the text that they are of."""
 
     ids: list[int]
     answers: list[bool]
+    text: str
 
 
 def refuse_images(conversation: Conversation) -> None:
@@ -46,11 +47,16 @@ def encode(tokenizer: Any, document: Document, limit: int | None = None) -> list
     options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
     if isinstance(document, Conversation):
         refuse_images(document)
-        text = render(tokenizer, document)
-        for place in document.answers:
-            _check_written(document, place, text, thinking=place == len(document.messages) - 1)
-        document, options = text, {**options, "add_special_tokens": False}
+        document, options = written_text(tokenizer, document), {**options, "add_special_tokens": False}
     return list(tokenizer(document, verbose=False, **options)["input_ids"])
+
+
+def written_text(tokenizer: Any, conversation: Conversation) -> str:
+    """A conversation as `render` writes it; InputError also where the template leaves out what an answer says."""
+    text = render(tokenizer, conversation)
+    for place in conversation.answers:
+        _check_written(conversation, place, text, thinking=place == len(conversation.messages) - 1)
+    return text
 
 
 def render(tokenizer: Any, conversation: Conversation, *, ask: bool = False, dated: bool = False) -> str:
@@ -62,13 +68,16 @@ def render(tokenizer: Any, conversation: Conversation, *, ask: bool = False, dat
     return str(_apply(tokenizer, conversation, dated=dated, add_generation_prompt=ask, tokenize=False))
 
 
-def encode_answers(tokenizer: Any, conversation: Conversation) -> Iterator[Encoded]:
+def encode_answers(tokenizer: Any, conversation: Conversation, *, images: bool = False) -> Iterator[Encoded]:
     """The conversation up to its last answer, with every answer marked.
 
     Some templates write an answer otherwise once others follow, such as without its thinking. Such an answer is marked in a
-    conversation of its own, which ends with it. Raises InputError as `render`, and for a tokenizer that does not tell characters.
+    conversation of its own, which ends with it.
+    With `images` their places may be among the tokens. Raises InputError as `render`, and for a tokenizer that does not tell
+    characters.
     """
-    refuse_images(conversation)
+    if not images:
+        refuse_images(conversation)
     if not tokenizer.is_fast:
         raise InputError(
             f"{conversation.where}: this tokenizer does not tell which characters a token stands for, so answers cannot be told "
@@ -149,13 +158,13 @@ def _marked(tokenizer: Any, conversation: Conversation, spans: _Answers) -> Enco
         _check_written(conversation, place, spans.text(place + 1))
     if not any(mask):
         raise InputError(f"{conversation.where}: the chat template marks no token as the assistant's: mend its generation block")
-    return Encoded(list(found["input_ids"]), mask)
+    return Encoded(list(found["input_ids"]), mask, spans.text(len(conversation.messages)))
 
 
 def _encoded(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     answers = [any(start < last and end > first for first, last in spans) for start, end in found["offset_mapping"]]
-    return Encoded(list(found["input_ids"]), answers)
+    return Encoded(list(found["input_ids"]), answers, text)
 
 
 def _template(tokenizer: Any, conversation: Conversation) -> str:

@@ -92,6 +92,8 @@ def with_pictures(
     if column and not any(parts.places for parts in found):
         first = next((parts for message, parts in zip(messages, found, strict=True) if message["role"] == "user"), found[0])
         first.parts[:0] = [dict.fromkeys(("image",)) for _ in column]
+    if any(parts.places and message["role"] == "assistant" for message, parts in zip(messages, found, strict=True)):
+        raise InputError(f"{where}: an answer of the assistant has an image, and models answer with text: leave it out")
     sources = [part["image"] for parts in found for part in parts.places]
     free = sum(source is None for source in sources)
     if free != len(column):
