@@ -12,6 +12,7 @@ _MODULES = {
     "gguf": ("gguf", "torch", "transformers"),
     "report": ("jinja2",),
     "search": ("optuna",),
+    "images": ("PIL",),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from moerge.recipe.coefficients import read_coefficients
-from moerge.runtime.inputs import model_inputs
+from moerge.runtime.inputs import loaded_inputs, model_inputs
 from moerge.runtime.loading import load, load_tokenizer
 from moerge.texts import read_documents
 from tests.helpers import hf_models
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 SCALE, TEXTS = 0.3, 3
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with models and what was learned from three documents of each expert; the models."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -87,7 +87,7 @@ def test_the_result_with_its_processor_gives_the_logits_of_the_merge(learned: tu
     model, loaded = _merged(models, coefficients), load(folder / "out", dtype="float32")
     assert type(loaded.model) is type(models["base"])
     document = next(iter(read_documents(str(folder / "math.jsonl"))))
-    inputs = loaded.inputs(document)
+    inputs = loaded_inputs(loaded, document)
     with torch.no_grad():
         ours = loaded.model(**inputs, use_cache=False).logits
         wanted = model(**_inputs(folder, "math")[0], use_cache=False).logits

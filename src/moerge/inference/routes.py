@@ -15,6 +15,7 @@ from moerge.checkpoint.manifest import weights_digest
 from moerge.errors import InputError
 from moerge.inference.probe import DocumentRouting, router_probe
 from moerge.inference.result import Routes, TextRoute, mean_of_rows, routes_of
+from moerge.runtime.inputs import loaded_inputs
 from moerge.runtime.loading import Loaded, load
 from moerge.texts import Document, check_disjoint, read_documents
 
@@ -45,7 +46,7 @@ def route(
     warnings = check_disjoint(documents, texts, loaded.manifest, loaded.name, allow=allow_calibration_text)
     probe = router_probe(loaded)
     routed = {
-        name: _summary(name, [probe.route(loaded.inputs(document, tokens), oracle) for document in listed], probe.experts)
+        name: _summary(name, [probe.route(loaded_inputs(loaded, document, tokens), oracle) for document in listed], probe.experts)
         for name, listed in documents.items()
     }
     digest = weights_digest(loaded.manifest) if loaded.manifest else None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moerge.errors import InputError
-from moerge.runtime.loading import load_processor
+from moerge.runtime.loading import Loaded, load_processor
 from moerge.texts.chat import encode, encode_answers, written_text
 from moerge.texts.conversations import Conversation, Document
 from moerge.texts.images import Picture
@@ -40,6 +40,15 @@ def model_inputs(tokenizer: Any, document: Document, limit: int | None = None) -
             f"{document.where}: its images end behind {end:,} tokens, of which {limit:,} are read: allow more tokens"
         )
     return cut(found, limit)
+
+
+def loaded_inputs(loaded: Loaded, document: Document, limit: int | None = None) -> dict[str, torch.Tensor]:
+    """Arguments of a loaded model for up to `limit` tokens of a document; InputError as `Loaded.encode` and `model_inputs`."""
+    if not isinstance(document, Conversation) or not document.images:
+        return {"input_ids": loaded.encode(document, limit)}
+    inputs = on_device(model_inputs(loaded.tokenizer, document, limit), loaded.model.device, loaded.model.dtype)
+    loaded.check_ids(inputs["input_ids"][0].tolist())
+    return inputs
 
 
 def cut(inputs: Inputs, length: int | None) -> dict[str, torch.Tensor]:

@@ -24,8 +24,8 @@ from moerge.errors import InputError, MachineError, MoergeError
 from moerge.extras import require
 from moerge.files import as_path
 from moerge.quiet import without_progress_bars, without_warnings
-from moerge.texts.chat import refuse_images
-from moerge.texts.conversations import Conversation, Document, text_of
+from moerge.texts.chat import encode
+from moerge.texts.conversations import Document, text_of
 from moerge.texts.documents import check_unicode
 
 if TYPE_CHECKING:
@@ -66,21 +66,15 @@ class Loaded:
 
     def encode(self, document: Document, limit: int | None = None) -> torch.Tensor:
         """Up to `limit` tokens of a text or conversation, [1, T], as `moerge.texts.encode`; InputError if there are none."""
-        if isinstance(document, Conversation):
-            refuse_images(document)
-        return self.inputs(document, limit)["input_ids"]
-
-    def inputs(self, document: Document, limit: int | None = None) -> dict[str, torch.Tensor]:
-        """Arguments of the model for up to `limit` tokens of a document, see `model_inputs`; InputError if there are none."""
-        from moerge.runtime.inputs import model_inputs, on_device
+        import torch
 
         shown = text_of(document)[:40]
         check_unicode(text_of(document), f"the text {shown!a}")
-        inputs = on_device(model_inputs(self.tokenizer, document, limit), self.model.device, self.model.dtype)
-        if not inputs["input_ids"].numel():
+        ids = encode(self.tokenizer, document, limit)
+        if not ids:
             raise InputError(f"the text {shown!r} has no tokens: give a longer one")
-        self.check_ids(inputs["input_ids"][0].tolist())
-        return inputs
+        self.check_ids(ids)
+        return torch.tensor([ids], dtype=torch.long, device=self.model.device)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """InputError for a token that the model has no embedding for."""
@@ -208,12 +202,13 @@ def load_tokenizer(folder: str | Path, *, options: Mapping[str, Any] = MappingPr
 
 
 def load_processor(folder: str | Path, **said: str) -> Any:
-    """What makes a model's inputs of texts and images, from its folder; `said` is for `explained`, which raises InputError."""
+    """A model's processor, which makes its inputs of texts and images; `said` is for `explained`, which raises InputError."""
     import transformers
 
-    with explained(**{"name": str(folder), "what": "load the processor of", **said}), without_warnings():
+    auto: Any = transformers.AutoProcessor
+    with explained(**{"name": str(folder), "what": "load the processor of", **said}):
         try:
-            return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            return auto.from_pretrained(folder, trust_remote_code=False)
         except ImportError:
             return _for_images_alone(load_config(folder), transformers).from_pretrained(folder, trust_remote_code=False)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.extras import require
 from moerge.files import read_file
 from moerge.tensors.digest import file_digest
 
@@ -32,13 +33,9 @@ class Picture:
 
     def open(self) -> Any:
         """The image in RGB, upright, as Pillow has it. Raises InputError where it cannot be read."""
-        try:
-            from PIL import Image, ImageOps
-        except ImportError:
-            raise InputError(
-                f"reading {self.name} needs Pillow: pip install 'moerge[images]', or leave out texts with images",
-                code="missing-extra",
-            ) from None
+        require("images", f"reading {self.name}")
+        from PIL import Image, ImageOps
+
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
