@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moerge.errors import InputError, suggest
+from moerge.errors import InputError
 from moerge.evaluation import answers
 from moerge.evaluation.answers import Document, Verdict
 
@@ -135,14 +135,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark i
 """By name, in the paper's order of domains."""
 
 
-def parse_tasks(tasks: str) -> tuple[Benchmark, ...]:
-    """Benchmarks from names with commas between them; InputError for a name that is none of them, or that is there twice."""
+def parse_tasks(tasks: str) -> tuple[tuple[Benchmark, ...], tuple[str, ...]]:
+    """Benchmarks, and names of other tasks of the harness, from names with commas between them.
+
+    Raises InputError for a name that is there twice.
+    """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     for index, name in enumerate(names):
-        if name not in BENCHMARKS:
-            raise InputError(f"--tasks: there is no benchmark {name!r}: {suggest(name, BENCHMARKS)}", code="unknown-name")
         if name in names[:index]:
             raise InputError(f"--tasks: {name!r} is there twice: name each benchmark once")
     if not names:
         raise InputError(f"--tasks names no benchmark: known: {', '.join(BENCHMARKS)}")
-    return tuple(BENCHMARKS[name] for name in names)
+    ours = tuple(BENCHMARKS[name] for name in names if name in BENCHMARKS)
+    return ours, tuple(name for name in names if name not in BENCHMARKS)

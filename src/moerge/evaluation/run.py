@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.errors import InputError
+from moerge.evaluation.any_task import harness_tasks
 from moerge.evaluation.benchmarks import MAX_NEW_TOKENS, Benchmark, parse_tasks
 from moerge.evaluation.bootstrap import LEVEL, RESAMPLES
 from moerge.evaluation.data import load_questions
@@ -32,13 +33,17 @@ GIVEN = 256
 class Settings:
     """The settings of an evaluation.
 
-    `texts` are locations by domain. `data` is the folder of the benchmarks' files, None for the Hub. `limit` is of the
-    questions of each benchmark and the documents of each text. `given` are the characters at the beginning of each document
+    `others` are further tasks of lm-evaluation-harness by name, `task_folder` has the user's own, and `shots` are their examples,
+    None for each task's number. `texts` are locations by domain. `data` is the folder of the benchmarks' files, None for the Hub.
+    `limit` is of the questions of each benchmark and the documents of each text. `given` are the characters at the beginning of each document
     that are read but not predicted: None for 256 if one of the checkpoints routes sequences, else 0. `window` is how many
     tokens of a document are read at once: None for 2048, or what the model takes. `seed` is the bootstrap's.
     """
 
     benchmarks: tuple[Benchmark, ...] = ()
+    others: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    shots: int | None = None
     texts: dict[str, str] = field(default_factory=dict)
     data: Path | None = None
     limit: int | None = None
@@ -72,7 +77,7 @@ def evaluate(
     Args:
         checkpoints: A folder or Hub id, or several.
         settings: All settings at once, instead of `tasks`, `perplexity` and `options`.
-        tasks: Names of benchmarks, such as "gsm8k".
+        tasks: Names of benchmarks, such as "gsm8k", and of other tasks of lm-evaluation-harness.
         perplexity: Files of held-out text by domain.
         out: A folder for results, which are complete after every measure.
         resume: Continue an interrupted run in `out`.
@@ -88,7 +93,8 @@ def evaluate(
         MachineError: The disk is full.
     """
     if settings is None:
-        settings = Settings(parse_tasks(",".join(tasks)) if tasks else (), dict(perplexity or {}), **options)
+        benchmarks, others = parse_tasks(",".join(tasks)) if tasks else ((), ())
+        settings = Settings(benchmarks, others, texts=dict(perplexity or {}), **options)
     names = [str(checkpoint) for checkpoint in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
     out = Path(out) if out is not None else None
     _check(names, settings)
@@ -118,7 +124,7 @@ def _check(names: Sequence[str], settings: Settings) -> None:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InputError(f"the checkpoint {name} is there twice: name each one once")
-    if not settings.benchmarks and not settings.texts:
+    if not settings.benchmarks and not settings.others and not settings.texts:
         raise InputError("nothing to measure: name benchmarks with --tasks, or text with --perplexity DOMAIN=FILE")
     code = [benchmark.name for benchmark in settings.benchmarks if benchmark.runs_code]
     if code and not settings.allow_code_execution:
@@ -139,6 +145,9 @@ def _tasks(settings: Settings) -> tuple[Task, ...]:
     texts = read_texts(settings.texts, limit=settings.limit, given=given)
     return (
         *(BenchmarkTask(questions, settings.limit, settings.max_new_tokens, size, seed) for questions in asked),
+        *harness_tasks(
+            settings.others, settings.task_folder, limit=settings.limit, shots=settings.shots, batch_size=size, seed=seed
+        ),
         *(TextTask(text, settings.window, given, size, seed) for text in texts),
     )
 

@@ -14,7 +14,10 @@ Checkpoints = Annotated[
     list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders or Hub ids.", show_default=False)
 ]
 Tasks = Annotated[
-    str, typer.Option("--tasks", metavar="NAMES", help="Any of gsm8k,math,mbpp,humaneval,nq,triviaqa.", show_default=False)
+    str,
+    typer.Option(
+        "--tasks", metavar="NAMES", help="gsm8k,math,mbpp,humaneval,nq,triviaqa, or any of lm-eval's tasks.", show_default=False
+    ),
 ]
 HeldOut = Annotated[
     list[str], typer.Option("--perplexity", metavar="DOMAIN=FILE", help="Held-out text; may be repeated.", show_default=False)
@@ -56,6 +59,13 @@ def evaluate(
     perplexity: HeldOut = [],  # noqa: B006
     data: Data = None,
     limit: Limit = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=0, help="Examples in prompts of lm-eval's tasks.", show_default=False)
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", metavar="DIR", help="Tasks of your own, as lm-eval has them.", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts or windows that run together.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 512,
     window: Window = None,
@@ -73,7 +83,7 @@ def evaluate(
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
-    """Measure checkpoints on the paper's six benchmarks and on held-out text, with errors and differences from the first one."""
+    """Measure checkpoints on benchmarks and on held-out text, with errors and differences from the first one."""
     from moerge.cli.views import evaluation as views
     from moerge.evaluation.benchmarks import parse_tasks
     from moerge.evaluation.run import Settings
@@ -86,7 +96,8 @@ def evaluate(
     chosen |= {"window": window, "given": given, "seed": seed, "device": device, "dtype": dtype}
     chosen |= {"allow_code_execution": allow_code_execution, "allow_calibration_text": allow_calibration_text}
     chosen |= {"trust_remote_code": trust_remote_code}
-    settings = Settings(parse_tasks(tasks) if tasks else (), parse_texts(perplexity), **chosen)
+    chosen |= {"task_folder": task_folder, "shots": shots, "texts": parse_texts(perplexity)}
+    settings = Settings(*(parse_tasks(tasks) if tasks else ()), **chosen)
     if allow_code_execution and any(benchmark.runs_code for benchmark in settings.benchmarks):
         views.wall(quiet=quiet)
     with resumable(lambda: out is not None and holds_results(out)):
