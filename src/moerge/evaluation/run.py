@@ -35,9 +35,9 @@ class Settings:
 
     `others` are further tasks of lm-evaluation-harness by name, `task_folder` has the user's own, and `shots` are their examples,
     None for each task's number. `texts` are locations by domain. `data` is the folder of the benchmarks' files, None for the Hub.
-    `limit` is of the questions of each benchmark and the documents of each text. `given` are the characters at the
-    beginning of each document that are read but not predicted: None for 256 if one of the checkpoints routes sequences, else 0. `window` is how many
-    tokens of a document are read at once: None for 2048, or what the model takes. `seed` is the bootstrap's.
+    `limit` is of the questions of each benchmark and the documents of each text. `given` are the characters at the beginning of
+    each document that are read but not predicted: None for 256 if one of the checkpoints routes sequences, else 0. `window` is
+    how many tokens of a document are read at once: None for 2048, or what the model takes. `seed` is the bootstrap's.
     """
 
     benchmarks: tuple[Benchmark, ...] = ()
