@@ -175,3 +175,8 @@ def test_a_model_is_not_written_instead(here: Path, tmp_path: Path) -> None:
         moerge.merge(recipe(here), tmp_path / "out")
     with pytest.raises(InputError, match="has no 'output: adapter'"):
         moerge.merge_adapters({key: value for key, value in recipe(here).items() if key != "output"}, tmp_path / "out")
+
+
+def test_learning_makes_no_adapter(here: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="output: learned merges are models"):
+        moerge.learn(recipe(here), tmp_path / "out")

@@ -73,6 +73,8 @@ def learn(
     from moerge.runtime.loading import usable_device
 
     recipe = load_recipe(recipe)
+    if recipe.output is not None:
+        raise InputError(f"{recipe.source}: output: learned merges are models, not adapters: remove it, and extract one from OUT")
     target, settings = target_of(out), recipe.learn or Learning()
     if recipe.moe is not None and recipe.moe.by_sequence and is_heterogeneous(recipe, located(recipe)):
         raise InputError(

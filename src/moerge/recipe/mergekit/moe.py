@@ -37,7 +37,9 @@ def read_moe(document: Document) -> Recipe:
         raise document.error(("base_model",), " is missing: name the model whose attention, norms and embeddings are taken")
     base = read_reference(document, ("base_model",), data["base_model"])
     if data.get("shared_experts"):
-        raise document.error(("shared_experts",), " are not supported: leave them out, or list them among the experts")
+        raise document.error(
+            ("shared_experts",), " are not supported: 'moe.shared' of a recipe of moerge's own has an expert that is shared"
+        )
     experts, prompts, recipes = _experts(document, base)
     chosen, warnings = _router(document, prompts)
     top_k = data.get("experts_per_token", 2)
