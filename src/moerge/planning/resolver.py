@@ -6,8 +6,12 @@ import re
 from dataclasses import replace
 
 from moerge.errors import InputError, suggest
+from moerge.methods.average import Linear
 from moerge.recipe.rules import MethodChoice, TensorContext
 from moerge.recipe.schema import Recipe
+
+_CORRECTION = re.compile(r"(^|\.)(e_score_correction_bias|expert_bias)$")
+"""What families call the bias that balances how often a router chooses each expert."""
 
 
 class MethodResolver:
@@ -25,9 +29,19 @@ class MethodResolver:
             choice = rule.choose(context)
             if choice is not None:
                 self._unused.pop(rule.pattern, None)
+                if not rule.pattern and choice.method.uses_task_vectors and self._corrects_routing(context):
+                    choice = replace(choice, method=Linear())
                 weights = {name: expert.weight for name, expert in self._recipe.experts.items()}
                 return replace(choice, weights={**weights, **choice.weights})
         raise AssertionError(f"no rule for {context.name}: the last one should know every tensor")
+
+    def _corrects_routing(self, context: TensorContext) -> bool:
+        """Return whether a tensor is such a bias, and the recipe no other program's, whose merges are its own.
+
+        It is set by counting tokens and not by gradients, so its differences from the base are no task vector: signs, magnitudes
+        and random masks say nothing about it.
+        """
+        return self._recipe.settings is None and bool(_CORRECTION.search(context.name))
 
     def dtype(self, context: TensorContext) -> str | None:
         """The element type that an override gives a tensor, merged or copied; None where none does."""
