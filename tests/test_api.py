@@ -16,7 +16,7 @@ from tests.helpers.tiny import make_models, write_recipe
 
 RECIPES = ["plan", "merge", "compare", "learn", "stats"]
 CHECKPOINTS = ["verify", "inspect", "route", "generate", "evaluate", "push", "extract", "refresh"]
-VERBS = [*RECIPES, *CHECKPOINTS, "tune", "report", "demo", "search"]
+VERBS = [*RECIPES, *CHECKPOINTS, "tune", "report", "demo", "search", "export"]
 ZERO = {"w": np.zeros(5, np.float32)}
 EXPERTS = [{"w": np.arange(5, dtype=np.float32) * factor} for factor in (1, -2, 7)]
 
@@ -35,7 +35,7 @@ def test_verbs_stay_functions_whatever_is_imported() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_are_keywords(verb: str) -> None:
-    several = {"merge", "learn", "search", "tune", "extract", "stats", "push", "route", "generate", "evaluate"}
+    several = {"merge", "learn", "search", "tune", "extract", "stats", "push", "route", "generate", "evaluate", "export"}
     kinds = [parameter.kind for parameter in inspect.signature(getattr(moerge, verb)).parameters.values()]
     assert sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds) <= 1 + (verb in several)
 

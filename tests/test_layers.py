@@ -17,7 +17,7 @@ ROOT = Path(moerge.__file__).parent
 FLOORS = """
 cli
 reporting
-demonstration hub doctor searching
+demonstration hub exporting doctor searching
 learning tuning reduction evaluation extraction inspection comparison inference gather renewal
 merging
 clients

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moerge.demonstration import demo
     from moerge.errors import InputError, MachineError, MoergeError
     from moerge.evaluation import evaluate
+    from moerge.exporting import export
     from moerge.extraction.adapters import merge_adapters
     from moerge.extraction.extract import extract
     from moerge.gather.gather import stats
@@ -52,6 +53,7 @@ _HOMES = {
     "compare": "moerge.comparison",
     "demo": "moerge.demonstration",
     "evaluate": "moerge.evaluation",
+    "export": "moerge.exporting",
     "extract": "moerge.extraction",
     "generate": "moerge.inference.generation",
     "inspect": "moerge.inspection",
@@ -86,6 +88,7 @@ __all__ = [
     "compare",
     "demo",
     "evaluate",
+    "export",
     "extract",
     "generate",
     "inspect",
