@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.command import moerge
-from tests.helpers.tiny import edit_config, make_models
+from tests.helpers.tiny import edit_config, make_models, write_json
 
 CONVERTER = """
 import argparse, pathlib, sys
@@ -30,7 +31,11 @@ def converter(folder: Path, magic: bytes = b"GGUF", end: str = "") -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return make_models(tmp_path, experts=["a"], base=False)["a"]
+    folder = make_models(tmp_path, experts=["a"], base=False)["a"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    model = {"type": "BPE", "vocab": tokenizer["model"]["vocab"], "merges": [], "unk_token": "<unk>"}
+    write_json(folder / "tokenizer.json", {**tokenizer, "model": model})
+    return folder
 
 
 def test_the_converter_writes_the_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

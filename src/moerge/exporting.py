@@ -95,8 +95,8 @@ def _converter(given: str | Path | None) -> Path:
     on_path = shutil.which(CONVERTER)
     if on_path is None:
         raise InputError(
-            f"a GGUF file is written by llama.cpp's own {CONVERTER}, which is not on the PATH: give its path with --converter, or "
-            f"llama.cpp's folder in {VARIABLE}",
+            f"a GGUF file is written by llama.cpp's own {CONVERTER}, which is not on the PATH: "
+            f"give its path with --converter, or llama.cpp's folder in {VARIABLE}",
             code="not-found",
         )
     return Path(on_path)
