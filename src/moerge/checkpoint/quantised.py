@@ -14,10 +14,11 @@ from typing import Any
 
 from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
-from moerge.tensors.dtypes import BF16, FLOATS, DType
+from moerge.tensors.dtypes import BF16, F32, F64, FLOATS, DType
 from moerge.tensors.minifloat import holds_scales
 from moerge.tensors.tensor import Tensor
 from moerge.tensors.views.dequantized import Codes, Dequantized
+from moerge.tensors.views.rounded import Rounded
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _METHODS = {"fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4", "compressed-tensors"}
@@ -35,10 +36,11 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 
 
 def with_numbers(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with numbers instead of codes and a config that does not speak of them; itself where it is not quantised.
+    """The checkpoint with numbers that can be merged: instead of codes, of which its config then does not speak, and of float64.
 
     Raises InputError for codes that moerge does not read: merged as numbers they would be worth nothing.
     """
+    checkpoint = _without_float64(checkpoint)
     settings = list(_settings(checkpoint.config))
     if not settings and next(_evidence(checkpoint.tensors), None) is None:
         return checkpoint
@@ -51,6 +53,17 @@ def with_numbers(checkpoint: Checkpoint) -> Checkpoint:
         raise reading.refusal(evidence)
     note = f"{reading.label}{len(views)} quantised tensors are read as {reading.dtype.torch_name}: code times scale"
     return replace(checkpoint, config=_without_settings(checkpoint.config), tensors=tensors, notes=(*checkpoint.notes, note))
+
+
+def _without_float64(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with float32 instead of float64; itself where it has none."""
+    double = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype is F64]
+    if not double:
+        return checkpoint
+    tensors = {name: Rounded(tensor, F32) if tensor.dtype is F64 else tensor for name, tensor in checkpoint.tensors.items()}
+    label = f"{checkpoint.name}: " if checkpoint.name else ""
+    note = f"{label}{len(double)} tensors of float64 are read as float32, such as {double[0]!r}"
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 class _Reading:

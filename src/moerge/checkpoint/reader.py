@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moerge.checkpoint.header import StoredTensor, read_header
+from moerge.checkpoint.pickled import UnreadablePickle, read_pickled
 from moerge.errors import InputError
 from moerge.files import LONGEST_NAME, SourceFile, read_file
 from moerge.tensors.tensor import Tensor
@@ -31,7 +32,8 @@ _CONVERT_ADAPTER = (
     "s.save_file({{k: v.contiguous() for k, v in w.items()}}, {target!r})"
 )
 _PICKLED_ADAPTER = "adapter_model.bin"
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+_PICKLED_WEIGHTS, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_PICKLED = (_PICKLED_WEIGHTS, _PICKLED_INDEX, "consolidated.00.pth")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def open_folder(folder: Path, *, name: str = "", location: str = "") -> Checkpoi
         tensors = _read_adapter(folder, name)
         return Checkpoint(name, location or str(folder), folder, read_json(folder / ADAPTER_CONFIG), tensors)
     config = read_config(folder)
-    return Checkpoint(name, location or str(folder), folder, config, _read_tensors(folder, name))
+    tensors, notes = _read_tensors(folder, name)
+    return Checkpoint(name, location or str(folder), folder, config, tensors, notes=tuple(f"{_label(name)}{n}" for n in notes))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -168,13 +171,17 @@ def _adapter_inside(folder: Path, name: str) -> Path | None:
 
 def _read_adapter(folder: Path, name: str) -> dict[str, StoredTensor]:
     if (folder / _ADAPTER_INDEX).exists() and not (folder / ADAPTER_WEIGHTS).exists():
-        return read_shards(folder, folder / _ADAPTER_INDEX)
+        return _read_shards(folder, folder / _ADAPTER_INDEX)[0]
     if (folder / ADAPTER_WEIGHTS).exists():
         tensors = read_header(folder / ADAPTER_WEIGHTS)
         if not tensors:
             raise InputError(f"{_label(name)}{folder / ADAPTER_WEIGHTS} holds no tensors: fetch or copy it again")
         return tensors
-    _refuse_pickled_adapter(folder, name)
+    if (folder / _PICKLED_ADAPTER).exists():
+        try:
+            return read_pickled(folder / _PICKLED_ADAPTER)
+        except UnreadablePickle as error:
+            _refuse_pickled_adapter(folder, name, f" (it {error})")
     raise InputError(f"{_label(name)}{folder} has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}: fetch or copy it again")
 
 
@@ -204,18 +211,33 @@ def _label(name: str) -> str:
     return f"{name}: " if name else ""
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
+def _read_tensors(folder: Path, name: str) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors, and notes on files that do not count. Of several layouts the first counts, as in transformers."""
     single, index = folder / WEIGHTS, folder / INDEX
-    if single.exists() and index.exists():
-        raise InputError(
-            f"{_label(name)}{folder} has both {WEIGHTS} and {INDEX}, so it is unclear which weights count: remove the stale one"
-        )
-    if index.exists() or single.exists():
-        tensors = read_shards(folder, index) if index.exists() else read_header(single)
-        if not tensors:
-            raise InputError(f"{_label(name)}{folder} holds no tensors: fetch or copy it again")
-        return tensors
-    _refuse_pickles(folder, name)
+    pickled = next((folder / file for file in (_PICKLED_WEIGHTS, _PICKLED_INDEX) if (folder / file).exists()), None)
+    if single.exists() or index.exists():
+        tensors, notes = _read_layout(single if single.exists() else index, read_header)
+        both = single.exists() and index.exists()
+        notes += [f"{folder} has both {WEIGHTS} and {INDEX}: the first counts, as in transformers"] if both else []
+    elif pickled is not None:
+        try:
+            tensors, notes = _read_layout(pickled, read_pickled)
+        except UnreadablePickle as error:
+            _refuse_pickles(folder, name, f" (it {error})")
+    else:
+        _refuse_pickles(folder, name)
+        _refuse_missing(folder, name)
+    if not tensors:
+        raise InputError(f"{_label(name)}{folder} holds no tensors: fetch or copy it again")
+    return tensors, notes
+
+
+def _read_layout(file: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> tuple[dict[str, StoredTensor], list[str]]:
+    return _read_shards(file.parent, file, read) if file.suffix == ".json" else (read(file), [])
+
+
+def _refuse_missing(folder: Path, name: str) -> NoReturn:
+    single, index = folder / WEIGHTS, folder / INDEX
     dangling = next((path for path in (single, index) if path.is_symlink()), None)
     if dangling:
         raise InputError(f"{_label(name)}{dangling} is a link to {os.readlink(dangling)}, which is gone: fetch the model again")
@@ -250,22 +272,31 @@ def check_files(folder: Path) -> None:
 
 
 def read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    """The tensors of several files; InputError where they are not those that the index names."""
+    """The tensors of several safetensors files; InputError where one that the index names is missing or lies twice."""
+    return _read_shards(folder, index)[0]
+
+
+def _read_shards(
+    folder: Path, index: Path, read: Callable[[Path], dict[str, StoredTensor]] = read_header
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of all shards that an index names, wherever it has them, as transformers reads them; and a note on that."""
     weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder, weight_map, index.name):
-        stored = read_header(file)
-        for tensor in stored.values():
-            if weight_map.get(tensor.name) != file.name:
-                raise InputError(
-                    f"tensor {tensor.name!r} lies in {file}, but {index.name} does not say so: "
-                    "the folder mixes shards of different checkpoints"
-                )
+        stored = read(file)
+        twice = next((name for name in stored if name in tensors), None)
+        if twice is not None:
+            raise InputError(
+                f"tensor {twice!r} lies in {tensors[twice].file.path} and in {file}: "
+                "the folder mixes shards of different checkpoints"
+            )
         tensors |= stored
+    elsewhere = [tensor.name for tensor in tensors.values() if weight_map.get(tensor.name) != tensor.file.name]
+    stale = f"{index} is stale: it has {len(elsewhere)} tensors elsewhere or not at all, such as {next(iter(elsewhere), '')!r}"
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise InputError(f"tensor {missing[0]!r} is listed in {index} but is not in {folder / weight_map[missing[0]]}")
-    return tensors
+    return tensors, [stale] if elsewhere else []
 
 
 def _shards(folder: Path, weight_map: Mapping[str, str], index: str = INDEX) -> list[Path]:
@@ -276,19 +307,19 @@ def _shards(folder: Path, weight_map: Mapping[str, str], index: str = INDEX) -> 
     return files
 
 
-def _refuse_pickles(folder: Path, name: str) -> None:
+def _refuse_pickles(folder: Path, name: str, reason: str = "") -> None:
     found = next((file for file in _PICKLED if (folder / file).exists()), None)
     if found:
         raise InputError(
-            f"{_label(name)}{folder} holds {found}, a pickle, which moerge does not load; convert the checkpoint with: "
+            f"{_label(name)}{folder} holds {found}, a pickle, which moerge does not load{reason}; convert the checkpoint with: "
             + f'python -c "{_CONVERT.format(source=str(folder), target=f"{folder}-safetensors")}"'
         )
 
 
-def _refuse_pickled_adapter(folder: Path, name: str) -> None:
+def _refuse_pickled_adapter(folder: Path, name: str, reason: str = "") -> None:
     if (folder / _PICKLED_ADAPTER).exists():
         source, target = str(folder / _PICKLED_ADAPTER), str(folder / ADAPTER_WEIGHTS)
         raise InputError(
-            f"{_label(name)}{folder} holds {_PICKLED_ADAPTER}, a pickle, which moerge does not load; convert it with: "
+            f"{_label(name)}{folder} holds {_PICKLED_ADAPTER}, a pickle, which moerge does not load{reason}; convert it with: "
             + f'python -c "{_CONVERT_ADAPTER.format(source=source, target=target)}"'
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moerge.tensors.dtypes import BF16, F16, F32, DType
+from moerge.tensors.dtypes import BF16, F16, F32, F64, DType
 from moerge.tensors.kernels import kernel
 
 _EXPONENT = np.uint32(0x7F800000)
@@ -22,6 +22,9 @@ def decode(stored_N: np.ndarray, dtype: DType, out_N: np.ndarray, base_N: np.nda
         np.copyto(out_N, stored_N)
     elif dtype is F16:
         np.copyto(out_N, stored_N, casting="safe")
+    elif dtype is F64:
+        with np.errstate(over="ignore"):
+            np.copyto(out_N, stored_N, casting="same_kind")
     else:
         raise AssertionError(f"{dtype.name} is not a float type")
     finite = not _any_nonfinite(out_N.view(np.uint32))

@@ -38,4 +38,6 @@ _PLAIN = {"F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U
 _PLAIN |= {"U16": "<u2", "U8": "u1", "BOOL": "?", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1"}
 
 DTYPES: dict[str, DType] = {t.name: t for t in (BF16, F16, F32)} | {k: DType(k, np.dtype(v)) for k, v in _PLAIN.items()}
+F64 = DTYPES["F64"]
+"""Read as float32, in which everything is computed."""
 FLOATS: dict[str, DType] = {t.torch_name: t for t in (BF16, F16, F32) if t.torch_name}
