@@ -38,7 +38,7 @@ _MOST_DIMENSIONS = 64
 
 
 class UnreadablePickle(Exception):
-    """What a file holds that this reader does not take: the rest of a sentence that begins with the file."""
+    """A file that this reader does not take; the message is the rest of a sentence about it."""
 
 
 @dataclass(frozen=True)
