@@ -85,7 +85,7 @@ def make(folder: Path, size: str, threads: int) -> dict[str, Path]:
         os.close(descriptor)
         (paths[name] / "config.json").write_text(json.dumps(config, indent=2))
     for path in paths.values():
-        _add_tokenizer(path)
+        add_tokenizer(path)
     return paths
 
 
@@ -102,7 +102,7 @@ def _values(tensor: int, start: int, count: int, names: tuple[str, ...]) -> Iter
         yield name, encoded
 
 
-def _add_tokenizer(path: Path) -> None:
+def add_tokenizer(path: Path) -> None:
     """A byte-pair tokenizer of the usual size: mergekit-moe insists on one, and everyone has to read and copy it."""
     if (path / "tokenizer.json").exists():
         return

@@ -17,7 +17,7 @@ import math
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mixtures", nargs="+", choices=["built", "tuned"], default=["built"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--scale", type=float, default=0.5, help="multiplies text and the experts' training steps")
     parser.add_argument("--steps", type=int, default=400, help="steps that the tuned mixture is tuned")
     parser.add_argument("--work", type=Path, required=True, help="where models are kept")
@@ -88,11 +89,17 @@ def main() -> None:
         corpora = {domain: Corpus(corpus.train, list(first(corpus.heldout))) for domain, corpus in corpora.items()}
         for mixture in (name for name in options.mixtures if (name, seed) not in done):
             make(mixture, folder, seed, options.steps)
-            rows += [{"mixture": mixture, "seed": seed, **row} for row in measured(mixture, folder, corpora, seed)]
-            settings = {"scale": options.scale, "steps": options.steps, "moerge": version("moerge")}
-            options.results.parent.mkdir(exist_ok=True)
-            options.results.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-            options.results.with_suffix(".md").write_text(tables(rows), encoding="utf-8")
+            for row in measured(mixture, folder, corpora, seed, options.sizes):
+                rows.append({"mixture": mixture, "seed": seed, **row})
+                write(rows, options)
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """JSON and tables of what is measured so far."""
+    settings = {"scale": options.scale, "steps": options.steps, "moerge": version("moerge")}
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.results.with_suffix(".md").write_text(tables(rows), encoding="utf-8")
 
 
 def first(documents: list[str]) -> Iterator[str]:
@@ -144,11 +151,13 @@ def make(mixture: str, folder: Path, seed: int, steps: int) -> None:
     moerge.tune({**settings, "learning_rate": 1e-3, "losses": {"load_balance": 0.01}, "save_dtype": "float32"}, target)
 
 
-def measured(mixture: str, folder: Path, corpora: Mapping[str, Corpus], seed: int) -> Iterator[dict[str, Any]]:
+def measured(
+    mixture: str, folder: Path, corpora: Mapping[str, Corpus], seed: int, sizes: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """The figures of the mixture and of everything that is made of it."""
     whole = folder / mixture
     yield {"row": "all 8", "experts": 8, **figures(whole, corpora)}
-    for size in SIZES:
+    for size in sizes:
         for name, row in ROWS.items():
             out = folder / f"{mixture}-reduced"
             shutil.rmtree(out, ignore_errors=True)
@@ -210,7 +219,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         whole = [row for row in own if row["experts"] == 8]
         lines += [f"## {mixture}, {len(seeds)} seeds", "", f"All 8: perplexity {spread([row['perplexity'] for row in whole])}, "]
         lines[-1] += f"exact {spread([row['exact'] for row in whole])}, loops {spread([row['loops'] for row in whole])}"
-        for size in SIZES:
+        for size in sorted({row["experts"] for row in own} - {8}, reverse=True):
             lines += ["", f"### {size} experts", "", *_table([row for row in own if row["experts"] == size])]
         lines.append("")
     return "\n".join(lines)
