@@ -2,8 +2,8 @@
 
     python benchmarks/reducing.py --gigabytes 30 --work DIR
 
-The mixture has the layers of Qwen3-30B-A3B: 128 experts of 768 neurons at a width of 2048, as many layers as the size asks for. It
-is kept in DIR; what is written from it is not.
+The mixture has the layers of Qwen3-30B-A3B: 128 experts of 768 neurons at a width of 2048, as many layers as the size asks for.
+It is kept in DIR; what is written from it is not.
 """
 
 from __future__ import annotations

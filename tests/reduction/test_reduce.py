@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import moerge
+from moerge.reduction.fitter import ReductionFitter
 from moerge.reduction.run import ReduceResult
 from moerge.reduction.scores import SCORES, table_of
 from moerge.reduction.states import States
@@ -202,6 +203,27 @@ def test_the_command_prints_resumes_and_records(tmp_path: Path) -> None:
     assert shown.code == 0
     assert "kept" in shown.out
     assert command("inspect", tmp_path / "out", "--json").json["checkpoint"]
+
+
+def test_an_interrupted_reduction_goes_on_without_a_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "model")
+    path = recipe(tmp_path, merge="fitted", router="fit")
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ReductionFitter, "fit", interrupted)
+        assert command("reduce", path, tmp_path / "out").code != 0
+    assert not (tmp_path / "out").exists()
+    refused = command("reduce", path, tmp_path / "out")
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    done = command("reduce", path, tmp_path / "out", "--resume", "--json")
+    assert done.code == 0, done.err
+    assert done.json["gathered"] == []
+    assert command("reduce", path, tmp_path / "whole").code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_bfloat16_mixtures_are_run_as_they_are_stored(tmp_path: Path) -> None:

@@ -184,7 +184,15 @@ def _with_manifest(plan: Plan, staging: Staging) -> dict[str, bytes]:
 
 def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start:
     """Decide how writing to `target` begins; InputError if it must not, MachineError if the disk is too full."""
-    sources = [(model.name, folder) for model in plan.models for folder in model.folders]
+    start = start_of(
+        target, [(model.name, folder) for model in plan.models for folder in model.folders], resume=resume, force=force
+    )
+    _check_space(plan, target, staged=start == "resume")
+    return start
+
+
+def start_of(target: Path, sources: Sequence[tuple[str, Path]], *, resume: bool, force: bool) -> Start:
+    """Decide how writing to `target` begins by what lies there, which may be none of the `sources`. InputError if it must not."""
     work = workspace(target)
     if work.in_use:
         raise work.busy()
@@ -195,7 +203,6 @@ def check_start(plan: Plan, target: Path, *, resume: bool, force: bool) -> Start
             f"an interrupted merge into {target} lies there: continue it with --resume, or start over with --force",
             code="interrupted-run-exists",
         )
-    _check_space(plan, target, staged=left and resume)
     return "resume" if resume and left else "restart" if left else "new"
 
 

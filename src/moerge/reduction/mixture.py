@@ -36,6 +36,8 @@ from moerge.tensors.views.rows import RowsTensor
 NAME = "model"
 """The mixture's name in messages and in the result's manifest."""
 _GROUPED_KEYS = ("n_group", "num_expert_group", "topk_group")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe")
+"""Model types whose layers, routers and gates are known to run here as in transformers."""
 _SAMPLE = 4096
 """Elements of each tensor that a mixture is known again by."""
 
@@ -85,6 +87,11 @@ def open_mixture(recipe: ReductionRecipe) -> Mixture:
         raise InputError(
             f"{recipe.source}: {recipe.model} is of type {model.model_type!r}, which is no native mixture that "
             "moerge knows: name one"
+        )
+    if model.model_type not in FAMILIES:
+        raise InputError(
+            f"{recipe.source}: mixtures of type {model.model_type!r} cannot be reduced yet, those of type "
+            f"{', '.join(FAMILIES)} can"
         )
     check_storage([model])
     expected = expected_of(model)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moerge.checkpoint.staging import MANIFEST
 from moerge.errors import InputError
-from moerge.files import check_target, scratch_folder, target_of
+from moerge.files import scratch_folder, target_of
 from moerge.formatting import Displayed
-from moerge.merging.pipeline import SHARD_BYTES, MergeResult, merge
+from moerge.merging.pipeline import SHARD_BYTES, MergeResult, merge, start_of
 from moerge.methods.average import Average
 from moerge.planning.plan import Account, Plan
 from moerge.planning.precision import result_dtype
@@ -99,8 +98,8 @@ def reduce(
     recipe = load_reduction(recipe)
     target, threads = target_of(out), threads or default_threads()
     mixture = open_mixture(recipe)
-    if not resume:
-        check_target(target, [(NAME, mixture.model.folder)], marks=(MANIFEST,), force=force)
+    if not resume:  # before any text runs
+        start_of(target, [(NAME, mixture.model.folder)], resume=False, force=force)
     folder = recipe.folder / recipe.reduction.statistics if recipe.reduction.statistics else Path(f"{target}.statistics")
     texts = _texts(recipe, mixture)
     with reporter(progress) as report:
