@@ -196,6 +196,7 @@ class LayerwiseModel:
             if block is not None:
                 block.experts = own
             module.to("meta")
+            layer.experts = ()  # whoever still holds the layer would hold them while the next one is read
 
     def _block(self, module: Any) -> Any:
         """The module that has a router and experts; InputError if transformers is too old to have them apart."""
