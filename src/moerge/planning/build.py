@@ -71,7 +71,7 @@ def _planned(recipe: Recipe, draft: Draft) -> Plan:
     assembled, vocabulary = draft.assembled, draft.vocabulary
     sources = [model.checkpoint for model in draft.models]
     statistics = {model.name: model.statistics for model in sources if isinstance(model, ExpertCheckpoint)}
-    calibration = calibration_texts(recipe, assembled.experts, fit_jobs(assembled.outputs), statistics)
+    calibration = calibration_texts(recipe, assembled.experts or tuple(recipe.experts), fit_jobs(assembled.outputs), statistics)
     files = portable_tokenizer(vocabulary.files)
     if calibration and not set(files) & set(VOCABULARY_FILES):
         raise InputError(f"calibration needs a tokenizer, and {vocabulary.source} has none: name another with 'tokenizer'")

@@ -23,12 +23,13 @@ from moerge.recipe.nested import Trail, read_file_recipe, take_recipes
 from moerge.recipe.schema import DROP, HETEROGENEOUS_KEYS, UNION, MoE, Override, Recipe, routes_sequences
 from moerge.recipe.tokens import read_tokenizer_section
 from moerge.routers.base import Router, router, routers
+from moerge.routers.merged import ROUTERS
 from moerge.routers.sequence import FORMAT, SequenceRouter, sequence_router, sequence_routers
 
 _OVERRIDES = ("merge", "overrides")
 _SECTIONS = (
     *("base", "experts", "merge", "moe", "calibration", "dtype", "tokenizer", "chat_template", "config", "parts", "learn"),
-    "output",
+    *("output", "routers"),
 )
 
 
@@ -77,13 +78,15 @@ def _build(document: Document, folder: Path, sections: Mapping[str, Any], recipe
     for key in data:
         if key not in _SECTIONS:
             raise document.error((str(key),), f": unknown key, {suggest(str(key), _SECTIONS)}", code="unknown-name")
-    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe")} | {**sections}
+    fields = {key: data[key] for key in _SECTIONS if key in data and key not in ("merge", "moe", "routers")} | {**sections}
     method, overrides, seed = _merge_section(document)
     if isinstance(data.get("tokenizer"), dict):
         section = read_tokenizer_section(document, partial(_model_named, document))
         fields |= {"tokenizer": section.source, "tokens": section.tokens, "pad_to_multiple_of": section.pad_to_multiple_of}
     if data.get("moe") is not None:
         fields["moe"] = _moe_section(document)
+    if data.get("routers") is not None:
+        fields["routers"] = _routers_section(document)
     whole = {**fields, "method": method, "overrides": overrides, "seed": seed, "folder": folder, "recipes": dict(recipes)}
     recipe = document.build(Recipe, {**whole, "source": document.source, "written": data})
     if isinstance(method, Coefficients):
@@ -168,6 +171,20 @@ def _moe_section(document: Document) -> MoE:
             ("moe", "format"), f": unknown MoE format {moe.format!r}: {suggest(moe.format, formats)}", code="unknown-name"
         )
     return moe
+
+
+def _routers_section(document: Document) -> Router:
+    """Where the routers of merged mixtures come from."""
+    if document.data.get("moe") is not None:
+        raise document.error(("routers",), " is for dense merges of mixtures; a 'moe' section has a 'router' of its own")
+    section = document.mapping(("routers",), document.data["routers"])
+    kind = str(section.pop("kind", "calibrated"))
+    if kind not in ROUTERS:
+        problem = f": unknown kind {kind!r}, {suggest(kind, list(ROUTERS))}"
+        raise document.error(("routers", "kind"), problem, code="unknown-name")
+    if "base" in (kind, section.get("start")) and not document.data.get("base"):
+        raise document.error(("routers",), " takes the base's, so the recipe needs a 'base'")
+    return document.build(ROUTERS[kind], section, ("routers",))
 
 
 def _default_kind(by_sequence: bool) -> str:

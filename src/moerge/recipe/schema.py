@@ -176,6 +176,8 @@ class Recipe(_Strict):
     `tokens` are rows of single tokens, and `pad_to_multiple_of` what the number of rows is rounded up to; both stand in the
     `tokenizer` of a file.
 
+    `routers` says where those of merged mixtures come from.
+
     `seed` is that of `merge`, for whatever is drawn outside of methods and routers.
 
     Models that are recipes themselves stand in `recipes` by name. A file of another program's gives `settings`, which decide
@@ -192,6 +194,7 @@ class Recipe(_Strict):
     method: InstanceOf[MergeMethod]
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
+    routers: InstanceOf[Router] | None = None
     dtype: Float | Literal["float8"] | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None

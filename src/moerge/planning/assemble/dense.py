@@ -10,9 +10,11 @@ from typing import Any
 from moerge.architecture import ExpectedTensor
 from moerge.architecture.config import portable_config
 from moerge.architecture.derived import no_family
+from moerge.architecture.mixture import is_routed
 from moerge.errors import InputError
 from moerge.planning.assemble.common import Assembled, Assembly
 from moerge.planning.assemble.layer_values import reordered
+from moerge.planning.assemble.merged_routers import merged_router, routers_warnings
 from moerge.planning.checks import Candidates, check_present, check_shapes, expected_of, relevant
 from moerge.planning.models import SourceModel
 from moerge.recipe.rules import TensorContext
@@ -34,9 +36,11 @@ def assemble_dense(assembly: Assembly) -> Assembled:
         inputs = dict.fromkeys(assembly.models, tensor.name)
         depth = 0.0 if layer is None else _depth(layer, last[_stack(tensor)] + 1)
         context = TensorContext(tensor.role, tensor.name, 0, depth, inputs)
-        outputs.append(assembly.output(tensor, assembly.merged(tensor, experts, context=context)))
+        gate = is_routed(tensor.role) and len(tensor.shape) > 1
+        operation = merged_router(assembly, tensor, context) if gate else assembly.merged(tensor, experts, context=context)
+        outputs.append(assembly.output(tensor, operation))
     assembly.resolver.check_all_used()
-    return Assembled(_portable_config(assembly, assembly.leader), outputs)
+    return Assembled(_portable_config(assembly, assembly.leader), outputs, warnings=routers_warnings(assembly))
 
 
 def _portable_config(assembly: Assembly, model: SourceModel) -> dict[str, Any]:
