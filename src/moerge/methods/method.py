@@ -141,6 +141,10 @@ class MergeMethod(BaseModel):
         changes = {key: value.ordered(f"{self.name}: {key!r}", names) for key, value in self if isinstance(value, PerExpert)}
         return self.model_copy(update=changes) if changes else self
 
+    def for_role(self, role: str) -> Self:
+        """Return the method for a tensor of this role, for methods that treat roles apart."""
+        return self
+
     def check_experts(self, names: Sequence[str]) -> None:
         """InputError if a value is given for an expert that there is not, or not for all that there are."""
         for key, value in self:

@@ -174,7 +174,7 @@ def _moe_section(document: Document) -> MoE:
 
 
 def _routers_section(document: Document) -> Router:
-    """Where the routers of merged mixtures come from."""
+    """The source of merged mixtures' routers."""
     if document.data.get("moe") is not None:
         raise document.error(("routers",), " is for dense merges of mixtures; a 'moe' section has a 'router' of its own")
     section = document.mapping(("routers",), document.data["routers"])

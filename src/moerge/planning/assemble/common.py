@@ -158,7 +158,7 @@ class Assembly:
             raise InputError(f"{self.recipe.source}: tensor {context.name!r}: the weights sum to zero: they cannot be normalized")
         experts = tuple(self._own(name, context.name_in(name)) for name in members)
         base_source = self._own(base, context.name_in(base)) if method.uses_task_vectors else None
-        return Merge(method.for_experts(members), experts, weights, base_source)
+        return Merge(method.for_experts(members).for_role(context.role), experts, weights, base_source)
 
     def _completed(self, merge: Merge, name: str) -> Merge:
         """The merge with the statistics that its method needs, and with the result's rows where these are tokens."""
