@@ -36,7 +36,7 @@ class Nash(TaskVectorMethod):
     scale: Finite = 1.0
     scope: Literal["tensor", "role", "model"] = "model"
     length: Literal["mean", "sum"] = "mean"
-    group: str = ""
+    group: str = "all"
 
     @property
     def measures(self) -> int:
@@ -56,7 +56,7 @@ class Nash(TaskVectorMethod):
     def for_role(self, role: str) -> Self:
         """The method with a group for each role, with `scope: role`."""
         parts = [part for part in role.split(".") if part != "layers" and not part.isdecimal()]
-        return self.model_copy(update={"group": f"{self.group} {'.'.join(parts)}".strip()}) if self.scope == "role" else self
+        return self.model_copy(update={"group": f"{self.group} {'.'.join(parts)}"}) if self.scope == "role" else self
 
     def measure(self, experts: int, size: int) -> Measurement:
         """The factor of each task vector, float32 [E]."""
