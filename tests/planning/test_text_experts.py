@@ -138,6 +138,16 @@ def test_a_text_expert_of_another_shape_is_refused(tmp_path: Path, changes: dict
     assert all(word in str(raised.value) for word in words), raised.value
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+def test_configs_that_differ_are_told_apart_in_families_without_a_table(tmp_path: Path, kind: str) -> None:
+    config = VISION_LANGUAGE[kind]()
+    hf_models.save(hf_models.random_model(config, 1), tmp_path / "vision")
+    config.text_config.rope_parameters["rope_theta"] = 3e5
+    hf_models.save(hf_models.random_model(config, 2), tmp_path / "other")
+    with pytest.raises(InputError, match=r"rope_theta \(base: [\d.]+, other: 300000"):
+        moerge.plan(tiny.write_recipe(tmp_path, base="vision", experts=["other"], merge={"method": "task_arithmetic"}))
+
+
 def test_a_language_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     _models(tmp_path, "qwen2_5_vl", hf_models.FAMILIES["mistral"](sliding_window=None))
     with pytest.raises(InputError, match="text is of type 'mistral', base of type 'qwen2_5_vl'"):

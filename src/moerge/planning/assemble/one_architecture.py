@@ -61,7 +61,7 @@ def _matched(recipe: Recipe, models: Sequence[SourceModel], *, bind: bool) -> _M
     check_models(models)
     source = recipe.config or models[0].name
     leader = next(model for model in models if model.name == source)
-    models, untied = untie_alike([replace(model, family=leader.family) for model in models])
+    models, untied = untie_alike([_read_by(leader, model) for model in models])
     stacked = bool(recipe.slices)
     warnings = check_configs(models, source=source, named=recipe.config is not None, stacked=stacked)
     vocabulary = resolve_vocabulary(models, recipe, source)
@@ -81,6 +81,14 @@ def _matched(recipe: Recipe, models: Sequence[SourceModel], *, bind: bool) -> _M
         candidates.owners,
     )
     return _Matched(models, vocabulary, assembly, (*warnings, *candidates.warnings), untied)
+
+
+def _read_by(leader: SourceModel, model: SourceModel) -> SourceModel:
+    """The model with the leader's table; where that is derived from a config, the model's own config counts nevertheless."""
+    family = leader.family
+    if family is not None and family.source and model.family is not None:
+        family = replace(family, derive=model.family.derive)
+    return replace(model, family=family)
 
 
 def _with_companions(
