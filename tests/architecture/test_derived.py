@@ -116,3 +116,31 @@ def test_what_is_said_where_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("moerge.architecture.derived.find_spec", lambda name: None)
     assert "pip install 'moerge[models]'" in no_family({**BLOOM.to_dict(), "vocab_size": 33})
     _derived.cache_clear()
+
+
+def test_an_adapter_of_a_family_that_files_spell_otherwise(tmp_path: Path) -> None:
+    """EXAONE's files have c_fc_0 where modules in memory are gate_proj: peft is the judge, with the names that it knows."""
+    peft = pytest.importorskip("peft", reason="needs moerge[tune]")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    models = write_models(tmp_path, transformers.ExaoneConfig(**sizes, num_hidden_layers=2, max_position_embeddings=64))
+    assert any("c_fc_0" in name for name in read_values(tmp_path / "math"))
+    extracted = moerge("extract", tmp_path / "code", tmp_path / "lora", "--base", tmp_path / "math", "--rank", 4, "--quiet")
+    assert extracted.code == 0, extracted.err
+    experts = {"code": {"model": str(tmp_path / "math"), "adapter": str(tmp_path / "lora")}}
+    result = moerge("merge", write_recipe(tmp_path, base=None, experts=experts), tmp_path / "out", "--quiet")
+    assert result.code == 0, result.err
+    judge = peft.PeftModel.from_pretrained(load(tmp_path / "math"), str(tmp_path / "lora")).eval()
+    found, wanted = logits(load(tmp_path / "out")), logits(judge)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(wanted, logits(models["math"]), atol=1e-2)
+
+
+def test_a_tensor_whose_shape_depends_on_the_number_of_layers_cannot_be_sliced(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
+    config = transformers.Gemma4TextConfig(**sizes, **more, num_hidden_layers=2, num_kv_shared_layers=0, pad_token_id=0)
+    write_models(tmp_path, config)
+    recipe = tmp_path / "slices.yaml"
+    parts = [{"sources": [{"model": str(tmp_path / "math"), "layer_range": span}]} for span in ([0, 2], [1, 2])]
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": parts}))
+    refuses(recipe, tmp_path / "out", "slices: tensor", "embed_tokens_per_layer", "depends on the number of layers")

@@ -34,6 +34,7 @@ _KINDS = (
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_d_ssm": 64}
 _LATENT = {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "head_dim": 8, "qk_head_dim": 16}
 """Of attention with latent keys and values."""
+_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
     "falcon_h1": _MAMBA,
@@ -47,16 +48,27 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"head_dim": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True},
-    "glm5_next": {"num_key_value_heads": 4},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+    "glm5_next": {"num_key_value_heads": 4, "index_kpool": 4, "qk_rope_head_dim": 0, "qk_head_dim": 8},
+    "hy_v4_vl": {"qk_rope_head_dim": 8},
+    "mistral_large4": {"kv_source_layers": [0, 1]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16]},
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [16, 16],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "apertus1p5": {"image_token_offset": 16, "audio_token_offset": 144},
+    "cohere_compass": {"rope_parameters": _ROPES},
+    "cohere_compass_text": {"rope_parameters": _ROPES},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]]},
     "emu3": {"vocabulary_map": {"<image>": 20}},
     "chameleon": {"vocabulary_map": {"<image>": 20}},
     "zamba2": {"hybrid_layer_ids": [1], "layers_block_type": ["linear_attention", "hybrid"], "layer_types": None},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
-    "dots3_note": {"num_key_value_heads": 4, "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note": {"num_key_value_heads": 4, "adapter_in_dim": 32, "adapter_out_dim": 32, "adapter_input_size": 32},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 0},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},

@@ -69,6 +69,7 @@ class _Table:
             "values": self._values(),
             "tensors": [*self._rules(roles), *self._tied_head(head, embedding)],
             "aliases": self._aliases(),
+            "modules": self._modules(roles),
             "unmodeled": self._unmodeled(roles),
             "buffers": self._buffers(),
             "fused": sorted({_general(name) for name in self.model.memory if self._is_converted(name)}),
@@ -95,7 +96,7 @@ class _Table:
         every = {name: m for name, m in modules.items() if isinstance(m, torch.nn.ModuleList) and len(m) > 0}
         lists = {name: m for name, m in every.items() if len(m) == layers} or every
         lists = {name: m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-        first = next(name for name, value in self.model.memory.items() if value is embedding)
+        first = next((name for name, value in self.model.memory.items() if value is embedding), "")
         groups: dict[str, list[str]] = {}
         for name in lists:
             groups.setdefault(name.rpartition(".")[0], []).append(name)
@@ -326,6 +327,15 @@ class _Table:
             if len(options) == 1 and instead != start and start and not any(n.startswith(start) for n in self.model.files):
                 aliases.append([re.escape(start), instead])
         return aliases
+
+    def _modules(self, roles: Mapping[str, tuple[str, int | None]]) -> dict[str, str]:
+        """Names on disk, and the names in memory of the same tensors where they differ, for all layers together."""
+        pairs: dict[str, str] = {}
+        for name, (role, layer) in roles.items():
+            known = self._memory_names.get(id(self.model.files[name]), name)
+            if known != name and known not in self.model.files:
+                pairs[self._templates(name, role, layer)[0]] = self._templates(known, role, layer)[0]
+        return pairs
 
     def _unmodeled(self, roles: Mapping[str, tuple[str, int | None]]) -> list[str]:
         """Patterns of the tensors beside the language model: the modules that have none of its own."""

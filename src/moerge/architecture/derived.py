@@ -19,7 +19,7 @@ from moerge.architecture.family import Family, TensorRule
 from moerge.architecture.rope import flatten_rope
 from moerge.architecture.sizes import MAX_LAYERS
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the files in the cache; another one where roles or what is remembered of them change."""
 _IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "quantization_config")
 _INSTALL = "with `pip install 'moerge[models]'` transformers says its roles, and slices, layers and vocabularies work too"
@@ -126,6 +126,8 @@ def _ask(config: Mapping[str, Any]) -> dict[str, Any]:
         return table
     except NoTableError as error:
         return {"reason": str(error)}
+    except Exception as error:  # a model of a kind that has not been thought of still merges by name
+        return {"reason": f"its model in transformers could not be read: {' '.join(str(error).split())[:200]}"}
 
 
 def _family(table: Mapping[str, Any], config: Mapping[str, Any]) -> Family:
@@ -145,6 +147,7 @@ def _family(table: Mapping[str, Any], config: Mapping[str, Any]) -> Family:
         derive=complete,
         nested=table["nested"],
         aliases=tuple((old, new) for old, new in table["aliases"]),
+        modules=table["modules"],
         unmodeled=tuple(table["unmodeled"]),
         fused=tuple(table["fused"]),
         float32=tuple(table["float32"]),

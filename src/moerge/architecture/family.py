@@ -84,6 +84,7 @@ class Family:
     - `rope_scaling_keys`: the only keys that transformers 4 allows in `rope_scaling`, and its names for them;
     - `nested`: the key that holds the language model's config in a config of several models;
     - `aliases`: regular expressions for the beginning of names as other programs write them, and what to put there;
+    - `modules`: names by `{layer}`, and those that transformers has in memory where these differ;
     - `unmodeled` match tensors that belong to the model but have no role, and are merged by name;
     - `fused` match tensors of transformers' layout in memory, which is not the one on disk;
     - `float32` match parameters that transformers keeps in float32 whatever the rest has;
@@ -103,6 +104,7 @@ class Family:
     rope_scaling_keys: Mapping[str, str] = field(default_factory=dict)
     nested: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
     unmodeled: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
@@ -129,11 +131,23 @@ class Family:
 
     def canonical_name(self, name: str) -> str:
         """A tensor's name as the table has it."""
+        for memory, stored in self._renamed:
+            if match := memory.fullmatch(name):
+                return stored.format(**match.groupdict())
         for pattern, start in self.aliases:
             match = re.match(pattern, name)
             if match:
                 return start + name[match.end() :]
         return name
+
+    @cached_property
+    def _renamed(self) -> list[tuple[re.Pattern[str], str]]:
+        return [(_pattern(memory), stored) for stored, memory in self.modules.items()]
+
+    def name_in_memory(self, name: str) -> str | None:
+        """The name that transformers has in memory for a tensor of the table, None where that is the same."""
+        matches = ((_pattern(stored).fullmatch(name), memory) for stored, memory in self.modules.items())
+        return next((memory.format(**match.groupdict()) for match, memory in matches if match), None)
 
     def is_buffer(self, name: str) -> bool:
         """Return whether a stored tensor can be ignored."""

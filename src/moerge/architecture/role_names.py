@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 _GROUPS = (
     ("cross_attention", r"cross_?attn|cross_?attention|encoder_attn|crossattention"),
     ("linear_attention", r"linear_attn|linear_attention|delta_net|gdn|kda"),
-    ("attention", r"(self_?)?attn|(self_?)?attention|mha|self_attention|selfattention|attention_layer"),
+    ("attention", r"(self_?)?attn|multi_?head_?attention|(self_?)?attention|mha|self_attention|selfattention|attention_layer"),
     ("ssm", r"mamba\w*|ssm|mixer|xlstm|mlstm\w*|temporal_block|recurrent\w*"),
     ("conv", r"conv|short_conv"),
     ("ffn", r"mlp|ffn|feed_?forward|ff|block_sparse_moe|moe|shared_mlp|intermediate|moe_block|sparse_moe|channel_mixer"),

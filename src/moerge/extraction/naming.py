@@ -28,18 +28,20 @@ class ModuleNames:
 
 
 def names_for_peft(plan: Plan) -> ModuleNames:
-    """The names of the plan's tensors in memory, which differ in models of several modalities and in mixtures of experts.
+    """The names of the plan's tensors in memory, which differ in models of several modalities, in mixtures and derived families.
 
     What several tensors are one of there has no name. Raises InputError where only transformers knows them and is not installed.
     """
-    base, stored = plan.models[0], [output.name for output in plan.outputs]
+    base, stored, family = plan.models[0], [output.name for output in plan.outputs], plan.family
     same = ModuleNames({name: name for name in stored})
+    derived = family is not None and bool(family.source)
     if is_multimodal(base):
         require("models", f"{base.folder}: naming the modules of a model of several modalities as peft does")
-    elif not expert_parameters(base.tensors) or not (find_spec("transformers") and find_spec("torch")):
+    elif not (derived or expert_parameters(base.tensors)) or not (find_spec("transformers") and find_spec("torch")):
         return same
     known = names_in_memory(base.folders[-1], base.config)
     if known is None:  # code of its own, which loads its files as they are
         return same
     names = Names(known)
-    return ModuleNames({name: own for name in stored if (own := names.find(name))}, known)
+    spelled = {name: (family and family.name_in_memory(name)) or name for name in stored}
+    return ModuleNames({name: own for name in stored if (own := names.find(spelled[name]))}, known)

@@ -15,7 +15,7 @@ from moerge.planning.plan import Plan
 from moerge.recipe.rules import matches
 from moerge.tensors.source import Source
 
-_PROJECTION = re.compile(r"layers\.\d+\.(attention|cross_attention|ffn)\.[a-z_0-9]*[a-z_][a-z_0-9]*")
+_PROJECTION = re.compile(r"layers\.\d+\.(attention|cross_attention|linear_attention|ssm|ffn)\.[a-z_0-9]*[a-z_][a-z_0-9]*")
 _EXPERT = re.compile(r"\.ffn\.\d+\.|\.experts\b")
 _OTHERS = re.compile(r"embed|norm|wte|wpe|lm_head|router|ln_|\bgate\b")
 

@@ -158,7 +158,14 @@ def _input(by_role: Mapping[str, ExpectedTensor], tensor: ExpectedTensor, span: 
     Raises InputError where the result's config asks for something else of a layer than the layer is.
     """
     if row.offset is None:
-        return by_role[tensor.role].name if tensor.role in by_role else tensor.name
+        same = by_role.get(tensor.role, tensor)
+        if same.shape != tensor.shape:
+            raise InputError(
+                f"slices: tensor {same.name!r} of {span.model} has shape {list(same.shape)}, which depends on the number of "
+                f"layers: those of the result would make it {list(tensor.shape)}",
+                code="models-differ",
+            )
+        return same.name
     layer = span.start + row.offset
     own = by_role.get(re.sub(r"^layers\.\d+\.", f"layers.{layer}.", tensor.role))
     if own is None or own.shape != tensor.shape:
