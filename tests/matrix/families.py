@@ -1,7 +1,7 @@
 """Try every causal language model and vision-language model of transformers, in a small size.
 
-    python tests/matrix/families.py run --out FILE.jsonl [--only TYPE ...] [--seconds N]   # goes on where it stopped
-    python tests/matrix/families.py docs FILE.jsonl                                      # writes the table and its numbers
+    python tests/matrix/families.py FILE.jsonl [--only TYPE ...] [--checks CHECK ...] [--seconds N]   # goes on where it stopped
+    python tests/matrix/families.py FILE.jsonl --docs                                                 # writes docs/families.md
 
 For each: does its table cover the checkpoint, does a dense merge give averaged modules (transformers' own, the judge), do slices,
 extracted adapters and token rows work. A row has `yes`, or the reason why not.
@@ -271,13 +271,62 @@ def rows_of(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return rows
 
 
+_BEGIN, _END = "<!-- families.jsonl: begin -->", "<!-- families.jsonl: end -->"
+_TITLES = {
+    "load": "tried",
+    "table": "roles",
+    "dense": "dense",
+    "slices": "slices",
+    "vocabulary": "vocabulary",
+    "adapter": "adapter",
+}
+
+
+def _cell(row: Mapping[str, str], check: str, reasons: dict[str, int]) -> str:
+    found = row.get(check)
+    if found is None:
+        return "" if row["load"] == "yes" else "-"
+    if found in ("yes", "table"):
+        return found
+    return f"{'yes' if found.startswith('yes') else 'no'} ({reasons.setdefault(found, len(reasons) + 1)})"
+
+
+def table(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
+    """The rows as Markdown: numbers first, then a table for each task, then the reasons."""
+    reasons: dict[str, int] = {}
+    lines = []
+    for task, title in (("causal", "causal language models"), ("image", "image-text models")):
+        own = [row for (kind, _), row in sorted(rows.items()) if kind == task]
+        counts = {
+            check: (sum(row[check].startswith(("yes", "table")) for row in own if check in row), sum(check in row for row in own))
+            for check in CHECKS
+        }
+        said = ", ".join(f"{_TITLES[check]} {good} of {tried}" for check, (good, tried) in counts.items())
+        lines += [f"**{len(own)} {title}**: {said}.", "", "| type | " + " | ".join(_TITLES.values()) + " |", "|---" * 7 + "|"]
+        lines += [f"| `{row['kind']}` | " + " | ".join(_cell(row, check, reasons) for check in CHECKS) + " |" for row in own]
+        lines.append("")
+    clean = (text.replace("|", "/").replace("<", "(").replace(">", ")").replace("`", "'") for text in reasons)
+    return "\n".join([*lines, *(f"{number}. {text[:160]}" for number, text in enumerate(clean, 1))])
+
+
+def write_docs(results: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    before, _, rest = page.read_text().partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    page.write_text(f"{before}{_BEGIN}\n{table(rows_of(results))}\n{_END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--checks", nargs="*", default=CHECKS, choices=CHECKS)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--docs", action="store_true", help="write the table in docs/families.md, and try nothing")
     arguments = parser.parse_args()
+    if arguments.docs:
+        write_docs(arguments.out)
+        return
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
