@@ -18,7 +18,7 @@ FLOORS = """
 cli
 reporting
 demonstration hub exporting doctor searching
-learning tuning reduction evaluation extraction inspection comparison inference gather renewal
+learning tuning reduction evaluation extension extraction inspection comparison inference gather renewal
 merging
 clients
 planning

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moerge.errors import InputError, MachineError, MoergeError
     from moerge.evaluation import evaluate
     from moerge.exporting import export
+    from moerge.extension import extend
     from moerge.extraction.adapters import merge_adapters
     from moerge.extraction.extract import extract
     from moerge.gather.gather import stats
@@ -54,6 +55,7 @@ _HOMES = {
     "demo": "moerge.demonstration",
     "evaluate": "moerge.evaluation",
     "export": "moerge.exporting",
+    "extend": "moerge.extension",
     "extract": "moerge.extraction",
     "generate": "moerge.inference.generation",
     "inspect": "moerge.inspection",
@@ -89,6 +91,7 @@ __all__ = [
     "demo",
     "evaluate",
     "export",
+    "extend",
     "extract",
     "generate",
     "inspect",

@@ -10,12 +10,15 @@ from moerge.architecture.config import changed
 from moerge.architecture.mixture import expert_count, with_experts
 from moerge.architecture.moe_format import MoEFormat
 from moerge.checkpoint.expert import SEPARATOR, ExpertCheckpoint
+from moerge.checkpoint.reader import Checkpoint
 from moerge.errors import InputError
 from moerge.operations.operations import Copy, Operation
 from moerge.planning.assemble.common import Assembly
+from moerge.planning.merged import MergedCheckpoint
 from moerge.planning.models import SourceModel
 from moerge.routers.base import KeepRouter, Router
 from moerge.tensors.source import Source
+from moerge.tensors.tensor import Tensor
 from moerge.tensors.views.joined import joined
 
 _SETTLED = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -55,7 +58,7 @@ def router_operation(assembly: Assembly, router: Router, tensor: ExpectedTensor)
     sources = []
     for name in assembly.recipe.expert_names:
         model = assembly.models[name].checkpoint
-        row = model.rows.get(tensor.role) if isinstance(model, ExpertCheckpoint) else None
+        row = _rows(model).get(tensor.role)
         if row is None:
             raise InputError(
                 f"{assembly.recipe.source}: moe.router: 'keep' takes the rows that experts have in their mixtures, and {name} "
@@ -63,6 +66,13 @@ def router_operation(assembly: Assembly, router: Router, tensor: ExpectedTensor)
             )
         sources.append(Source(name, row))
     return Copy(joined(tensor.name, tensor.shape, sources))
+
+
+def _rows(model: Checkpoint) -> Mapping[str, Tensor]:
+    """A model's rows of its mixture's router; of a recipe those of its first expert that has some."""
+    if isinstance(model, MergedCheckpoint):
+        return next(filter(None, map(_rows, model.plan.models)), {})
+    return model.rows if isinstance(model, ExpertCheckpoint) else {}
 
 
 def unlike_mixtures(models: Mapping[str, SourceModel], router: Router) -> str | None:
