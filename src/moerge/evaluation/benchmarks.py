@@ -26,7 +26,7 @@ class Benchmark:
     `task` is the harness's task whose prompt it takes, a file below `lm_eval/tasks`, or one of ours in `tasks/`. `overrides`
     replace keys of it. `files` are names that the questions' file may have in `--data DIR`, without ending, and `examples` those
     of the file that examples come from, where the task does not bring them along. `source` is where the Hub has it: the
-    repository, its configurations, and the split.
+    repository, its configurations, and the split. One that `continues` its prompt has no question to ask in a chat template.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Benchmark:
     examples: tuple[str, ...] = ()
     examples_split: str | None = None
     runs_code: bool = False
+    continues: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +102,7 @@ _ALL = (
         files=("humaneval/test",),
         source=("openai/openai_humaneval", (None,), "test"),
         runs_code=True,
+        continues=True,
     ),
     Benchmark(
         name="nq",

@@ -14,6 +14,7 @@ from lm_eval.api.model import LM
 from moerge.errors import InputError
 from moerge.evaluation.records import Records
 from moerge.runtime.loading import Loaded
+from moerge.texts import Conversation, end_token, render
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +37,28 @@ class GreedyModel(LM):  # type: ignore[misc, unused-ignore]
         *,
         batch_size: int,
         context: int,
+        chat: bool = False,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
         super().__init__()
         self._loaded, self._records, self._batch_size, self._context = loaded, records, batch_size, context
         self._advance = advance
         self.truncated = 0
-        self._settings = plain_settings(loaded)
+        self._settings = plain_settings(loaded, chat=chat)
+        self._chat = chat
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Return the harness's name for the template."""
+        return self._loaded.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the template itself, as the harness notes it down."""
+        return str(self._loaded.tokenizer.get_chat_template())
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Write the harness's turns, examples and the question, as the model's chat template does."""
+        return render(self._loaded.tokenizer, Conversation(tuple(chat_history)), ask=add_generation_prompt)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """A response for each request, in order. InputError if the new tokens alone fill the model's context."""
@@ -54,7 +70,8 @@ class GreedyModel(LM):  # type: ignore[misc, unused-ignore]
                 f"{self._loaded.name} takes {self._context} tokens in all: no room for a prompt and {new_tokens} new ones, "
                 "choose a smaller --max-new-tokens"
             )
-        ids = [self._loaded.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+        options = {"add_special_tokens": False} if self._chat else {}  # a template has written them
+        ids = [self._loaded.tokenizer(prompt, verbose=False, **options)["input_ids"] for prompt in prompts]
         for tokens in ids:
             self._loaded.check_ids(tokens)
         self.truncated = sum(len(tokens) > room for tokens in ids)
@@ -113,12 +130,17 @@ def _batches(ids: Sequence[list[int]], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def plain_settings(loaded: Loaded) -> Any:
-    """Greedy decoding without what a checkpoint's own settings add to it, such as a repetition penalty."""
+def plain_settings(loaded: Loaded, *, chat: bool = False) -> Any:
+    """Greedy decoding without what a checkpoint's own settings add to it, such as a repetition penalty.
+
+    With `chat` the token that the chat template writes behind answers ends them too.
+    """
     from transformers import GenerationConfig
 
     own = loaded.model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else loaded.tokenizer.eos_token_id
+    if chat and (written := end_token(loaded.tokenizer)) is not None:
+        end = sorted({written, *(end if isinstance(end, list) else [] if end is None else [end])})
     settings: Any = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=end, bos_token_id=own.bos_token_id)  # type: ignore[no-untyped-call]
     settings.pad_token_id = loaded.tokenizer.pad_token_id
     if settings.pad_token_id is None:

@@ -101,8 +101,13 @@ def make_task(questions: Questions, max_new_tokens: int, process_results: Callab
         return ConfigurableTask(config=config)
 
 
-def run_task(model: Any, questions: Questions, *, max_new_tokens: int, limit: int | None = None) -> list[Sample]:
-    """Ask `model`, one of the harness's `LM`, the first `limit` questions, and judge what it answers."""
+def run_task(
+    model: Any, questions: Questions, *, max_new_tokens: int, limit: int | None = None, chat: bool = False
+) -> list[Sample]:
+    """Ask `model`, one of the harness's `LM`, the first `limit` questions, and judge what it answers.
+
+    With `chat` the examples are turns of a conversation that ends with the question.
+    """
     from lm_eval.evaluator import evaluate
 
     name, judge = f"moerge_{questions.benchmark.name}", questions.benchmark.judge
@@ -115,7 +120,8 @@ def run_task(model: Any, questions: Questions, *, max_new_tokens: int, limit: in
 
     task = make_task(questions, max_new_tokens, process)
     with quiet():
-        found = evaluate(lm=model, task_dict={name: task}, limit=limit, bootstrap_iters=0, log_samples=True)
+        asked: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": True} if chat else {}
+        found = evaluate(lm=model, task_dict={name: task}, limit=limit, bootstrap_iters=0, log_samples=True, **asked)
     samples = found["samples"][name]
     return [
         Sample(sample["doc_id"], sample["arguments"][0][0], sample["resps"][0][0], verdicts[index])

@@ -18,7 +18,7 @@ from moerge.evaluation.records import Records
 from moerge.evaluation.result import Difference, Kind, Score
 from moerge.evaluation.texts import HeldOut
 from moerge.runtime.loading import Loaded, context_length
-from moerge.texts import text_of
+from moerge.texts import has_template, text_of
 
 Row = Mapping[str, Any]
 Advance = Callable[[int], None]
@@ -63,6 +63,7 @@ class BenchmarkTask:
     max_new_tokens: int
     batch_size: int
     seed: int
+    chat: bool = False
 
     @property
     def name(self) -> str:
@@ -87,6 +88,7 @@ class BenchmarkTask:
             "source": self.questions.source,
             "digest": self.questions.digest,
             "questions": self.documents,
+            **({"chat": True} if self.chat else {}),
         }
 
     def measure(self, loaded: Loaded, records: Records, advance: Advance) -> tuple[list[Row], tuple[str, ...]]:
@@ -95,8 +97,11 @@ class BenchmarkTask:
         from moerge.evaluation.harness import run_task
 
         context = context_length(loaded) or _UNKNOWN_CONTEXT
-        model = GreedyModel(loaded, records, batch_size=self.batch_size, context=context, advance=advance)
-        samples = run_task(model, self.questions, max_new_tokens=self.max_new_tokens, limit=self.limit)
+        if self.chat and not has_template(loaded.tokenizer):
+            raise InputError(f"{loaded.name} has no chat template, so it is no chat model: leave out --chat")
+        options: dict[str, Any] = {"batch_size": self.batch_size, "chat": self.chat}
+        model = GreedyModel(loaded, records, context=context, advance=advance, **options)
+        samples = run_task(model, self.questions, max_new_tokens=self.max_new_tokens, limit=self.limit, chat=self.chat)
         rows: list[Row] = [
             {
                 "document": sample.number,

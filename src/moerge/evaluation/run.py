@@ -38,6 +38,7 @@ class Settings:
     `limit` is of the questions of each benchmark and the documents of each text. `given` are the characters at the beginning of
     each document that are read but not predicted: None for 256 if one of the checkpoints routes sequences, else 0. `window` is
     how many tokens of a document are read at once: None for 2048, or what the model takes. `seed` is the bootstrap's.
+    `chat` asks the six benchmarks' questions in each model's chat template, examples as earlier turns.
     """
 
     benchmarks: tuple[Benchmark, ...] = ()
@@ -52,6 +53,7 @@ class Settings:
     window: int | None = None
     given: int | None = None
     seed: int = 0
+    chat: bool = False
     device: str | None = None
     dtype: str | None = None
     allow_code_execution: bool = False
@@ -126,6 +128,12 @@ def _check(names: Sequence[str], settings: Settings) -> None:
             raise InputError(f"the checkpoint {name} is there twice: name each one once")
     if not settings.benchmarks and not settings.others and not settings.texts:
         raise InputError("nothing to measure: name benchmarks with --tasks, or text with --perplexity DOMAIN=FILE")
+    if settings.chat and settings.others:
+        raise InputError(f"--tasks {settings.others[0]}: --chat asks moerge's own benchmarks alone: leave it out")
+    if settings.chat and not settings.benchmarks:
+        raise InputError("--chat is about benchmarks: name some with --tasks; --perplexity writes conversations so by itself")
+    if settings.chat and (going_on := [one.name for one in settings.benchmarks if one.continues]):
+        raise InputError(f"--tasks {going_on[0]}: it lets a model continue a program, which is no question to ask with --chat")
     code = [benchmark.name for benchmark in settings.benchmarks if benchmark.runs_code]
     if code and not settings.allow_code_execution:
         raise InputError(
@@ -144,7 +152,7 @@ def _tasks(settings: Settings) -> tuple[Task, ...]:
     size, seed, given = settings.batch_size, settings.seed, settings.given or 0
     texts = read_texts(settings.texts, limit=settings.limit, given=given)
     return (
-        *(BenchmarkTask(questions, settings.limit, settings.max_new_tokens, size, seed) for questions in asked),
+        *(BenchmarkTask(questions, settings.limit, settings.max_new_tokens, size, seed, settings.chat) for questions in asked),
         *harness_tasks(
             settings.others, settings.task_folder, limit=settings.limit, shots=settings.shots, batch_size=size, seed=seed
         ),

@@ -9,12 +9,10 @@ from typing import Any, Literal
 from moerge.errors import InputError
 from moerge.inference.generation import Generation, check_temperature, continue_tokens, routing_by_name
 from moerge.runtime.loading import Loaded, context_length
-from moerge.texts import Conversation, has_template, render
+from moerge.texts import Conversation, end_token, has_template, render
 
 RoutePer = Literal["turn", "conversation"]
 RouteBy = Literal["prompt", "last-turn"]
-_PROBE = "a", "b"
-"""A question and an answer that show how a template ends answers."""
 
 
 @dataclass
@@ -107,12 +105,8 @@ def end_tokens(loaded: Loaded) -> frozenset[int]:
     """The tokens that end an answer: those of the generation config, and the one that the chat template writes behind answers."""
     config = loaded.model.generation_config.eos_token_id
     ends = set(config if isinstance(config, list) else [] if config is None else [config])
-    question, answer = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), _PROBE, strict=True))
-    written = render(loaded.tokenizer, Conversation((question, answer))).rpartition(_PROBE[1])[2]
-    behind = loaded.tokenizer(written.lstrip(), add_special_tokens=False)["input_ids"]
-    if behind and behind[0] in loaded.tokenizer.added_tokens_decoder:
-        ends.add(behind[0])
-    return frozenset(ends)
+    written = end_token(loaded.tokenizer)
+    return frozenset(ends if written is None else {*ends, written})
 
 
 def _streamer(loaded: Loaded, show: Callable[[str], None], ends: frozenset[int]) -> Any:

@@ -68,6 +68,14 @@ def render(tokenizer: Any, conversation: Conversation, *, ask: bool = False, dat
     return str(_apply(tokenizer, conversation, dated=dated, add_generation_prompt=ask, tokenize=False))
 
 
+def end_token(tokenizer: Any) -> int | None:
+    """The token that the chat template writes behind an answer, if it is one: an answer ends there, whatever a config says."""
+    question, answer = ({"role": role, "content": role[:1]} for role in ("user", "assistant"))
+    behind = render(tokenizer, Conversation((question, answer))).rpartition(answer["content"])[2].lstrip()
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
 def encode_answers(tokenizer: Any, conversation: Conversation, *, images: bool = False) -> Iterator[Encoded]:
     """The conversation up to its last answer, with every answer marked.
 

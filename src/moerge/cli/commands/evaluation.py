@@ -71,6 +71,7 @@ def evaluate(
     window: Window = None,
     given: Given = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask the benchmarks' questions in each model's chat template.")] = False,
     device: Device = None,
     dtype: RunAs = None,
     out: Results = None,
@@ -93,7 +94,7 @@ def evaluate(
     from moerge.progress import TerminalProgress
 
     chosen: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    chosen |= {"window": window, "given": given, "seed": seed, "device": device, "dtype": dtype}
+    chosen |= {"window": window, "given": given, "seed": seed, "chat": chat, "device": device, "dtype": dtype}
     chosen |= {"allow_code_execution": allow_code_execution, "allow_calibration_text": allow_calibration_text}
     chosen |= {"trust_remote_code": trust_remote_code}
     chosen |= {"task_folder": task_folder, "shots": shots, "texts": parse_texts(perplexity)}
