@@ -86,7 +86,7 @@ def test_parquet(tmp_path: Path) -> None:
         ({"messages": []}, 'line 1: "messages" should be a list of messages'),
         ({"messages": ["hello"]}, "line 1: message 1 should be an object with a role"),
         ({"messages": [SPOKEN[0], {"content": "hello"}]}, "line 1: message 2 has no role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 1: message 1 should have text"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "line 1: message 1 should have text"),
         ({"messages": [{"role": "user", "content": 3}]}, "line 1: message 1 should have text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "message 1: a tool call needs the name"),
         ({"messages": [{"role": "assistant", "tool_calls": {"id": "1"}}]}, "tool_calls should be a list"),
