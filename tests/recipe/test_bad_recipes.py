@@ -33,7 +33,7 @@ BAD = {
     MODELS + "moe: {router: {kind: randm}}\n": ["line 3: moe.router.kind: unknown router kind 'randm': did you mean 'random'?"],
     MODELS + "moe: {format: mixtrl}\n": ["line 3: moe.format: unknown MoE format 'mixtrl': did you mean 'mixtral'?"],
     MODELS + "moe: {separate: [attention]}\n": ["line 3: moe.separate[0]: token-routed models keep only 'ffn' separate"],
-    MODELS + "dtype: bf16\n": ["line 3: dtype should be 'float32', 'float16' or 'bfloat16', not 'bf16'"],
+    MODELS + "dtype: bf16\n": ["line 3: dtype should be 'float32', 'float16', 'bfloat16' or 'float8', not 'bf16'"],
     MODELS + "tokenizer: mth\n": ["line 3: tokenizer: 'mth' is not a model of this recipe, did you mean 'math'?"],
     MODELS + "config: cod\n": ["line 3: config: 'cod' is not a model of this recipe, did you mean 'code'?"],
     "experts: {math: math, union: code}\ntokenizer: union\n": [

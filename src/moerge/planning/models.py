@@ -166,7 +166,10 @@ def _check_bare(models: Mapping[str, Checkpoint]) -> None:
     """InputError where one model has no config.json, and others have."""
     bare = [model for model in models.values() if not model.config]
     if bare and len(bare) < len(models):
-        raise InputError(f"{bare[0].folder / 'config.json'} is missing: a checkpoint folder needs it", code="not-found")
+        place = bare[0].folder
+        if place.is_file():
+            raise InputError(f"{place} is a file: name the checkpoint's folder instead")
+        raise InputError(f"{place / 'config.json'} is missing: a checkpoint folder needs it", code="not-found")
 
 
 def _inside(commits: Commits, name: str) -> Commits:

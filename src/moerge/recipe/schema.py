@@ -195,7 +195,7 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     moe: MoE | None = None
     routers: InstanceOf[Router] | None = None
-    dtype: Float | Literal["float8"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16", "float8"] | None = None
     calibration: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     tokenizer: str | None = None
     tokens: dict[str, TokenRow] = Field(default_factory=dict)
