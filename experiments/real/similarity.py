@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moerge.comparison import compare
+from moerge.comparison.files import write_comparison
 from moerge.inference.routes import route
 
 from .questions import write_prompts
@@ -31,7 +32,7 @@ def run(work: Work, budget: Budget, seed: int, save: Callable[[dict[str, Any]], 
     """Compare once, then route mixture by mixture."""
     folder = work.made(seed, "similarity", "TIES")
     compared = compare(recipe(work, seed, Row(TIES)))
-    compared.write(folder)
+    write_comparison(compared, folder)
     for kind in ("png", "svg"):
         shutil.copyfile(folder / f"pairs.{kind}", results / f"figure-4-seed-{seed}.{kind}")
     found = compared.to_json()

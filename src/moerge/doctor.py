@@ -165,7 +165,7 @@ def _kernel_cache() -> Path | None:
     """The folder of Numba's compiled kernels; None where no folder can be written, so that each process compiles them again."""
     from moerge.tensors.codec import _encode_bf16
 
-    path = _encode_bf16.stats.cache_path  # type: ignore[attr-defined]
+    path = _encode_bf16.compiled.stats.cache_path  # type: ignore[attr-defined]
     return Path(path) if path else None
 
 
