@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moerge.comparison import compare
-from moerge.comparison.files import write_comparison
+from moerge.comparison import compare, write_comparison
 from moerge.inference.routes import route
 
 from .questions import write_prompts

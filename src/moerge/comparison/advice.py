@@ -154,7 +154,7 @@ def recommend(found: Similarity, verdicts: Sequence[MergeAdvice]) -> str:
             f"scales from {1 / len(found.experts):.2g} to {2 / len(found.experts):.2g}; a MoE with separate [ffn] keeps more"
         )
     return (
-        "a dense merge should work: begin with average, or task_arithmetic with a scale up to 1, which other methods have to beat"
+        "a dense merge should work: begin with average, which other methods have to beat, and let moerge search choose a scale"
     )
 
 
