@@ -38,9 +38,9 @@ def run(work: Work, budget: Budget, seed: int, save: Callable[[dict[str, Any]], 
     found: dict[str, Any] = {"documents": {}, "scales": {}, "learning": {}}
     for name, merge in DENSE.items():
         scales = found["scales"][name] = tuned_scale(work, budget, seed, name, merge)
-        row = Row({**merge, "scale": best(scales)})
-        checkpoint = merged(work, seed, f"dense: {name}, tuned scale", row)
-        found["documents"][f"{name}, tuned scale"] = measure(work, budget, seed, f"dense: {name}, tuned scale", checkpoint)
+        as_measured = f"dense: {name}, scale {best(scales):g}"
+        checkpoint = merged(work, seed, as_measured, Row({**merge, "scale": best(scales)}))
+        found["documents"][f"{name}, tuned scale"] = measure(work, budget, seed, as_measured, checkpoint)
         save(found)
     start = min(best(found["scales"]["task arithmetic"]), 0.95)  # a coefficient is a sigmoid, which never is 1
     for texts in budget.texts:

@@ -11,7 +11,7 @@ import moerge
 
 from .settings import EXPERTS, Work
 
-SCALES = (0.3333, 0.6, 1.0)
+SCALES = (0.2, 0.3333, 0.6, 1.0)
 """Tried for every method that adds up task vectors: the average's, and up to their sum."""
 DENSE: Mapping[str, Mapping[str, Any]] = {
     "task arithmetic": {"method": "task_arithmetic"},

@@ -54,9 +54,9 @@ BUDGETS = {
     "cpu": Budget(
         seeds=(0, 1),
         length=256,
-        batch=3,
-        healing_tokens=15_360,
-        expert_tokens=18_432,
+        batch=4,
+        healing_tokens=122_880,
+        expert_tokens=102_400,
         learning_rate=1e-4,
         per_source=1_500,
         heldout=12,
