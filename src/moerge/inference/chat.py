@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from moerge.errors import InputError
 from moerge.inference.generation import Generation, check_temperature, continue_tokens, routing_by_name
+from moerge.inference.routes import RouteBy
 from moerge.runtime.loading import Loaded, context_length
 from moerge.texts import Conversation, end_token, has_template, render
 
 RoutePer = Literal["turn", "conversation"]
-RouteBy = Literal["prompt", "last-turn"]
 
 
 @dataclass
@@ -76,12 +76,8 @@ class Chat:
         )
 
     def _tokens(self, messages: list[Mapping[str, Any]]) -> Any:
-        import torch
-
         text = render(self.loaded.tokenizer, Conversation(tuple(messages)), ask=True, dated=True)
-        ids = self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.loaded.check_ids(ids)
-        return torch.tensor([ids], dtype=torch.long, device=self.loaded.model.device)
+        return self.loaded.tensor(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"], "the conversation")
 
     def _route(self, messages: list[Mapping[str, Any]]) -> dict[str, Any]:
         """The routing to generate with; nothing where the model is to route by itself, which needs no further pass."""

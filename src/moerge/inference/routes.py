@@ -9,17 +9,18 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moerge.checkpoint.manifest import weights_digest
 from moerge.errors import InputError
 from moerge.inference.probe import DocumentRouting, router_probe
 from moerge.inference.result import Routes, TextRoute, mean_of_rows, routes_of
-from moerge.runtime.inputs import loaded_inputs
+from moerge.runtime.inputs import Inputs, loaded_inputs
 from moerge.runtime.loading import Loaded, load
-from moerge.texts import Document, check_disjoint, read_documents
+from moerge.texts import Document, check_disjoint, encode, read_documents
 
 TOKENS = 512
+RouteBy = Literal["prompt", "last-turn"]
 
 
 def route(
@@ -29,6 +30,7 @@ def route(
     limit: int = 100,
     tokens: int = TOKENS,
     oracle: bool = True,
+    route_by: RouteBy = "prompt",
     allow_calibration_text: bool = False,
     trust_remote_code: bool = False,
 ) -> Routes:
@@ -36,6 +38,8 @@ def route(
 
     A text that has an expert's name is taken to be of that expert's domain. `oracle` also runs every document through each expert
     alone, as many more passes as there are experts, except where the routing has computed the same losses (`perplexity`).
+    Of a conversation a model that routes sequences reads what stands before the last answer, as when it is to write that, or with
+    `route_by: last-turn` the last question alone; one that routes tokens reads all of it.
     Raises InputError if a text cannot be read, the checkpoint is no MoE, or it was calibrated on one of the documents, unless
     `allow_calibration_text`.
     """
@@ -45,12 +49,22 @@ def route(
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_remote_code=trust_remote_code)
     warnings = check_disjoint(documents, texts, loaded.manifest, loaded.name, allow=allow_calibration_text)
     probe = router_probe(loaded)
+    if route_by != "prompt" and not loaded.by_sequence:
+        raise InputError(f"{loaded.name} does not route sequences: leave out --route-by")
     routed = {
-        name: _summary(name, [probe.route(loaded_inputs(loaded, document, tokens), oracle) for document in listed], probe.experts)
+        name: _summary(name, [probe.route(_read(loaded, one, tokens, route_by), oracle) for one in listed], probe.experts)
         for name, listed in documents.items()
     }
     digest = weights_digest(loaded.manifest) if loaded.manifest else None
     return routes_of(loaded.name, probe.level, probe.experts, routed, warnings=warnings, digest=digest)
+
+
+def _read(loaded: Loaded, document: Document, tokens: int, route_by: RouteBy) -> Inputs:
+    """The inputs of a document that is routed."""
+    if isinstance(document, str) or not loaded.by_sequence:
+        return loaded_inputs(loaded, document, tokens)
+    read = document.question if route_by == "prompt" else document.last_turn
+    return {"input_ids": loaded.tensor(encode(loaded.tokenizer, read, tokens, ask=True), read.where)}
 
 
 def _summary(name: str, routings: Sequence[DocumentRouting], experts: Sequence[str]) -> TextRoute:

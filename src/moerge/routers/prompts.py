@@ -7,16 +7,21 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from moerge.errors import InputError, suggest
 from moerge.texts import Document, Texts
 from moerge.texts.conversations import read_conversation
 
-Text = Annotated[str, Field(min_length=1)]
 
-
-def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    _document(given)
+def _checked(given: Any) -> Any:
+    """Return a prompt as the recipe has it: text or a list of messages."""
+    if not given or not isinstance(given, str | list):
+        raise PydanticCustomError("prompt", "should be text or a list of messages, and not empty")
+    try:
+        _document(given)
+    except InputError as error:
+        raise PydanticCustomError("prompt", "{reason}", {"reason": f": {error}"}) from None
     return given
 
 
@@ -24,13 +29,16 @@ def _document(given: str | list[dict[str, Any]]) -> Document:
     return given if isinstance(given, str) else read_conversation({"messages": given}, "messages", "the prompt")
 
 
+Prompt = Annotated[Any, AfterValidator(_checked)]
+
+
 class Prompts(BaseModel):
     """Texts or lists of messages that should go to an expert, and some that should not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    positive: tuple[Text | Annotated[list[dict[str, Any]], AfterValidator(_messages)], ...] = Field(min_length=1)
-    negative: tuple[Text | Annotated[list[dict[str, Any]], AfterValidator(_messages)], ...] = ()
+    positive: tuple[Prompt, ...] = Field(min_length=1)
+    negative: tuple[Prompt, ...] = ()
 
     @property
     def documents(self) -> tuple[Document, ...]:

@@ -66,13 +66,16 @@ class Loaded:
 
     def encode(self, document: Document, limit: int | None = None) -> torch.Tensor:
         """Up to `limit` tokens of a text or conversation, [1, T], as `moerge.texts.encode`; InputError if there are none."""
-        import torch
-
         shown = text_of(document)[:40]
         check_unicode(text_of(document), f"the text {shown!a}")
-        ids = encode(self.tokenizer, document, limit)
+        return self.tensor(encode(self.tokenizer, document, limit), f"the text {shown!r}")
+
+    def tensor(self, ids: Sequence[int], what: str) -> torch.Tensor:
+        """Tokens as the model takes them, [1, T]; InputError that begins with `what` they are of if there are none."""
+        import torch
+
         if not ids:
-            raise InputError(f"the text {shown!r} has no tokens: give a longer one")
+            raise InputError(f"{what} has no tokens: give a longer one")
         self.check_ids(ids)
         return torch.tensor([ids], dtype=torch.long, device=self.model.device)
 

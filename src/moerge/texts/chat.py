@@ -42,18 +42,21 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def encode(tokenizer: Any, document: Document, limit: int | None = None) -> list[int]:
-    """Up to `limit` tokens of a document: a text as the tokenizer starts one, a conversation as the chat template writes it."""
+def encode(tokenizer: Any, document: Document, limit: int | None = None, *, ask: bool = False) -> list[int]:
+    """Up to `limit` tokens of a document: a text as the tokenizer starts one, a conversation as the chat template writes it.
+
+    With `ask` the beginning of an answer follows a conversation.
+    """
     options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
     if isinstance(document, Conversation):
         refuse_images(document)
-        document, options = written_text(tokenizer, document), {**options, "add_special_tokens": False}
+        document, options = written_text(tokenizer, document, ask=ask), {**options, "add_special_tokens": False}
     return list(tokenizer(document, verbose=False, **options)["input_ids"])
 
 
-def written_text(tokenizer: Any, conversation: Conversation) -> str:
+def written_text(tokenizer: Any, conversation: Conversation, *, ask: bool = False) -> str:
     """A conversation as `render` writes it; InputError also where the template leaves out what an answer says."""
-    text = render(tokenizer, conversation)
+    text = render(tokenizer, conversation, ask=ask)
     for place in conversation.answers:
         _check_written(conversation, place, text, thinking=place == len(conversation.messages) - 1)
     return text

@@ -52,6 +52,20 @@ class Conversation:
         """The places of the assistant's messages."""
         return tuple(index for index, message in enumerate(self.messages) if message["role"] == "assistant")
 
+    @property
+    def question(self) -> Conversation:
+        """The messages before the last answer: what a model is given to write it. All of them where none follows."""
+        last = len(self.messages) - 1
+        return self.until(last) if last in self.answers and last > 0 else self
+
+    @property
+    def last_turn(self) -> Conversation:
+        """The last message of the `question` that a user wrote, or else its last one."""
+        asked = self.question.messages
+        written = [message for message in asked if message["role"] == "user"]
+        (turn,) = written[-1:] or asked[-1:]
+        return Conversation((turn,), self.tools, self.where, self.images if has_images([turn]) else ())
+
     def until(self, end: int) -> Conversation:
         """The messages before this place."""
         count = sum(part["type"] == "image" for message in self.messages[:end] for part in parts_of(message))

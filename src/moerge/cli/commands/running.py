@@ -74,6 +74,10 @@ def route(
         bool,
         typer.Option("--oracle/--no-oracle", help="Also run each expert alone, to see which has the lowest loss."),
     ] = True,
+    route_by: Annotated[
+        Literal["prompt", "last-turn"],
+        typer.Option("--route-by", help="Route conversations by what stands before the last answer, or the last question."),
+    ] = "prompt",
     allow_calibration_text: AllowCalibrationText = False,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
@@ -90,6 +94,7 @@ def route(
         limit=limit,
         tokens=tokens,
         oracle=oracle,
+        route_by=route_by,
         allow_calibration_text=allow_calibration_text,
         trust_remote_code=trust_remote_code,
     )
