@@ -9,6 +9,7 @@ What a fence's language and words mean:
                           completed with base and experts
     yaml tune             settings of `moerge tune`, saved as tune.yaml (or file=NAME)
     yaml reduce           a recipe of `moerge reduce`, saved as reduce.yaml (or file=NAME)
+    yaml search           a SEARCH.yaml of `moerge search`, saved as search.yaml (or file=NAME)
     yaml broken           the same as yaml, except that it must be refused; later blocks show how
     console               `$ ` starts a command, moerge's or `echo $?`; the lines below are its output, `...` being anything
     text output           what the python block before it printed
@@ -134,7 +135,7 @@ class Session:
         registry._entry_points.cache_clear()
 
     def run_yaml(self, snippet: Snippet) -> None:
-        other = next((word for word in ("tune", "reduce") if word in snippet.words), None)
+        other = next((word for word in ("tune", "reduce", "search") if word in snippet.words), None)
         path = Path(snippet.file or f"{other or 'recipe'}.yaml")
         path.write_text(snippet.text)
         if other:

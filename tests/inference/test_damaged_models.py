@@ -115,4 +115,8 @@ def test_only_one_file_loads_checkpoints() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and "modeling" not in path.parts
     }
-    assert callers == {"runtime/loading.py", "architecture/needed.py"}  # the latter without weights
+    assert callers == {
+        "runtime/loading.py",
+        "architecture/needed.py",
+        "checkpoint/gguf_file.py",
+    }  # the latter two without weights

@@ -77,7 +77,7 @@ def test_what_cannot_run(checkpoints: Path, tmp_path: Path) -> None:
     assert result.err == f"moerge: there is no checkpoint folder {tmp_path / 'nothing'}: check the path\n"
     result = command("generate", checkpoints / "math", "--prompt", "")
     assert (result.code, result.err) == (2, "moerge: the text '' has no tokens: give a longer one\n")
-    assert "Missing option '--prompt'" in command("generate", checkpoints / "math").err
+    assert "--prompt" in command("generate", checkpoints / "math").err
     assert command("generate", checkpoints / "math", "--prompt", "w5", "--temperature", -1).code == 2
 
 

@@ -56,7 +56,7 @@ def make_target() -> DistillationTarget:
 def test_gradients_equal_those_of_the_straightforward_implementation(tmp_path: Path, merge: str, granularity: str) -> None:
     recipe = make_recipe(tmp_path, merge={"method": merge, "scale": 0.3}, learn={"granularity": granularity, "dtype": "float64"})
     model, coef_logits, slots = learning_model(recipe, chunks=3)
-    streamed = loss_of(model.forward(IDS, 0), make_target())
+    streamed = loss_of(model.forward({"input_ids": IDS}, 0), make_target())
     streamed.backward()
     found = {key: a_EC.grad.clone() for key, a_EC in coef_logits.items()}
     for a_EC in coef_logits.values():
@@ -75,7 +75,7 @@ def test_gradients_equal_finite_differences(tmp_path: Path) -> None:
     target = make_target()
 
     def objective() -> torch.Tensor:
-        return loss_of(model.forward(IDS, 0), target) + 0.8 * drift_penalty(coef_logits.values(), 0.3)
+        return loss_of(model.forward({"input_ids": IDS}, 0), target) + 0.8 * drift_penalty(coef_logits.values(), 0.3)
 
     objective().backward()
     step = 1e-5
@@ -108,7 +108,7 @@ def test_both_implementations_learn_the_same_coefficients(tmp_path: Path) -> Non
     model, coef_logits, slots = learning_model(recipe)
     first = {key: a_EC.detach().clone() for key, a_EC in coef_logits.items()}
     learned = []
-    for forward in (lambda: model.forward(IDS, 0), lambda: straightforward(model, slots, coef_logits, IDS)):
+    for forward in (lambda: model.forward({"input_ids": IDS}, 0), lambda: straightforward(model, slots, coef_logits, IDS)):
         for key, a_EC in coef_logits.items():
             a_EC.data.copy_(first[key])
         optimizer = torch.optim.AdamW(list(coef_logits.values()), lr=0.5)

@@ -165,7 +165,7 @@ def test_a_tied_embedding_that_learns_is_the_head_too(tmp_path: Path, dtype: str
     ids_1T = torch.tensor([[1, 5, 9, 12, 7, 33, 21]])
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
-        learned_TV, merged_TV = model.forward(ids_1T, 0).logits[0], whole(ids_1T).logits[0]
+        learned_TV, merged_TV = model.forward({"input_ids": ids_1T}, 0).logits[0], whole(ids_1T).logits[0]
     torch.testing.assert_close(learned_TV, merged_TV, rtol=0, atol=tolerance)
 
 

@@ -216,7 +216,9 @@ def test_every_router_without_training(calibrated: Path) -> None:
         assert len(gates) == 2 and all(gate[1:].abs().max() > 0.01 for gate in gates)
     merge(calibrated, router={"kind": "ridge"}, recipe=texts)
     options = [part for name in names for part in ("--text", f"{name}={calibrated / name}-held-out.txt")]
-    found = command("route", calibrated / "moe", *options, "--json").json
+    result = command("route", calibrated / "moe", *options, "--json")
+    assert result.code == 0, result.err
+    found = result.json
     assert (found["level"], found["experts"]) == ("token", list(names))
     assert all(found["texts"][name]["accuracy"] > 0.8 for name in names)
 

@@ -226,7 +226,7 @@ def test_seed_is_set_only_for_routers_that_have_one(tmp_path: Path) -> None:
 
 
 def test_every_router_says_what_it_does() -> None:
-    assert routers() == ["embedding", "hidden", "perplexity", "projection", "random", "ridge"]
+    assert routers() == ["embedding", "hidden", "keep", "perplexity", "projection", "random", "ridge"]
     for name in routers():
         kind = router(name)
         assert kind.kind == name and kind.__doc__

@@ -153,9 +153,7 @@ def recommend(found: Similarity, verdicts: Sequence[MergeAdvice]) -> str:
             "a dense merge should work and keeps a part of what each expert learned: try average, ties, and task_arithmetic with "
             f"scales from {1 / len(found.experts):.2g} to {2 / len(found.experts):.2g}; a MoE with separate [ffn] keeps more"
         )
-    return (
-        "a dense merge should work: begin with average, which other methods have to beat, and let moerge search choose a scale"
-    )
+    return "a dense merge should work: begin with average, which other methods have to beat, and let moerge search choose a scale"
 
 
 def _separable(roles: Sequence[str]) -> list[str]:

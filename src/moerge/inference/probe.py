@@ -109,9 +109,10 @@ class ByToken:
 
 def _experts(loaded: Loaded) -> tuple[str, ...]:
     """Names of the experts; their numbers where nobody wrote the names down."""
-    config = loaded.model.config.get_text_config()
-    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    configs = (loaded.model.config, loaded.model.config.get_text_config())
+    counts = (getattr(config, key, None) for config in configs for key in ("num_local_experts", "num_experts"))
+    count = next(filter(None, counts), None)
     if not count:
-        raise InputError(f"{loaded.name} is a {config.model_type} model without experts: only a MoE routes")
+        raise InputError(f"{loaded.name} is a {configs[1].model_type} model without experts: only a MoE routes")
     named = tuple(loaded.manifest["experts"]) if loaded.manifest else ()
     return named if len(named) == count else tuple(map(str, range(count)))

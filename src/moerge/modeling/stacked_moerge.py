@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from .versions_moerge import Conv1D
 
 _GROUPED_BYTES = 16
 """Rows of torch's grouped product are multiples of this."""

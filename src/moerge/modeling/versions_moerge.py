@@ -34,6 +34,7 @@ try:
     from transformers.masking_utils import create_masks_for_generate
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.pytorch_utils import Conv1D
     from transformers.utils.generic import can_return_tuple
 except ImportError as error:
     raise unknown(error) from error
@@ -45,6 +46,7 @@ __all__ = [
     "BaseModelOutputWithPast",
     "Cache",
     "CausalLMOutputWithPast",
+    "Conv1D",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
