@@ -234,7 +234,10 @@ def test_a_random_model_is_the_one_that_is_read_back(tmp_path: Path) -> None:
 def test_the_page_about_families_names_them_all() -> None:
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
     rows = re.findall(r"^\| (`[^|]*`) \|(.*)\|$", page, flags=re.MULTILINE)
-    by_family = {name: row for names, row in reversed(rows) for name in re.findall(r"`(\w+)`", names)}
+    by_family: dict[str, str] = {}
+    for names, row in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            by_family[name] = by_family.get(name, "") + row
     for name in known_families():
         family = family_of({"model_type": name})
         assert family is not None and name in by_family
