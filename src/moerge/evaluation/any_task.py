@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,13 +32,13 @@ _CLOSE = 1e-6
 class HarnessTask:
     """A task or group of the harness by its name.
 
-    `folder` has tasks of the user's own; `shots` is None for the task's number.
+    `manager` knows all tasks, also the user's own; `shots` is None for the task's number.
     """
 
     kind: ClassVar[Kind] = "benchmark"
     name: str
     loaded: Mapping[str, Any]
-    folder: Path | None
+    manager: Any
     limit: int | None
     shots: int | None
     batch_size: int
@@ -66,7 +67,7 @@ class HarnessTask:
             found = simple_evaluate(
                 model=model,
                 tasks=[self.name],
-                task_manager=_manager(self.folder),
+                task_manager=self.manager,
                 num_fewshot=self.shots,
                 limit=self.limit,
                 bootstrap_iters=0,
@@ -79,15 +80,13 @@ class HarnessTask:
             for index, (task, sample) in enumerate(_samples(found["samples"], metric))
         ]
         rows.append({"document": None, "metric": metric, "value": figure})
-        same = len(rows) > 1 and abs(np.mean([row["value"] for row in rows[:-1]]) - figure) < _CLOSE
         own = f"{self.name}: the harness's {metric} is no mean over questions, so it has no error here and no difference"
-        return rows, () if same else (own,)
+        return rows, () if _is_mean(_values(rows), figure) else (own,)
 
     def scores(self, checkpoint: str, rows: Sequence[Row]) -> tuple[Score, ...]:
         """The harness's figure, with the error of a bootstrap over questions where it is their mean."""
-        values_N = np.array([row["value"] for row in rows[:-1]], np.float64)
-        figure = float(rows[-1]["value"])
-        if len(values_N) and abs(values_N.mean() - figure) < _CLOSE:
+        values_N, figure = _values(rows), float(rows[-1]["value"])
+        if _is_mean(values_N, figure):
             return (self._score(checkpoint, rows, bootstrap(_mean, _with_count(values_N), seed=self.seed)),)
         return (self._score(checkpoint, rows, Estimate(figure)),)
 
@@ -96,7 +95,7 @@ class HarnessTask:
         mine, theirs = (self.scores(checkpoint, one)[0] for one in (rows, others))
         found = Estimate(mine.value - theirs.value)
         if mine.standard_error is not None and theirs.standard_error is not None:
-            values_N = np.array([a["value"] - b["value"] for a, b in zip(rows[:-1], others[:-1], strict=True)])
+            values_N = np.array([a - b for a, b in zip(_values(rows), _values(others), strict=True)])
             found = bootstrap(_mean, _with_count(values_N), seed=self.seed)
         return Difference(**dict(self._score(checkpoint, rows, found)), against=against)
 
@@ -107,10 +106,11 @@ class HarnessTask:
 
 def harness_tasks(names: Sequence[str], folder: Path | None, **settings: Any) -> Iterator[HarnessTask]:
     """Tasks of the harness, with their data. Raises InputError for an unknown name, and where the data cannot be had."""
-    if names:
-        require_harness()
+    if not names:
+        return
+    require_harness()
+    manager = _manager(folder)
     for name in names:
-        manager = _manager(folder)
         if name not in manager.all_tasks:
             near = suggest(name, [*BENCHMARKS, *manager.all_tasks])
             near = near if near.startswith("did you") else "`lm_eval ls tasks` lists them"
@@ -120,7 +120,7 @@ def harness_tasks(names: Sequence[str], folder: Path | None, **settings: Any) ->
         unsafe = [task.config.task for task in _tasks_of(loaded) if task.config.unsafe_code]
         if unsafe:
             raise InputError(f"--tasks: {unsafe[0]} runs what a model writes without a sandbox: use mbpp or humaneval instead")
-        yield HarnessTask(name, loaded, folder, **settings)
+        yield HarnessTask(name, loaded, manager, **settings)
 
 
 def _manager(folder: Path | None) -> Any:
@@ -155,6 +155,15 @@ def _samples(samples: Mapping[str, Sequence[Row]], metric: str) -> Iterator[tupl
                 yield task, row
 
 
+def _values(rows: Sequence[Row]) -> np.ndarray:
+    """The figures of all questions; the last row is the harness's own."""
+    return np.array([row["value"] for row in rows[:-1]], np.float64)
+
+
+def _is_mean(values_N: np.ndarray, figure: float) -> bool:
+    return len(values_N) > 0 and bool(abs(values_N.mean() - figure) < _CLOSE)
+
+
 def _with_count(values_N: np.ndarray) -> np.ndarray:
     return np.stack([values_N, np.ones_like(values_N)], axis=1)
 
@@ -164,18 +173,14 @@ def _mean(sums: np.ndarray) -> np.ndarray:
     return quotient
 
 
-class _explained:
+@contextmanager
+def _explained(task: str, model: str) -> Iterator[None]:
     """While the harness does something: an InputError where it cannot."""
-
-    def __init__(self, task: str, model: str) -> None:
-        self._task, self._model = task, model
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, InputError) or not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of data sets, models and tasks, which have no common one
         text = " ".join(str(error).split())[:200]
-        what = f"asked of {self._model}" if self._model else "prepared; its data may need a network"
-        raise InputError(f"--tasks: {self._task} could not be {what}: {type(error).__name__}: {text}") from error
+        what = f"asked of {model}" if model else "prepared; its data may need a network"
+        raise InputError(f"--tasks: {task} could not be {what}: {type(error).__name__}: {text}") from error

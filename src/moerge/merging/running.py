@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from moerge.execution.store import MemoryStore
 from moerge.merging.pipeline import merge
 from moerge.operations.operations import Merge, Output
 from moerge.planning.plan import Plan, describe
-from moerge.runtime.loading import Loaded, explained, load, load_config, load_model, load_tokenizer
+from moerge.runtime.loading import Loaded, device_or_default, explained, load, load_config, load_model, load_tokenizer
 from moerge.tensors.digest import file_digest
 from moerge.tensors.threads import default_threads
 
@@ -94,17 +93,13 @@ class RunningMerge:
             kind = type(auto.from_config(config))
         tensors = {output.name: self._tensor(output).clone() for output in plan.outputs}
         model = load_model(None, name=name, dtype=self.dtype, auto=kind, config=config, state_dict=tensors)
-        return Loaded(name, model.to(_device(self.device)).eval(), tokenizer)
+        return Loaded(name, model.to(device_or_default(self.device)).eval(), tokenizer)
 
     def _from_folder(self, plan: Plan, name: str) -> Loaded:
         self._loaded, self.merged = None, len(plan.outputs)
-        home = Path(tempfile.mkdtemp(prefix="moerge-"))
-        try:
-            merge(plan, home / "merged", threads=self.threads)
-            loaded = load(home / "merged", dtype=self.dtype, device=self.device)
-            return Loaded(name, loaded.model, loaded.tokenizer)
-        finally:
-            shutil.rmtree(home, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="moerge-") as home:
+            merge(plan, Path(home) / "merged", threads=self.threads)
+            return replace(load(Path(home) / "merged", dtype=self.dtype, device=self.device), name=name)
 
     def _tensor(self, output: Output) -> torch.Tensor:
         import torch
@@ -157,9 +152,3 @@ def _small_files(plan: Plan) -> Iterator[Path]:
         for file, content in {**plan.files, "config.json": to_json(plan.config)}.items():
             (Path(name) / file).write_bytes(content)
         yield Path(name)
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")

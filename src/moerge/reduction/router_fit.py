@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moerge.tensors.linalg import conjugate_gradients
+
 _NEWTON_STEPS, _CG_STEPS, _HALVINGS = 20, 200, 20
 _TOLERANCE = 1e-6
 _DAMPING = 1e-4
@@ -83,20 +85,7 @@ def _newton_step(weight_ED: np.ndarray, inputs_TD: np.ndarray, target_TE: np.nda
         mixed_TE -= share_TE * mixed_TE.sum(axis=1, keepdims=True)
         return np.asarray(mixed_TE.T @ inputs_TD / len(inputs_TD) + damping * step_ED)
 
-    step_ED = np.zeros_like(weight_ED)
-    rest_ED = -gradient(weight_ED, inputs_TD, target_TE)
-    direction_ED, square = rest_ED.copy(), float((rest_ED**2).sum())
-    limit = _TOLERANCE**2 * square
-    for _ in range(_CG_STEPS):
-        if square <= limit or square == 0:
-            break
-        moved_ED = product(direction_ED)
-        length = square / float((direction_ED * moved_ED).sum())
-        step_ED += length * direction_ED
-        rest_ED -= length * moved_ED
-        square, previous = float((rest_ED**2).sum()), square
-        direction_ED = rest_ED + square / previous * direction_ED
-    return step_ED
+    return conjugate_gradients(product, -gradient(weight_ED, inputs_TD, target_TE), _CG_STEPS)
 
 
 def _line_search(

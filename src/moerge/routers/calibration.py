@@ -12,17 +12,19 @@ Shapes: E experts, H hidden, T tokens, D sources. Products are in float32 blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from moerge.tensors.linalg import conjugate_gradients
+
 _BLOCK = 4096
 """Tokens whose logits are in memory at a time."""
 _SHRINK = 0.9
 """HARC's gamma: the share of A that counts as it is; of the rest only the diagonal does."""
-_TOLERANCE, _HALVINGS = 1e-6, 20
+_HALVINGS = 20
 _ARMIJO = 1e-4
 
 
@@ -55,11 +57,13 @@ def fit_gate(sources: Sequence[Routed], start_EH: np.ndarray, *, newton: int = 3
         The router in float64; its KL is never above the start's.
     """
     gate_EH = start_EH.astype(np.float64)
-    step_EH = _solve(partial(_harc_product, sources), _harc_product(sources, gate_EH, against_sources=True), iterations)
+    step_EH = conjugate_gradients(
+        partial(_harc_product, sources), _harc_product(sources, gate_EH, against_sources=True), iterations
+    )
     gate_EH = _descend(sources, gate_EH, step_EH)
     for _ in range(newton):
         gradient_EH = kl_gradient(sources, gate_EH)
-        step_EH = _solve(partial(kl_curvature, sources, gate_EH), -gradient_EH, iterations)
+        step_EH = conjugate_gradients(partial(kl_curvature, sources, gate_EH), -gradient_EH, iterations)
         if float((step_EH * gradient_EH).sum()) >= 0:
             break
         gate_EH = _descend(sources, gate_EH, step_EH)
@@ -124,25 +128,6 @@ def _product(places: Sequence[tuple[np.ndarray, np.ndarray]], direction_EH: np.n
             weighted_TE = p_TE * z_TE
             total_EH += (weighted_TE - p_TE * weighted_TE.sum(axis=1, keepdims=True)).T @ states_TH / len(every_TH)
     return total_EH
-
-
-def _solve(product: Callable[[np.ndarray], np.ndarray], target_EH: np.ndarray, iterations: int) -> np.ndarray:
-    """Conjugate gradients from zero for a positive semidefinite system whose target lies in its range."""
-    x_EH, residual_EH = np.zeros_like(target_EH), target_EH.copy()
-    direction_EH, square = residual_EH.copy(), float((residual_EH**2).sum())
-    goal = _TOLERANCE**2 * square
-    for _ in range(iterations):
-        if square <= goal:
-            break
-        image_EH = product(direction_EH)
-        curvature = float((direction_EH * image_EH).sum())
-        if curvature <= 0:
-            break
-        x_EH += square / curvature * direction_EH
-        residual_EH -= square / curvature * image_EH
-        before, square = square, float((residual_EH**2).sum())
-        direction_EH = residual_EH + square / before * direction_EH
-    return x_EH
 
 
 def _descend(sources: Sequence[Routed], gate_EH: np.ndarray, step_EH: np.ndarray) -> np.ndarray:

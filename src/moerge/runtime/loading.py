@@ -129,7 +129,7 @@ def load(
     model = load_model(place, name=str(checkpoint), dtype=dtype, auto=_auto_class(place, options), **options)
     tokenizer = load_tokenizer(tokenizer_from or place, name=str(tokenizer_from or checkpoint), options=options)
     try:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        model.to(device_or_default(device)).eval()
     except (RuntimeError, AssertionError) as error:
         if device is None:
             raise
@@ -297,6 +297,13 @@ def _explain(name: str, what: str, advice: str, where: str, error: Exception) ->
     ours = MachineError if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", text) else InputError
     reason = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
     return ours(f"{where}transformers cannot {what} {name}: {reason}{advice}")
+
+
+def device_or_default(name: str | None) -> str:
+    """The device of this name; without one a GPU where there is one."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def usable_device(name: str, where: str) -> torch.device:

@@ -17,7 +17,6 @@ from moerge.extras import require
 from moerge.files import atomic_write, target_of
 from moerge.merging.running import RunningMerge
 from moerge.progress import Progress, reporter
-from moerge.recipe import load_recipe
 from moerge.searching.objectives import Objective, Sums, check_calibration, objectives, read_search_texts
 from moerge.searching.report import write_report
 from moerge.searching.result import Judged, SearchResult
@@ -70,7 +69,7 @@ def search(
     given = space.given if file.settings.given is None else file.settings.given
     texts = read_search_texts(file, given)
     found = objectives(file, _places(space), given)
-    check_calibration(file, space.plan(space.start()) if len(space.start()) == len(space.kinds) else _own_plan(space), texts)
+    check_calibration(file, space.own_plan(), texts)
     with reporter(progress) as report:
         folder.mkdir(parents=True, exist_ok=True)
         study = Study(space, found, texts, file.settings, storage_of(folder, file.settings), report)
@@ -99,12 +98,6 @@ def _folder(out: str | Path, *, resume: bool, other_storage: bool) -> Path:
     return folder
 
 
-def _own_plan(space: Space) -> Any:
-    from moerge.planning.build import build_plan
-
-    return build_plan(load_recipe(space.recipe))
-
-
 def _places(space: Space) -> dict[str, str]:
     """The experts' places, for objectives that run them; those that are recipes or have adapters have none."""
     entries = space.recipe["experts"]
@@ -120,7 +113,7 @@ def _judge(space: Space, study: Study, found: Sequence[Objective]) -> Iterator[J
     if not asked:
         return
     rows: dict[str, list[dict[str, list[Sums]]]] = {}
-    for name, plan in (("the recipe as it was", _own_plan(space)), ("best", space.plan(winner.point))):
+    for name, plan in (("the recipe as it was", space.own_plan()), ("best", space.plan(winner.point))):
         loaded = running.load(plan, name)
         rows[name] = [objective.rows(loaded, plan, documents) for objective in asked]
         for objective, mine, before in zip(asked, rows[name], rows["the recipe as it was"], strict=True):

@@ -52,6 +52,10 @@ class Space:
         """The plan of a point."""
         return build_plan(load_recipe(self.recipe_of(point)), weights=True)
 
+    def own_plan(self) -> Plan:
+        """The plan of the recipe as it is."""
+        return build_plan(load_recipe(self.recipe), weights=True)
+
     def recipe_of(self, point: Point) -> dict[str, Any]:
         """The recipe with the point's values, as a dict whose paths are absolute."""
         recipe: dict[str, Any] = deepcopy(dict(self.recipe))

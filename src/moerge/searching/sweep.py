@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def try_merges(
         raise InputError(f"{len(points)} merges are more than can be compared: name at most {_MOST}")
     heldout = {text.domain: text.documents for text in read_texts(places, limit=documents, given=space.given)}
     measure = BitsPerByte(tuple(heldout), Over("mean"), None, space.given)
+    answer = partial(generate, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     running = RunningMerge()
     merges = []
     with reporter(progress) as report:
@@ -124,12 +126,8 @@ def try_merges(
         for point in points:
             plan = space.plan(point)
             loaded = running.load(plan, shown(point) or space.source)
-            sums = summed(measure.rows(loaded, plan, heldout))
-            answers = {
-                prompt: generate(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed).text
-                for prompt in prompts
-            }
-            figures = {name: total.figure for name, total in sums.items()}
+            figures = {name: sums.figure for name, sums in summed(measure.rows(loaded, plan, heldout)).items()}
+            answers = {prompt: answer(loaded, prompt).text for prompt in prompts}
             merges.append(Tried(point=point, continuations=answers, bits_per_byte=figures, merged=running.merged))
             advance(1)
     return Sweep(recipe=space.source, merges=merges)

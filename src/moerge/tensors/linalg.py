@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition of a matrix in memory. Shapes: R rows, C columns, K vectors."""
+"""Truncated singular value decomposition of a matrix in memory, and conjugate gradients. Shapes: R rows, C columns, K vectors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _PANEL = 1024
 _SPARE = 8
 """Vectors beyond half as many again as wanted: they make the wanted ones converge (Halko et al. 2011, section 4.3)."""
 _ITERATIONS = 200
+_RESIDUAL = 1e-6
 
 Map = Callable[[Callable[[int], None], Iterable[int]], Iterable[Any]]
 """`map`, or that of a pool of threads."""
@@ -63,3 +64,25 @@ def log_softmax(logit_SK: np.ndarray) -> np.ndarray:
     logit_SK = logit_SK - logit_SK.max(axis=-1, keepdims=True)
     log_q_SK: np.ndarray = logit_SK - np.log(np.exp(logit_SK).sum(axis=-1, keepdims=True))
     return log_q_SK
+
+
+def conjugate_gradients(product: Callable[[np.ndarray], np.ndarray], target_RC: np.ndarray, iterations: int) -> np.ndarray:
+    """Solve a positive semidefinite system by at most so many steps from zero, to a residual of 1e-6 of the target.
+
+    `product` multiplies by the system's matrix, and `target_RC` lies in its range.
+    """
+    x_RC, residual_RC = np.zeros_like(target_RC), target_RC.copy()
+    direction_RC, square = residual_RC.copy(), float((residual_RC**2).sum())
+    goal = _RESIDUAL**2 * square
+    for _ in range(iterations):
+        if square <= goal:
+            break
+        image_RC = product(direction_RC)
+        curvature = float((direction_RC * image_RC).sum())
+        if curvature <= 0:
+            break
+        x_RC += square / curvature * direction_RC
+        residual_RC -= square / curvature * image_RC
+        before, square = square, float((residual_RC**2).sum())
+        direction_RC = residual_RC + square / before * direction_RC
+    return x_RC
